@@ -1,0 +1,1 @@
+"""Processes: controller, expert shards, attention workers, gateway, links, command line."""

@@ -1,0 +1,1 @@
+"""The front: gRPC server, request journal, text of tokens."""

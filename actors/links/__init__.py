@@ -1,0 +1,1 @@
+"""Links: each joins exactly two ends; Gloo between CPUs, NCCL between GPUs."""

@@ -1,0 +1,1 @@
+"""The attention worker: engine loop, dispatcher, loads."""

@@ -1,0 +1,1 @@
+"""Decisions: placement, dispatch, scheduling. Pure: no Ray, torch, gRPC, clock or environment."""

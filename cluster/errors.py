@@ -1,0 +1,60 @@
+"""The error tree. Input raises one of these; broken invariants assert.
+
+ExpertMeshError
+├── InputError                 the request or command is wrong; nothing was started
+│   └── UnknownNameError       a name that is not among the known ones
+├── CheckpointError            a checkpoint directory cannot be opened as it is
+│   ├── UnsupportedModelError  a whole checkpoint, of a kind that is not served
+│   └── CorruptCheckpointError truncated, damaged or incomplete files
+├── CapacityError              not enough memory, pages, slots or queue room
+├── UnavailableError           a part that is needed is away now; trying again may help
+│   ├── LinkError              a link broke or its deadline passed
+│   └── NoReplicaError         an expert has no live replica
+└── StateError                 the state store holds something that cannot be used
+
+Each takes one message, so each survives pickling through Ray.
+"""
+
+
+class ExpertMeshError(Exception):
+    """Base of all errors that ExpertMesh raises on purpose."""
+
+
+class InputError(ExpertMeshError):
+    """The request or command is wrong."""
+
+
+class UnknownNameError(InputError):
+    """A name that is not registered; the message lists the known ones."""
+
+
+class CheckpointError(ExpertMeshError):
+    """A checkpoint directory cannot be opened."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is of a kind that is not served; the message says what was found and what is supported."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """Files of the checkpoint are truncated, damaged or missing tensors."""
+
+
+class CapacityError(ExpertMeshError):
+    """Not enough memory, pages, slots or queue room."""
+
+
+class UnavailableError(ExpertMeshError):
+    """A part that is needed is away now."""
+
+
+class LinkError(UnavailableError):
+    """A link broke, or a wait on it passed its deadline."""
+
+
+class NoReplicaError(UnavailableError):
+    """An expert has no live replica."""
+
+
+class StateError(ExpertMeshError):
+    """The state store holds something that cannot be used."""

@@ -1,0 +1,1 @@
+"""Checkpoints: configuration, dense half, expert weights by (layer, expert), tokenizer."""
