@@ -1,0 +1,208 @@
+"""Paged KV cache and attention over a flattened batch of sequences of unlike lengths.
+
+Shape suffixes: T tokens of a step (all sequences one after another), N sequences, Q a sequence's new tokens, L a context's
+length, A attention heads, G KV heads, D key size, V value size, C cache rows (pages times page size).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVShape:
+    """What one layer keeps for a token: G heads of a key of D and a value of V elements."""
+
+    num_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of cache that one token takes in this layer."""
+        return self.num_heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkSpan:
+    """One sequence's part of a step: rows [start, start + length) of the batch, after context tokens in the cache.
+
+    pages are the sequence's pages; they cover context + length tokens.
+    """
+
+    start: int
+    length: int
+    context: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLayout:
+    """Where each token of a step goes in the cache, and what each sequence may look at. Made once a step, used by all layers.
+
+    write_T: cache row of each token. decode_*: sequences with one new token, taken together: their rows in the batch, their
+    cache rows padded to the longest [N, L], and which of those are real. prefill: the others, with their cache rows [L].
+    """
+
+    write_T: Tensor
+    decode_rows_N: Tensor
+    decode_read_NL: Tensor
+    decode_length_N: Tensor
+    prefill: tuple[tuple[ChunkSpan, Tensor], ...]
+
+
+def step_layout(spans: tuple[ChunkSpan, ...], page_size: int, device: torch.device) -> StepLayout:
+    """Lay out a step over pages of page_size tokens."""
+    offsets_P = torch.arange(page_size)
+    cache_rows = [
+        (torch.tensor(s.pages).unsqueeze(1) * page_size + offsets_P).flatten()[: s.context + s.length] for s in spans
+    ]
+    write_T = torch.cat([rows[s.context :] for s, rows in zip(spans, cache_rows, strict=True)])
+    decodes = [i for i, s in enumerate(spans) if s.length == 1]
+    lengths = [spans[i].context + 1 for i in decodes]
+    read_NL = torch.zeros((len(decodes), max(lengths, default=0)), dtype=torch.int64)
+    for n, i in enumerate(decodes):
+        read_NL[n, : lengths[n]] = cache_rows[i]
+    prefill = tuple((s, r.to(device)) for s, r in zip(spans, cache_rows, strict=True) if s.length > 1)
+    return StepLayout(
+        write_T=write_T.to(device),
+        decode_rows_N=torch.tensor([spans[i].start for i in decodes], dtype=torch.int64).to(device),
+        decode_read_NL=read_NL.to(device),
+        decode_length_N=torch.tensor(lengths, dtype=torch.int64).to(device),
+        prefill=prefill,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """How a layer attends: softmax scale, window in tokens (None: all), logit soft cap, and a sink logit per head [A]."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks_A: Tensor | None = None
+
+
+@dataclass
+class PagedKVCache:
+    """The KV cache of all layers of one model.
+
+    Before `allocate` it is in probe mode: attention runs over the new tokens alone and notes each layer's shapes, so that no
+    family's head layout need be known in advance.
+    """
+
+    page_size: int
+    device: torch.device
+    shapes: dict[int, KVShape] = field(default_factory=dict)
+    layout: StepLayout | None = None
+    _keys: dict[int, Tensor] = field(default_factory=dict)
+    _values: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of cache that one token takes in all layers."""
+        return sum(shape.bytes_per_token for shape in self.shapes.values())
+
+    def allocate(self, num_pages: int) -> None:
+        """Take memory for num_pages pages in every layer that the probe saw."""
+        assert self.shapes, "allocate() before any probe forward"
+        rows = num_pages * self.page_size
+        for layer, shape in self.shapes.items():
+            key_size = (rows, shape.num_heads, shape.key_size)
+            value_size = (rows, shape.num_heads, shape.value_size)
+            self._keys[layer] = torch.zeros(key_size, dtype=shape.dtype, device=self.device)
+            self._values[layer] = torch.zeros(value_size, dtype=shape.dtype, device=self.device)
+
+    def attend(
+        self, layer: int, query_1ATD: Tensor, key_1GTD: Tensor, value_1GTV: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        """Write the step's keys and values, and attend over each sequence's own context.
+
+        Returns:
+            [1, T, A, V], dtype of the query.
+        """
+        query_TAD, key_TGD, value_TGV = (x[0].transpose(0, 1) for x in (query_1ATD, key_1GTD, value_1GTV))
+        if layer not in self._keys:
+            self.shapes[layer] = KVShape(
+                num_heads=key_TGD.shape[1],
+                key_size=key_TGD.shape[2],
+                value_size=value_TGV.shape[2],
+                dtype=value_TGV.dtype,
+            )
+            return _attend_chunk(query_TAD, key_TGD, value_TGV, 0, options).unsqueeze(0)
+        assert self.layout is not None, "attend() without a step layout"
+        layout, keys_CGD, values_CGV = self.layout, self._keys[layer], self._values[layer]
+        keys_CGD[layout.write_T] = key_TGD.to(keys_CGD.dtype)
+        values_CGV[layout.write_T] = value_TGV
+        out_TAV = query_TAD.new_empty((query_TAD.shape[0], query_TAD.shape[1], value_TGV.shape[2]))
+        if layout.decode_rows_N.numel():
+            rows_N, read_NL = layout.decode_rows_N, layout.decode_read_NL
+            out_TAV[rows_N] = _attend_decode(
+                query_TAD[rows_N], keys_CGD[read_NL], values_CGV[read_NL], layout.decode_length_N, options
+            )
+        for span, read_L in layout.prefill:
+            end = span.start + span.length
+            out_TAV[span.start : end] = _attend_chunk(
+                query_TAD[span.start : end], keys_CGD[read_L], values_CGV[read_L], span.context, options
+            )
+        return out_TAV.unsqueeze(0)
+
+
+def _attend_chunk(
+    query_QAD: Tensor, key_LGD: Tensor, value_LGV: Tensor, context: int, options: AttentionOptions
+) -> Tensor:
+    """Causal attention of Q new tokens, the first of them at position context, over L = context + Q keys."""
+    positions_Q = torch.arange(context, context + query_QAD.shape[0], device=query_QAD.device)
+    positions_L = torch.arange(key_LGD.shape[0], device=query_QAD.device)
+    allowed_QL = positions_L <= positions_Q.unsqueeze(1)
+    if options.window is not None:
+        allowed_QL &= positions_L > positions_Q.unsqueeze(1) - options.window
+    out_1AQV = _attention(
+        query_QAD.transpose(0, 1).unsqueeze(0),
+        key_LGD.transpose(0, 1).unsqueeze(0),
+        value_LGV.transpose(0, 1).unsqueeze(0),
+        allowed_QL,
+        options,
+    )
+    return out_1AQV[0].transpose(0, 1)
+
+
+def _attend_decode(
+    query_NAD: Tensor, key_NLGD: Tensor, value_NLGV: Tensor, length_N: Tensor, options: AttentionOptions
+) -> Tensor:
+    """Attention of one new token a sequence over its own length_N keys."""
+    positions_L = torch.arange(key_NLGD.shape[1], device=query_NAD.device)
+    allowed_NL = positions_L < length_N.unsqueeze(1)
+    if options.window is not None:
+        allowed_NL &= positions_L >= length_N.unsqueeze(1) - options.window
+    out_NA1V = _attention(
+        query_NAD.unsqueeze(2),
+        key_NLGD.transpose(1, 2),
+        value_NLGV.transpose(1, 2),
+        allowed_NL[:, None, None, :],
+        options,
+    )
+    return out_NA1V[:, :, 0]
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, options: AttentionOptions) -> Tensor:
+    """Masked attention of [N, A, Q, D] over [N, G, L, D] and [N, G, L, V]; A is a multiple of G."""
+    if options.sinks_A is None and options.softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key.to(query.dtype), value, attn_mask=allowed, scale=options.scale, enable_gqa=True
+        )
+    groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
+    logits = torch.matmul(query, key.transpose(2, 3)).float() * options.scale
+    if options.softcap is not None:
+        logits = torch.tanh(logits / options.softcap) * options.softcap
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    if options.sinks_A is not None:
+        # A sink is one more logit that takes part in the softmax and has no value (gpt_oss).
+        sink = options.sinks_A.float().reshape(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
+        return torch.matmul(torch.softmax(torch.cat([logits, sink], dim=-1), dim=-1)[..., :-1].to(value.dtype), value)
+    return torch.matmul(torch.softmax(logits, dim=-1).to(value.dtype), value)

@@ -1,0 +1,87 @@
+"""The tensors of a checkpoint directory: names, and lazy slices that read only the bytes asked for (mmap).
+
+Only safetensors are read, never pickle.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from expertmesh.cluster.errors import CheckpointError, CorruptCheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """All tensors of a checkpoint by name. Opening reads headers only."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the headers of all files.
+
+        Raises:
+            CheckpointError: the directory holds no safetensors.
+            CorruptCheckpointError: a file is missing, truncated or damaged, or lacks a tensor that the index names.
+        """
+        self.directory = directory
+        self._file_of = _tensor_names(directory)
+        self._open: dict[str, Any] = {}
+        for name in dict.fromkeys(self._file_of.values()):
+            self._open[name] = self._open_file(name)
+        self._check_index()
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._file_of)
+
+    def slice(self, name: str) -> Any:
+        """Return a lazy view of a tensor: indexing it reads those bytes; get_shape() and get_dtype() read nothing."""
+        return self._open[self._file_of[name]].get_slice(name)
+
+    def num_bytes(self) -> int:
+        """Return the size of all files in bytes."""
+        return sum((self.directory / name).stat().st_size for name in self._open)
+
+    def _open_file(self, name: str) -> Any:
+        path = self.directory / name
+        if not path.is_file():
+            raise CorruptCheckpointError(f"{path}: named by {INDEX_FILE}, but there is no such file")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size
+            raise CorruptCheckpointError(f"{path}: truncated or damaged ({size} bytes): {error}") from error
+
+    def _check_index(self) -> None:
+        present = {name: set(handle.keys()) for name, handle in self._open.items()}
+        for tensor, name in self._file_of.items():
+            if tensor not in present[name]:
+                raise CorruptCheckpointError(f"{self.directory / name}: no tensor {tensor!r}, though {INDEX_FILE} says so")
+
+
+def _tensor_names(directory: Path) -> Mapping[str, str]:
+    """Map each tensor's name to its file, from the index or the single file."""
+    index = directory / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptCheckpointError(f"{index}: not a safetensors index: {error!r}") from error
+        return dict(weight_map)
+    single = directory / SINGLE_FILE
+    if single.is_file():
+        try:
+            with safe_open(single, framework="pt") as handle:
+                return dict.fromkeys(handle.keys(), SINGLE_FILE)
+        except (SafetensorError, OSError) as error:
+            size = single.stat().st_size
+            raise CorruptCheckpointError(f"{single}: truncated or damaged ({size} bytes): {error}") from error
+    pickled = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
+    found = f"; found pickled weights {', '.join(pickled[:3])}, which are never read" if pickled else ""
+    raise CheckpointError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
