@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-
 from expertmesh.kernels.sampling import WEIGHT_BITS, SamplingSettings
 
 

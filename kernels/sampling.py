@@ -1,8 +1,8 @@
 """Batched sampling of next tokens, repeatable row by row.
 
-A row's token is a function of its own logits, settings and position alone. Two things make it so: the random number of a
-draw is computed from (seed, position), never taken from a generator with state; and the draw itself is in integers, whose
-sums have no rounding, so that batch, threads and order of summation cannot change it.
+A row's token is a function of its own logits, settings and position alone. Two things make it so: the random number
+of a draw is computed from (seed, position), never taken from a generator with state; and the draw itself is in
+integers, whose sums have no rounding, so that batch, threads and order of summation cannot change it.
 
 Filters run in the order of `transformers`: repetition penalty, temperature, top-k, top-p, min-p. A filter sets the
 weight of what it drops to 0; tokens stay in the order of their ids throughout, and only rows that ask for a filter pay
@@ -18,19 +18,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Weight of a row's most likely token; the others have exp(difference) of it. float32 gives every weight down to 2**-16
-# exactly, the total of 2**22 tokens fits int64, and what is below 2**-40 of the top (1e-12) is never drawn.
+# A row's most likely token weighs 2**40, the others exp(difference) of that. The total of 2**22 tokens fits int64, and
+# only what is less likely than 2**-40 (1e-12) of the top is never drawn.
 WEIGHT_BITS = 40
 MAX_VOCAB = 1 << 22
-# Candidates that top-p looks at before it sorts the whole vocabulary.
-TOP_P_CANDIDATES = 512
+# Candidates that top-p looks at first; eight times as many as long as they hold too little.
+TOP_P_CANDIDATES = 256
 
 _MASK_64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 class NonFiniteLogitsError(ValueError):
-    """Rows whose largest logit is NaN or infinite; `rows` are their indices, so that the others can be sampled again."""
+    """Rows whose largest logit is NaN or infinite; `rows` are their indices, so that the others can still be drawn."""
 
     def __init__(self, rows: tuple[int, ...]):
         super().__init__(rows)
@@ -44,9 +44,9 @@ class NonFiniteLogitsError(ValueError):
 class SamplingSettings:
     """How the tokens of one sequence are drawn; the same object serves all its positions.
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. seed may be any integer; its low
-    64 bits count. logprobs is how many of the most likely tokens to report beside the chosen one; None: nothing, 0: only
-    the chosen one.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. seed may be any integer; its
+    low 64 bits count. logprobs is how many of the most likely tokens to report beside the chosen one; None: nothing,
+    0: only the chosen one.
 
     Raises:
         ValueError: A value out of its range.
@@ -79,7 +79,7 @@ class SamplingSettings:
 class SampledTokens:
     """One token a row.
 
-    logprob is the natural log of its probability before penalty, temperature and filters, None where it was not asked for.
+    logprob is the natural log of its probability before penalty, temperature and filters; None where not asked for.
     top holds (token id, logprob) of the most likely tokens, best first, equal ones by id; empty where not asked for.
     """
 
@@ -103,8 +103,8 @@ def sample(
         context_ids_N: prompt and output ids of each row so far; read only for rows with a repetition penalty.
 
     Raises:
-        ValueError: Lengths that do not agree, an empty vocabulary or one above MAX_VOCAB, a negative position, no context
-            for a row with a penalty, or a context id outside the vocabulary.
+        ValueError: Lengths that do not agree, an empty vocabulary or one above MAX_VOCAB, a negative position, no
+            context for a row with a penalty, or a context id outside the vocabulary.
         NonFiniteLogitsError: A row whose largest logit is NaN or infinite; no row was drawn.
     """
     _check_arguments(logits_NV, settings_N, position_N)
@@ -129,8 +129,8 @@ def uniform(seed: int, position: int) -> float:
     """Return the number in (0, 1) that draws the token at `position` of a sequence with `seed`.
 
     It is output number `position` of a SplitMix64 generator whose first state is the mixed seed: Steele, Lea and Flood,
-    "Fast splittable pseudorandom number generators", OOPSLA 2014, with the constants of Vigna's public splitmix64.c. The top
-    52 bits and a half give a value that float64 holds exactly and that is neither 0 nor 1.
+    "Fast splittable pseudorandom number generators", OOPSLA 2014, with the constants of Vigna's public splitmix64.c.
+    The top 52 bits and a half give a value that float64 holds exactly and that is neither 0 nor 1.
     """
     bits = splitmix64(splitmix64(seed) + position * _GOLDEN_GAMMA)
     return ((bits >> 12) + 0.5) * 2.0**-52
@@ -157,7 +157,7 @@ def filtered_weights(scores_MV: Tensor, settings_M: Sequence[SamplingSettings]) 
     shifted_MV = (scores_MV - scores_MV.amax(dim=-1, keepdim=True)).div_(temperature_M[:, None])
     weights_MV = shifted_MV.exp_().mul_(2.0**WEIGHT_BITS).long()
     _drop_below_top_k(scores_MV, weights_MV, settings_M)
-    _drop_outside_top_p(scores_MV, weights_MV, settings_M)
+    _drop_outside_top_p(weights_MV, settings_M)
     _drop_below_min_p(weights_MV, settings_M)
     return weights_MV
 
@@ -207,62 +207,68 @@ def _penalised(
 
 def _drop_below_top_k(scores_MV: Tensor, weights_MV: Tensor, settings_M: Sequence[SamplingSettings]) -> None:
     """Set the weights of tokens that score less than the k-th to 0; those that equal it stay."""
-    vocab_size = scores_MV.shape[1]
-    asking = [m for m, settings in enumerate(settings_M) if 0 < settings.top_k < vocab_size]
+    asking = [m for m, settings in enumerate(settings_M) if 0 < settings.top_k < scores_MV.shape[1]]
     if not asking:
         return
-    scores_FV = _rows(scores_MV, asking)
     k_F = torch.tensor([settings_M[m].top_k for m in asking], device=scores_MV.device)
-    best_FC = scores_FV.topk(max(settings_M[m].top_k for m in asking)).values
-    kth_F1 = best_FC.gather(1, k_F[:, None] - 1)
-    weights_MV[asking] = _rows(weights_MV, asking).masked_fill(scores_FV < kth_F1, 0)
+    best_FC = _rows(scores_MV, asking).topk(max(settings_M[m].top_k for m in asking)).values
+    kth_M1 = torch.full_like(scores_MV[:, :1], -math.inf)
+    kth_M1[asking] = best_FC.gather(1, k_F[:, None] - 1)
+    weights_MV.masked_fill_(scores_MV < kth_M1, 0)
 
 
-def _drop_outside_top_p(scores_MV: Tensor, weights_MV: Tensor, settings_M: Sequence[SamplingSettings]) -> None:
+def _drop_outside_top_p(weights_MV: Tensor, settings_M: Sequence[SamplingSettings]) -> None:
     """Keep a token while those before it, best first and equal ones by id, have less than top_p of the weight."""
     asking = [m for m, settings in enumerate(settings_M) if settings.top_p < 1]
     if not asking:
         return
-    scores_FV, weights_FV = _rows(scores_MV, asking), _rows(weights_MV, asking)
-    top_p_F = torch.tensor([settings_M[m].top_p for m in asking], dtype=torch.float64, device=scores_MV.device)
+    weights_FV = _rows(weights_MV, asking)
+    vocab_size = weights_FV.shape[1]
+    top_p_F = torch.tensor([settings_M[m].top_p for m in asking], dtype=torch.float64, device=weights_MV.device)
     limit_F1 = (weights_FV.sum(dim=-1) * top_p_F)[:, None]
-    num_candidates = min(TOP_P_CANDIDATES, scores_FV.shape[1])
-    ids_FC = _best_ids(scores_FV, num_candidates)
-    candidates_FC = weights_FV.gather(1, ids_FC)
-    if bool((candidates_FC.sum(dim=-1, keepdim=True) < limit_F1).any()):
-        ids_FC = _best_ids(scores_FV, scores_FV.shape[1])
+    num_candidates = TOP_P_CANDIDATES
+    while True:
+        ids_FC = _best_ids(weights_FV, min(num_candidates, vocab_size))
         candidates_FC = weights_FV.gather(1, ids_FC)
+        if num_candidates >= vocab_size or bool((candidates_FC.sum(dim=-1, keepdim=True) >= limit_F1).all()):
+            break
+        num_candidates *= 8
     before_FC = candidates_FC.cumsum(dim=-1) - candidates_FC
     dropped_FC = before_FC >= limit_F1
     dropped_FC[:, 0] = False
-    weights_MV[asking] = torch.zeros_like(weights_FV).scatter_(1, ids_FC, candidates_FC.masked_fill(dropped_FC, 0))
+    rows_F = torch.tensor(asking, device=weights_MV.device)
+    weights_MV.index_fill_(0, rows_F, 0)
+    weights_MV[rows_F[:, None], ids_FC] = candidates_FC.masked_fill_(dropped_FC, 0)
 
 
 def _drop_below_min_p(weights_MV: Tensor, settings_M: Sequence[SamplingSettings]) -> None:
     """Set the weights of tokens with less than min_p of the most likely one's probability to 0."""
     if all(settings.min_p == 0 for settings in settings_M):
         return
-    min_p_M = torch.tensor([s.min_p for s in settings_M], dtype=torch.float64, device=weights_MV.device)
-    weights_MV.masked_fill_(weights_MV < min_p_M[:, None] * 2.0**WEIGHT_BITS, 0)
+    least_M = torch.tensor([math.ceil(s.min_p * 2**WEIGHT_BITS) for s in settings_M], device=weights_MV.device)
+    weights_MV.masked_fill_(weights_MV < least_M[:, None], 0)
 
 
-def _best_ids(scores_FV: Tensor, count: int) -> Tensor:
-    """Return the ids of the `count` best tokens of each row, best first, equal ones by id.
+def _best_ids(ranks_FV: Tensor, count: int) -> Tensor:
+    """Return the ids of the `count` highest ranks (integers within +-2**40) of each row, best first, equal ones by id.
 
-    topk alone leaves the order of equal scores open. One int64 holds both: the bits of the score, made monotone, above the
-    id counted from the end.
+    topk alone leaves the order of equal ones open; so one int64 holds both the rank and the id, counted from the end.
     """
-    # + 0.0 turns -0.0 into 0.0, which has other bits.
-    bits_FV = (scores_FV + 0.0).view(torch.int32)
-    monotone_FV = torch.where(bits_FV < 0, bits_FV ^ 0x7FFFFFFF, bits_FV).long()
-    id_keys_V = MAX_VOCAB - 1 - torch.arange(scores_FV.shape[1], device=scores_FV.device)
-    keys_FV = monotone_FV.mul_(MAX_VOCAB).add_(id_keys_V)
+    ids_from_end_V = MAX_VOCAB - 1 - torch.arange(ranks_FV.shape[1], device=ranks_FV.device)
+    keys_FV = torch.add(ids_from_end_V, ranks_FV, alpha=MAX_VOCAB)
     return MAX_VOCAB - 1 - (keys_FV.topk(count).values & (MAX_VOCAB - 1))
 
 
+def _ranks(scores_FV: Tensor) -> Tensor:
+    """Return int32 ranks_FV in the order of the float32 scores: their bits, with negative numbers turned round."""
+    # + 0.0 turns -0.0 into 0.0, which has other bits.
+    bits_FV = (scores_FV + 0.0).view(torch.int32)
+    return torch.where(bits_FV < 0, bits_FV ^ 0x7FFFFFFF, bits_FV)
+
+
 def _inverse_cdf(weights_MV: Tensor, uniforms: list[float]) -> Tensor:
-    """Return the first id at which the running sum of weights passes uniform * total."""
-    cumulative_MV = weights_MV.cumsum(dim=-1)
+    """Return the first id at which the running sum of weights passes uniform * total; weights_MV is overwritten."""
+    cumulative_MV = weights_MV.cumsum_(dim=-1)
     total_M1 = cumulative_MV[:, -1:]
     uniform_M1 = torch.tensor(uniforms, dtype=torch.float64, device=weights_MV.device)[:, None]
     # float64 may round the product up to the total itself.
@@ -285,7 +291,7 @@ def _logprobs(
         logprob[n] = value
     num_best = min(max(counts.values()), logits_NV.shape[1])
     if num_best:
-        ids_FC = _best_ids(logprobs_FV, num_best)
+        ids_FC = _best_ids(_ranks(logprobs_FV), num_best)
         values_FC = logprobs_FV.gather(1, ids_FC)
         for n, ids, values in zip(rows, ids_FC.tolist(), values_FC.tolist(), strict=True):
             top[n] = list(zip(ids, values, strict=True))[: counts[n]]

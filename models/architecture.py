@@ -32,7 +32,7 @@ OWN_CACHE_MARKS = ("indexer", "linear_attn", "mamba", "conv1d")
 class Architecture:
     """A checkpoint's structure.
 
-    experts_by_layer maps a decoder layer's index to its experts module, on the meta device. uses_own_cache: the family cannot
+    experts_by_layer maps a decoder layer's index to its experts module, on the meta device; each has num_experts. uses_own_cache: the family cannot
     run in the paged engine and keeps transformers' cache, one request a step.
     """
 
@@ -41,17 +41,13 @@ class Architecture:
     model: PreTrainedModel
     dtype: torch.dtype
     experts_by_layer: dict[int, nn.Module]
+    num_experts: int
     uses_own_cache: bool
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that have routed experts."""
         return tuple(self.experts_by_layer)
-
-    @property
-    def num_experts(self) -> int:
-        """Number of routed experts in each MoE layer."""
-        return expert_count(next(iter(self.experts_by_layer.values())))
 
     @property
     def max_context(self) -> int:
@@ -94,7 +90,7 @@ def open_architecture(directory: Path, dtype: str = "auto") -> Architecture:
             f"{directory}: {type(model).__name__} (model_type {config.model_type!r}) has no MoE layers with routed "
             f"experts in its {config.num_hidden_layers} layers; {SUPPORTED}"
         )
-    _check_uniform(directory, experts_by_layer)
+    num_experts = _uniform_expert_count(directory, experts_by_layer)
     model.set_experts_implementation(hooks.IMPLEMENTATION)
     uses_own_cache = needs_own_cache(model)
     if uses_own_cache:
@@ -105,6 +101,7 @@ def open_architecture(directory: Path, dtype: str = "auto") -> Architecture:
         model=model.eval(),
         dtype=torch_dtype,
         experts_by_layer=experts_by_layer,
+        num_experts=num_experts,
         uses_own_cache=uses_own_cache,
     )
 
@@ -177,7 +174,8 @@ def _pick_dtype(config: Any, dtype: str) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def _check_uniform(directory: Path, experts_by_layer: dict[int, nn.Module]) -> None:
+def _uniform_expert_count(directory: Path, experts_by_layer: dict[int, nn.Module]) -> int:
     counts = {layer: expert_count(module) for layer, module in experts_by_layer.items()}
     if len(set(counts.values())) > 1:
         raise UnsupportedModelError(f"{directory}: layers with unlike numbers of experts are not served: {counts}")
+    return next(iter(counts.values()))

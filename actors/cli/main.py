@@ -1,0 +1,83 @@
+"""The `expertmesh` command: which commands there are, and how errors look."""
+
+import importlib
+import sys
+from importlib.metadata import version as installed_version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from expertmesh.cluster.errors import ExpertMeshError, InputError
+
+# name: (module:function, line of help). A module is imported only when its command runs, so that help is quick.
+COMMANDS = {
+    "serve": ("expertmesh.actors.cli.serve:serve", "Serve a checkpoint from expert shards on Ray."),
+    "stop": ("expertmesh.actors.cli.stop:stop", "Stop a server that runs on this machine."),
+    "generate": ("expertmesh.actors.cli.generate:generate", "Generate text from a prompt, as a client of a server."),
+    "status": ("expertmesh.actors.cli.status:status", "Show what a running server is made of."),
+    "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
+    "doctor": ("expertmesh.actors.cli.doctor:doctor", "Show what this machine has, and what is missing."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are stand-ins with a name and a help line until one is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the named command, now imported, and its arguments."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else load_command(name), rest
+
+
+def load_command(name: str) -> Any:
+    """Import the function of a command and wrap it for the command line."""
+    module_name, function_name = COMMANDS[name][0].split(":")
+    function = getattr(importlib.import_module(module_name), function_name)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(function)
+    return typer.main.get_command(single)
+
+
+def build_app() -> typer.Typer:
+    """Return the application with a stand-in for each command."""
+    app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(root)
+    for name, (_, help_line) in COMMANDS.items():
+        app.command(name, help=help_line)(_stand_in)
+    return app
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop, if that is wanted."""
+    if wanted:
+        typer.echo(installed_version("expertmesh"))
+        raise typer.Exit
+
+
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """Serve Mixture-of-Experts language models from an elastic pool of expert shards.
+
+    Each command has its own --help.
+    """
+
+
+def main() -> None:
+    """Run the command line. Errors raised on purpose are one line; exit code 2 for wrong input, else 1."""
+    try:
+        build_app()()
+    except ExpertMeshError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _stand_in() -> None:
+    """Never runs: LazyGroup puts the real command in its place."""
+
+
+if __name__ == "__main__":
+    main()

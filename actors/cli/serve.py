@@ -1,0 +1,139 @@
+"""`expertmesh serve`: bring a deployment up, stay with it, take it down."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from expertmesh.actors.cli import running
+from expertmesh.actors.ray_env import require_auth_mode, secure_local_ray
+from expertmesh.cluster.errors import InputError, UnavailableError
+from expertmesh.cluster.settings import ServeSettings
+
+_POLL_S = 0.1
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="Checkpoint directory, as save_pretrained writes it.")],
+    shards: Annotated[int | None, typer.Option(help="Expert shards. [default: 2]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Attention workers. [default: 1]")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Shards that hold each expert. [default: 1]")] = None,
+    grpc_host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of gRPC, 0: a free one. [default: 50051]")] = None,
+    state: Annotated[str | None, typer.Option(help="redis://... [default: an embedded server]")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join. [default: start one here]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of these and more settings.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `expertmesh stop` ends it.")] = False,
+) -> None:
+    """Serve a checkpoint from expert shards on Ray until Ctrl-C.
+
+    Options win over the file given by --config; docs/operations.md lists every setting.
+    """
+    given = {
+        "model": model,
+        "shards": shards,
+        "workers": workers,
+        "replicas": replicas,
+        "grpc_host": grpc_host,
+        "grpc_port": grpc_port,
+        "state": state,
+        "dtype": dtype,
+    }
+    settings = read_settings(config, {name: value for name, value in given.items() if value is not None})
+    if detach:
+        _run_detached()
+        return
+    _run(settings, address)
+
+
+def read_settings(config: Path | None, given: dict[str, Any]) -> ServeSettings:
+    """Put a configuration file and the options given together.
+
+    Raises:
+        InputError: the file cannot be read, or a setting is unknown or out of range.
+    """
+    try:
+        from_file = tomllib.loads(config.read_text()) if config else {}
+        return ServeSettings(**{**from_file, **given})
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"--config {config}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-") + ": " if first["loc"] else ""
+        raise InputError(f"{where}{first['msg']}, got {first['input']!r}" if where else first["msg"]) from error
+
+
+def _run(settings: ServeSettings, address: str | None) -> None:
+    if address is None:
+        secure_local_ray()
+    else:
+        require_auth_mode()
+    from expertmesh.actors.launch import Deployment  # after the environment is set: it imports Ray
+
+    started_s = time.monotonic()
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"[{time.monotonic() - started_s:6.1f} s] {line}\n")
+        sys.stderr.flush()
+
+    deployment = Deployment(settings, address, say)
+    try:
+        with _signals_raise():
+            deployment.start()
+            with running.registered(deployment.grpc_address, settings.model):
+                sys.stdout.write(f"ready {deployment.grpc_address}\n")
+                sys.stdout.flush()
+                while True:
+                    signal.pause()
+    except KeyboardInterrupt:
+        say("stopping")
+    finally:
+        deployment.stop()
+        say("stopped")
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGINT raise KeyboardInterrupt once; a second one while stopping changes nothing."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
+    yield
+
+
+def _run_detached() -> None:
+    """Run the same command without --detach in the background, and follow it until it is ready or has failed."""
+    log = running.new_log_file()
+    command = [sys.executable, "-m", "expertmesh.actors.cli.main", *(a for a in sys.argv[1:] if a != "--detach")]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=os.environ
+        )
+    with log.open() as text:
+        while True:
+            ended = process.poll() is not None
+            for line in text:
+                if line.startswith("ready "):
+                    sys.stdout.write(f"{line}pid {process.pid}, log {log}; `expertmesh stop` ends it\n")
+                    return
+                if line.startswith("error: "):
+                    raise UnavailableError(line.removeprefix("error: ").strip())
+                sys.stderr.write(line)
+            if ended:
+                raise UnavailableError(f"the server ended with exit code {process.returncode}; see {log}")
+            time.sleep(_POLL_S)

@@ -1,0 +1,150 @@
+"""The gateway's process: a Ray Serve replica with a gRPC server of its own."""
+
+import asyncio
+import logging
+import random
+import uuid
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from expertmesh.actors.gateway.admin_service import AdminService
+from expertmesh.actors.gateway.engine import Engine
+from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.server import GatewayServer, start_server
+from expertmesh.actors.gateway.worker_client import WorkerClient
+from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env
+from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
+from expertmesh.cluster.model_info import ModelInfo
+from expertmesh.cluster.requests import SequenceRequest, TokenEvent
+from expertmesh.cluster.settings import ServeSettings
+from expertmesh.models.tokenizer import open_tokenizer
+
+_log = logging.getLogger(__name__)
+_VIEW_PERIOD_S = 0.5
+
+
+class RayWorkerClient:
+    """A worker as its gateway calls it; see WorkerClient."""
+
+    def __init__(self, worker_id: str, handle: Any, gateway_id: str) -> None:
+        self.worker_id = worker_id
+        self._handle = handle
+        self._gateway_id = gateway_id
+
+    async def submit(self, requests: list[SequenceRequest]) -> None:
+        """See WorkerClient.submit."""
+        await _call(self._handle.submit.remote(self._gateway_id, requests))
+
+    async def cancel(self, sequence_ids: list[str]) -> None:
+        """See WorkerClient.cancel."""
+        await _call(self._handle.cancel.remote(sequence_ids))
+
+    async def poll(self, after: int) -> tuple[int, list[TokenEvent]]:
+        """See WorkerClient.poll."""
+        answer: tuple[int, list[TokenEvent]] = await _call(self._handle.poll.remote(self._gateway_id, after))
+        return answer
+
+
+class Gateway:
+    """Serves gRPC to clients. Goes on with the workers that it knows while the controller is away."""
+
+    async def __init__(self, settings: ServeSettings, model: ModelInfo) -> None:  # type: ignore[misc]  # Serve awaits it
+        tokenizer = open_tokenizer(settings.model)
+        self._id = f"gateway-{uuid.uuid4().hex[:8]}"
+        self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
+        self._model = model
+        self._engine = Engine(tokenizer=tokenizer, rng=random.Random())
+        self._clients: dict[str, tuple[Any, WorkerClient]] = {}
+        self._server: GatewayServer = await start_server(
+            host=settings.grpc_host,
+            port=settings.grpc_port,
+            inference=InferenceService(self._engine, model, tokenizer, random.Random()),
+            admin=AdminService(self._status, self._loads),
+        )
+        await self._look()
+        self._watch_task = asyncio.create_task(self._watch())
+
+    async def address(self) -> str:
+        """Return host:port of the gRPC server."""
+        return self._server.address
+
+    async def shut_down(self, grace_s: float) -> None:
+        """Take no new requests and give the running ones grace_s seconds."""
+        self._watch_task.cancel()
+        await self._server.stop(grace_s)
+        await self._engine.pool.close()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_VIEW_PERIOD_S)
+            try:
+                await self._look()
+            except UnavailableError as error:
+                _log.warning("the controller is away, going on with %d workers: %s", len(self._clients), error)
+
+    async def _look(self) -> None:
+        """Ask the controller for workers and readiness."""
+        view = await _call(self._controller.gateway_view.remote())
+        if not view["started"]:
+            return  # a controller that has just come back knows less than this gateway
+        for worker_id, handle in view["workers"].items():
+            known = self._clients.get(worker_id)
+            if known is None or known[0]._actor_id != handle._actor_id:
+                self._clients[worker_id] = (handle, RayWorkerClient(worker_id, handle, self._id))
+        self._clients = {w: known for w, known in self._clients.items() if w in view["workers"]}
+        self._engine.pool.set_workers([client for _, client in self._clients.values()])
+        await self._server.set_serving(view["ready"])
+
+    async def _status(self) -> dict[str, object]:
+        status = await _call(self._controller.status.remote())
+        model = {name: getattr(self._model, name) for name in self._model.__slots__}
+        return {
+            **status,
+            "grpc_address": self._server.address,
+            "model": {name: list(value) if isinstance(value, tuple) else value for name, value in model.items()},
+        }
+
+    async def _loads(self) -> dict[int, list[int]]:
+        loads: dict[int, list[int]] = await _call(self._controller.loads.remote())
+        return loads
+
+
+async def _call(reference: Any) -> Any:
+    """Await an actor's answer; what ExpertMesh raised there is raised here, a dead actor is UnavailableError."""
+    try:
+        return await reference
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, ExpertMeshError):
+            raise cause from None
+        raise
+    except RayActorError as error:
+        raise UnavailableError(str(error).splitlines()[0]) from error
+    except RayError as error:
+        raise UnavailableError(f"{type(error).__name__}: {error}") from error
+
+
+def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
+    """Run the gateway on Ray Serve, one replica a node, and return the application's handle.
+
+    Raises:
+        UnavailableError: it did not come up.
+    """
+    deployment = serve.deployment(
+        Gateway,
+        name="gateway",
+        num_replicas=1,
+        max_replicas_per_node=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": actor_env(1)}},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+    )
+    serve.start(proxy_location="Disabled")
+    try:
+        return serve.run(deployment.bind(settings, model), name=GATEWAY_APP, route_prefix=None)
+    except RuntimeError as error:
+        raise UnavailableError(f"the gateway did not come up: {error}") from error

@@ -1,0 +1,117 @@
+"""The Inference service: messages to valid requests, pieces to messages, errors to status codes."""
+
+import asyncio
+import random
+from contextlib import aclosing
+
+from expertmesh.actors.gateway.engine import Engine, Piece
+from expertmesh.actors.gateway.status_codes import Context, errors_to_status
+from expertmesh.actors.gateway.validation import ValidRequest, validate_request
+from expertmesh.cluster.model_info import ModelInfo
+from expertmesh.cluster.requests import FinishReason, TokenEvent
+from expertmesh.models.tokenizer import Tokenizer
+from expertmesh.v1 import inference_pb2, inference_pb2_grpc
+from expertmesh.v1.inference_pb2 import GenerateOnceResponse, GenerateRequest, GenerateResponse
+
+# A longer prompt is tokenised in a thread: meanwhile the streams of the others go on.
+LONG_PROMPT_CHARS = 8192
+
+FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.DEADLINE: inference_pb2.FINISH_REASON_DEADLINE,
+}
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Serves one gateway's clients. A client that cancels, or whose deadline passes, has its handler cancelled."""
+
+    def __init__(self, engine: Engine, model: ModelInfo, tokenizer: Tokenizer | None, rng: random.Random) -> None:
+        """Serve `model` by `engine`; rng draws request ids and the seeds of requests that give none."""
+        self._engine = engine
+        self._model = model
+        self._tokenizer = tokenizer
+        self._rng = rng
+
+    # gRPC accepts a coroutine that writes; unlike a generator it is left at once when it is cancelled between messages.
+    async def Generate(  # type: ignore[override]  # noqa: N802
+        self, request: GenerateRequest, context: Context
+    ) -> None:
+        """Stream the pieces of all samples."""
+        request_id = self._request_id(request)
+        async with errors_to_status(context, request_id):
+            valid = await self._validate(request, request_id)
+            async with aclosing(self._engine.generate(valid)) as pieces:
+                async for piece in pieces:
+                    await context.write(_response(valid, piece))
+
+    async def GenerateOnce(self, request: GenerateRequest, context: Context) -> GenerateOnceResponse:  # noqa: N802
+        """Gather the pieces of all samples."""
+        request_id = self._request_id(request)
+        response = GenerateOnceResponse(request_id=request_id)
+        async with errors_to_status(context, request_id):
+            valid = await self._validate(request, request_id)
+            texts: list[list[str]] = [[] for _ in valid.sampling]
+            for index in range(len(valid.sampling)):
+                response.outputs.add(index=index)
+            response.usage.prompt_tokens = len(valid.prompt_ids)
+            async with aclosing(self._engine.generate(valid)) as pieces:
+                async for piece in pieces:
+                    output = response.outputs[piece.index]
+                    texts[piece.index].append(piece.text)
+                    output.token_ids.extend(_token_ids(piece))
+                    output.logprobs.extend(_logprobs(valid, piece))
+                    if piece.finish_reason is not None:
+                        output.finish_reason = FINISH_REASONS[piece.finish_reason]
+                        response.usage.completion_tokens += piece.num_output_tokens
+            for output, parts in zip(response.outputs, texts, strict=True):
+                output.text = "".join(parts)
+        return response
+
+    def _request_id(self, request: GenerateRequest) -> str:
+        return request.request_id if request.HasField("request_id") else f"{self._rng.getrandbits(128):032x}"
+
+    async def _validate(self, request: GenerateRequest, request_id: str) -> ValidRequest:
+        def validate() -> ValidRequest:
+            return validate_request(
+                request, model=self._model, tokenizer=self._tokenizer, request_id=request_id, default_seed=seed
+            )
+
+        seed = self._rng.getrandbits(63)
+        return await asyncio.to_thread(validate) if len(request.text) > LONG_PROMPT_CHARS else validate()
+
+
+def _response(valid: ValidRequest, piece: Piece) -> GenerateResponse:
+    response = GenerateResponse(
+        request_id=valid.request_id,
+        index=piece.index,
+        text=piece.text,
+        token_ids=_token_ids(piece),
+        logprobs=_logprobs(valid, piece),
+    )
+    if piece.finish_reason is not None:
+        response.finish_reason = FINISH_REASONS[piece.finish_reason]
+        response.usage.prompt_tokens = len(valid.prompt_ids)
+        response.usage.completion_tokens = piece.num_output_tokens
+    return response
+
+
+def _token_ids(piece: Piece) -> list[int]:
+    return [event.token_id for event in piece.tokens if event.token_id is not None]
+
+
+def _logprobs(valid: ValidRequest, piece: Piece) -> list[inference_pb2.TokenLogprob]:
+    if valid.sampling[piece.index].logprobs is None:
+        return []
+    return [_token_logprob(event) for event in piece.tokens]
+
+
+def _token_logprob(event: TokenEvent) -> inference_pb2.TokenLogprob:
+    assert event.token_id is not None
+    assert event.logprob is not None, f"{event.sequence_id}: the worker sent no logprob of token {event.index}"
+    return inference_pb2.TokenLogprob(
+        token_id=event.token_id,
+        logprob=event.logprob,
+        top=[inference_pb2.TopLogprob(token_id=top.token_id, logprob=top.logprob) for top in event.top_logprobs],
+    )

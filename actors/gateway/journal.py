@@ -1,0 +1,125 @@
+"""Which requests are alive, and what is needed to go on with each of them on another worker."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from expertmesh.actors.gateway.validation import ValidRequest
+from expertmesh.actors.gateway.worker_client import WorkerLink, WorkerLost
+from expertmesh.cluster.errors import CapacityError
+from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class LiveSample:
+    """One sample of a live request: a sequence at a worker, and all tokens received of it."""
+
+    index: int
+    sampling: SamplingParams
+    sequence_id: str = ""
+    output_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class LiveRequest:
+    """A request that has not ended. Its unfinished samples all live at one worker, so that they share the prompt.
+
+    link: None until it is placed. admitted: whether any worker ever took it. inbox: what the link's poll loop brings,
+    in order.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    samples: tuple[LiveSample, ...]
+    link: WorkerLink | None = None
+    admitted: bool = False
+    inbox: asyncio.Queue[list[TokenEvent] | WorkerLost] = field(default_factory=asyncio.Queue)
+
+    @property
+    def unfinished(self) -> list[LiveSample]:
+        """The samples that have not ended."""
+        return [sample for sample in self.samples if not sample.finished]
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Most tokens that its worker still has to compute: the prompt once, then each sample's rest."""
+        rests = [sample.sampling.max_tokens - len(sample.output_ids) for sample in self.unfinished]
+        started = any(sample.output_ids for sample in self.samples)
+        return sum(rests) + (0 if started else len(self.prompt_ids))
+
+    def sequences(self) -> list[SequenceRequest]:
+        """Return what a worker must be told to go on with the unfinished samples after the tokens received."""
+        return [
+            SequenceRequest(
+                sequence_id=sample.sequence_id,
+                prompt_ids=self.prompt_ids,
+                sampling=sample.sampling,
+                output_ids=tuple(sample.output_ids),
+            )
+            for sample in self.unfinished
+        ]
+
+
+class Journal:
+    """The live requests of one gateway, by the ids of their sequences.
+
+    Each stay of a sequence at a worker has its own id, `<request_id>#<sample>~<random>`. So late events and late
+    cancels of a former stay touch nothing, even at the same worker, and a client may use a request id again.
+    """
+
+    def __init__(self, *, max_requests: int, rng: random.Random) -> None:
+        self._max_requests = max_requests
+        self._rng = rng
+        self._requests: dict[LiveRequest, None] = {}
+        self._by_sequence: dict[str, tuple[LiveRequest, LiveSample]] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        return iter(tuple(self._requests))
+
+    def open(self, request: ValidRequest) -> LiveRequest:
+        """Enter a new request.
+
+        Raises:
+            CapacityError: as many requests are alive as this gateway allows.
+        """
+        if len(self._requests) >= self._max_requests:
+            raise CapacityError(f"{len(self._requests)} requests are alive at this gateway, as many as it allows")
+        samples = tuple(LiveSample(index=index, sampling=sampling) for index, sampling in enumerate(request.sampling))
+        live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples)
+        self._requests[live] = None
+        return live
+
+    def move(self, live: LiveRequest, link: WorkerLink) -> None:
+        """Note that the request's unfinished samples begin a stay at `link`, under new sequence ids."""
+        self._forget_sequences(live)
+        live.link = link
+        for sample in live.unfinished:
+            sample.sequence_id = f"{live.request_id}#{sample.index}~{self._rng.getrandbits(32):08x}"
+            self._by_sequence[sample.sequence_id] = (live, sample)
+
+    def find(self, sequence_id: str) -> tuple[LiveRequest, LiveSample] | None:
+        """Return the request and sample that now have this sequence id; None for one that ended or moved."""
+        return self._by_sequence.get(sequence_id)
+
+    def at(self, link: WorkerLink) -> list[LiveRequest]:
+        """Return the requests that live on a link."""
+        return [live for live in self._requests if live.link is link]
+
+    def finish(self, sample: LiveSample) -> None:
+        """Note that a sample ended."""
+        sample.finished = True
+        self._by_sequence.pop(sample.sequence_id, None)
+
+    def close(self, live: LiveRequest) -> None:
+        """Forget a request."""
+        self._forget_sequences(live)
+        del self._requests[live]
+
+    def _forget_sequences(self, live: LiveRequest) -> None:
+        for sample in live.samples:
+            self._by_sequence.pop(sample.sequence_id, None)

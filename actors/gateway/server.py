@@ -1,0 +1,87 @@
+"""The gateway's own gRPC server: Inference, Admin, health and reflection on one port."""
+
+import socket
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from expertmesh.actors.gateway.admin_service import AdminService
+from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.cluster.errors import InputError
+from expertmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+HEALTH_NAMES = ("", INFERENCE)
+
+
+class GatewayServer:
+    """A listening server. Its health is NOT_SERVING until `set_serving(True)`."""
+
+    def __init__(
+        self, server: grpc.aio.Server, health_service: health.aio.HealthServicer, host: str, port: int
+    ) -> None:
+        """Hold a started server; use `start_server`."""
+        self._server = server
+        self._health = health_service
+        self.host = host
+        self.port = port
+
+    @property
+    def address(self) -> str:
+        """host:port that it listens on."""
+        return _address(self.host, self.port)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Set what the health service answers, for the whole server and for Inference."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in HEALTH_NAMES:
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Take no new calls, give the running ones `grace_s` seconds to end, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+async def start_server(*, host: str, port: int, inference: InferenceService, admin: AdminService) -> GatewayServer:
+    """Start to listen on host:port; port 0 takes a free one, which the result tells.
+
+    Raises:
+        InputError: the address cannot be listened on; the message says why.
+    """
+    # Without this a second gateway would share the port, and each would get half of the calls.
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+    admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
+    health_service = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection((INFERENCE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    _require_free(host, port)
+    try:
+        bound_port = server.add_insecure_port(_address(host, port))
+    except RuntimeError as error:
+        raise InputError(f"cannot listen on {_address(host, port)}: {error}") from error
+    started = GatewayServer(server, health_service, host=host, port=bound_port)
+    await started.set_serving(False)
+    await server.start()
+    return started
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _require_free(host: str, port: int) -> None:
+    """Try the address first: gRPC's own error does not say what is wrong with it."""
+    # Resolvers and gRPC take a larger number modulo 65536.
+    if not 0 <= port <= 65535:
+        raise InputError(f"cannot listen on {_address(host, port)}: a port is from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise InputError(f"cannot listen on {_address(host, port)}: {error}") from error

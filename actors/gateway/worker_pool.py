@@ -1,0 +1,207 @@
+"""Which worker runs which live request, and what happens when a worker comes, empties or dies."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable, Sequence
+
+from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
+from expertmesh.actors.gateway.router import choose_worker
+from expertmesh.actors.gateway.worker_client import WorkerClient, WorkerLink, WorkerLost
+from expertmesh.cluster.errors import CapacityError, UnavailableError
+from expertmesh.cluster.requests import TokenEvent
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerPool:
+    """The attention workers known to one gateway: one poll loop each, and the placing of requests.
+
+    Guarantees:
+        - Each live request hears of the tokens of its current stay in order, then, if its worker is lost, WorkerLost.
+        - A worker that raises, or does not answer within call_timeout_s, is lost; it is used again only when
+          `set_workers` names it anew, and if it had hung only after it has answered.
+        - A worker that `set_workers` no longer names gets no new requests and keeps those that it has.
+    """
+
+    def __init__(
+        self, journal: Journal, *, rng: random.Random, call_timeout_s: float = 30.0, retry_delay_s: float = 0.2
+    ) -> None:
+        """Start with no workers.
+
+        Args:
+            journal: of this gateway.
+            rng: for the router.
+            call_timeout_s: longest wait for a worker's answer; above the 10 s of a long poll.
+            retry_delay_s: pause before a resumed request asks full workers again.
+        """
+        self._journal = journal
+        self._rng = rng
+        self._call_timeout_s = call_timeout_s
+        self._retry_delay_s = retry_delay_s
+        self._links: dict[str, WorkerLink] = {}
+        self._polls: dict[WorkerLink, asyncio.Task[None]] = {}
+        self._cancels: set[asyncio.Task[None]] = set()
+        self._hung: dict[str, WorkerClient] = {}
+        self._changed = asyncio.Event()
+        self.num_failovers = 0
+
+    @property
+    def routable(self) -> list[WorkerLink]:
+        """The workers that new requests may go to."""
+        return [link for link in self._links.values() if link.routable]
+
+    def set_workers(self, workers: Sequence[WorkerClient]) -> None:
+        """Make these the workers that new requests may go to; a known id with another client is a restarted worker.
+
+        Call it inside the event loop, at each change and now and then: a worker lost to a passing fault is tried again.
+        """
+        named = {worker.worker_id: worker for worker in workers}
+        for worker_id, link in tuple(self._links.items()):
+            if worker_id not in named:
+                link.named = False
+                self._drop_if_empty(link)
+            elif link.client is not named[worker_id]:
+                self._lose(link, "it was restarted")
+        for worker_id, worker in named.items():
+            suspect = self._hung.get(worker_id) is worker
+            link = self._links.setdefault(worker_id, WorkerLink(worker, suspect=suspect))
+            link.named = True
+            if link not in self._polls:
+                self._polls[link] = asyncio.create_task(self._poll(link), name=f"poll {worker_id}")
+        self._hung = {worker_id: worker for worker_id, worker in self._hung.items() if worker_id in named}
+        self._changed.set()
+
+    async def place(self, live: LiveRequest) -> None:
+        """Submit the request's unfinished samples to a worker; wait as long as there is none.
+
+        Raises:
+            InputError: no worker can ever run it.
+            CapacityError: all workers are full and the request is new; a resumed request waits for room.
+        """
+        full: set[str] = set()
+        while True:
+            link = await self._choose(live, full)
+            self._journal.move(live, link)
+            try:
+                async with asyncio.timeout(self._call_timeout_s):
+                    await link.client.submit(live.sequences())
+            except UnavailableError as error:
+                self._lose(link, f"submit: {error}")
+            except TimeoutError:
+                self._lose(link, f"no answer to submit in {self._call_timeout_s} s", hung=True)
+            except CapacityError:
+                live.link = None
+                full.add(link.worker_id)
+                if self.routable and all(other.worker_id in full for other in self.routable):
+                    if not live.admitted:
+                        raise
+                    full.clear()
+                    await asyncio.sleep(self._retry_delay_s)
+            else:
+                live.admitted = True
+                return
+
+    def finish(self, live: LiveRequest, sample: LiveSample, *, at_worker: bool) -> None:
+        """Note that a sample ended; unless it ended at its worker, have the worker drop it."""
+        if not at_worker and live.link is not None:
+            self._cancel(live.link, [sample.sequence_id])
+        self._journal.finish(sample)
+
+    def release(self, live: LiveRequest) -> None:
+        """Forget a request, and have its worker drop at once what has not ended."""
+        link = live.link
+        if link is not None and live.unfinished:
+            self._cancel(link, [sample.sequence_id for sample in live.unfinished])
+        self._journal.close(live)
+        if link is not None:
+            self._drop_if_empty(link)
+
+    async def close(self) -> None:
+        """Stop all loops; requests that are alive hear nothing more."""
+        tasks = [*self._polls.values(), *self._cancels]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._polls.clear()
+        self._links.clear()
+
+    async def _choose(self, live: LiveRequest, full: set[str]) -> WorkerLink:
+        while not self.routable:
+            self._changed.clear()
+            await self._changed.wait()
+        # If all that are left now are full, ask one again: the caller decides when to give up.
+        links = [link for link in self.routable if link.worker_id not in full] or self.routable
+        outstanding = {link.worker_id: 0 for link in links}
+        for other in self._journal:
+            if other is not live and other.link is not None and other.link.worker_id in outstanding:
+                outstanding[other.link.worker_id] += other.outstanding_tokens
+        return self._links[choose_worker(live.prompt_ids, outstanding, self._rng)]
+
+    async def _poll(self, link: WorkerLink) -> None:
+        cursor = 0
+        try:
+            while True:
+                async with asyncio.timeout(self._call_timeout_s):
+                    cursor, events = await link.client.poll(cursor)
+                self._deliver(events)
+                if link.suspect:
+                    link.suspect = False
+                    self._hung.pop(link.worker_id, None)
+                    self._changed.set()
+        except UnavailableError as error:
+            self._lose(link, f"poll: {error}")
+        except TimeoutError:
+            self._lose(link, f"no answer to poll in {self._call_timeout_s} s", hung=True)
+        except Exception:
+            logger.exception("worker %s: poll failed in a way that no worker should", link.worker_id)
+            self._lose(link, "poll failed")
+
+    def _deliver(self, events: Iterable[TokenEvent]) -> None:
+        by_request: dict[LiveRequest, list[TokenEvent]] = {}
+        for event in events:
+            found = self._journal.find(event.sequence_id)
+            if found is not None:
+                by_request.setdefault(found[0], []).append(event)
+        for live, own_events in by_request.items():
+            live.inbox.put_nowait(own_events)
+
+    def _lose(self, link: WorkerLink, why: str, *, hung: bool = False) -> None:
+        if self._links.get(link.worker_id) is not link:
+            return
+        if hung:
+            self._hung[link.worker_id] = link.client
+        stranded = self._journal.at(link)
+        logger.warning("lost worker %s (%s); %d requests move", link.worker_id, why, len(stranded))
+        self._forget(link)
+        self.num_failovers += len(stranded)
+        # It may only be slow: then it must not go on with what now runs elsewhere.
+        sequence_ids = [sample.sequence_id for live in stranded for sample in live.unfinished]
+        if sequence_ids:
+            self._cancel(link, sequence_ids)
+        for live in stranded:
+            live.inbox.put_nowait(WorkerLost(link))
+
+    def _drop_if_empty(self, link: WorkerLink) -> None:
+        if not link.named and self._links.get(link.worker_id) is link and not self._journal.at(link):
+            self._forget(link)
+
+    def _forget(self, link: WorkerLink) -> None:
+        del self._links[link.worker_id]
+        task = self._polls.pop(link)
+        if task is not asyncio.current_task():
+            task.cancel()
+
+    def _cancel(self, link: WorkerLink, sequence_ids: list[str]) -> None:
+        task = asyncio.create_task(self._cancel_at_worker(link, sequence_ids))
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
+
+    async def _cancel_at_worker(self, link: WorkerLink, sequence_ids: list[str]) -> None:
+        try:
+            async with asyncio.timeout(self._call_timeout_s):
+                await link.client.cancel(sequence_ids)
+        except (UnavailableError, TimeoutError) as error:
+            logger.info("worker %s did not hear of %d cancels: %r", link.worker_id, len(sequence_ids), error)
+        except Exception:
+            logger.exception("worker %s: cancel failed in a way that no worker should", link.worker_id)

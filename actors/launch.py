@@ -1,0 +1,155 @@
+"""Bringing a deployment up and down from one process: checks first, then Ray, controller, gateway."""
+
+import multiprocessing
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+
+from expertmesh.actors.controller import start_controller
+from expertmesh.actors.gateway.deployment import deploy_gateway
+from expertmesh.actors.runtime import join_ray, start_local_ray
+from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
+from expertmesh.cluster.settings import ServeSettings
+
+_PROGRESS_PERIOD_S = 0.2
+_DRAIN_S = 5.0
+
+
+class Deployment:
+    """A served model. `start` blocks until it is ready; `stop` leaves no process of ours behind, however far start came."""
+
+    def __init__(self, settings: ServeSettings, ray_address: str | None, say: Callable[[str], None]) -> None:
+        """Prepare a deployment.
+
+        Args:
+            settings: what to serve and how.
+            ray_address: of a running cluster; None starts one of our own on loopback.
+            say: told each step in a line.
+        """
+        self._settings = settings
+        self._ray_address = ray_address
+        self._say = say
+        self._directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
+        self._controller: Any = None
+        self._gateway: Any = None
+        self.grpc_address = ""
+
+    def start(self) -> None:
+        """Bring everything up.
+
+        Raises:
+            InputError: the port is in use, or the settings do not fit.
+            CheckpointError: the model cannot be served.
+            CapacityError: too little memory or too few accelerators.
+            UnavailableError: something did not come up.
+        """
+        settings = self._settings
+        _require_free_port(settings.grpc_host, settings.grpc_port)
+        self._say(f"checking {settings.model}")
+        # In a process of its own, so that torch and transformers do not stay in this one.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            inspection: Future[Any] = pool.submit(_inspect, settings)
+            if self._ray_address is None:
+                self._say("starting Ray on this machine")
+            facts, error = inspection.result()
+            if error is not None:
+                raise error
+        info = facts.info
+        self._say(
+            f"{info.architecture}, {info.dtype}: {len(info.moe_layers)} MoE layers of {info.num_experts} experts, "
+            f"dense half {facts.dense_bytes / 2**20:.1f} MiB, an expert {facts.expert_bytes / 2**20:.2f} MiB"
+        )
+        if self._ray_address is None:
+            self._check_memory(facts)
+            start_local_ray(self._directory / "ray")
+        else:
+            join_ray(self._ray_address)
+        self._controller = start_controller(settings, info, self._directory / "state")
+        self._follow(self._controller.start.remote())
+        self._say("starting the gateway")
+        self._gateway = deploy_gateway(settings, info)
+        self.grpc_address = self._gateway.address.remote().result(timeout_s=60)
+        self._say(f"serving on {self.grpc_address}")
+
+    def stop(self) -> None:
+        """Drain the gateway, end all actors and, if it is our own, Ray."""
+        try:
+            if self._gateway is not None:
+                self._say("draining the gateway")
+                self._gateway.shut_down.remote(_DRAIN_S).result(timeout_s=_DRAIN_S + 10)
+            if ray.is_initialized():
+                serve.shutdown()
+                self._stop_controller()
+        finally:
+            ray.shutdown()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _stop_controller(self) -> None:
+        if self._controller is None:
+            return
+        try:
+            ray.get(self._controller.stop.remote(), timeout=30)
+        except RayActorError as error:
+            self._say(f"the controller was gone already: {type(error).__name__}")
+        ray.kill(self._controller)
+
+    def _follow(self, reference: Any) -> None:
+        """Wait for the controller's start and pass on what it says meanwhile."""
+        told = 0
+        while True:
+            done, _ = ray.wait([reference], timeout=_PROGRESS_PERIOD_S)
+            try:
+                lines = ray.get(self._controller.progress.remote(told))
+                if done:
+                    ray.get(reference)
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, ExpertMeshError) else UnavailableError(str(error)) from error
+            except RayActorError as error:
+                raise UnavailableError(f"the controller died: {error}") from error
+            for line in lines:
+                self._say(line)
+            told += len(lines)
+            if done:
+                return
+
+    def _check_memory(self, facts: Any) -> None:
+        """Refuse what cannot fit on this machine, before anything is loaded. Accelerators check themselves."""
+        settings, info = self._settings, facts.info
+        if settings.device == "cuda":
+            return
+        experts = facts.expert_bytes * info.num_experts * len(info.moe_layers) * settings.replicas
+        dense = facts.dense_bytes * settings.workers
+        free = psutil.virtual_memory().available
+        if experts + dense > free:
+            raise CapacityError(
+                f"{settings.model}: {experts / 2**30:.2f} GiB of experts and {dense / 2**30:.2f} GiB of dense halves do not "
+                f"fit in the {free / 2**30:.2f} GiB that are free"
+            )
+
+
+def _inspect(settings: ServeSettings) -> tuple[Any, ExpertMeshError | None]:
+    """Run in a process of its own: open the checkpoint, return its facts or why it cannot be served."""
+    from expertmesh.models.describe import inspect_checkpoint
+
+    try:
+        return inspect_checkpoint(settings.model, settings.dtype, settings.max_context), None
+    except ExpertMeshError as error:
+        return None, error
+
+
+def _require_free_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"cannot listen on {host}:{port}: {error.strerror}") from error

@@ -1,0 +1,94 @@
+"""What a link is, and the registry of the kinds there are."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from expertmesh.cluster.errors import UnknownNameError
+from expertmesh.cluster.packets import PacketHeader
+
+WORKER_RANK = 0
+SHARD_RANK = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkAddress:
+    """Where and under which name the two ends of a link meet.
+
+    host and port are of the shard's rendezvous store; name is unique for the pair of ends and the generation. interface is
+    the address of this end's network interface. timeout_s bounds forming the link and each wait that gives no other bound.
+    """
+
+    host: str
+    port: int
+    name: str
+    generation: int
+    rank: int
+    interface: str
+    timeout_s: float
+
+
+class Link(ABC):
+    """Joins exactly two ends. Every wait has a deadline; after any LinkError the link is broken for good.
+
+    One thread at a time may send, and one may receive.
+    """
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+
+    @abstractmethod
+    def send(self, header: PacketHeader, parts: Sequence[Tensor] = ()) -> None:
+        """Send one message: the header and the parts, one after another.
+
+        Args:
+            header: its payload_bytes is the sum of the parts' bytes.
+            parts: contiguous tensors.
+
+        Raises:
+            LinkError: the peer is gone or the deadline passed.
+        """
+
+    @abstractmethod
+    def recv(self, timeout_s: float | None = None) -> tuple[PacketHeader, Tensor]:
+        """Receive one message.
+
+        Args:
+            timeout_s: how long to wait for it; None is the link's own timeout.
+
+        Returns:
+            The header and its payload as uint8; the payload is valid until the next recv.
+
+        Raises:
+            LinkError: the peer is gone, the deadline passed, or the message is not of this protocol.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Tell the peer, if it still listens, and let go."""
+
+
+_KINDS = {"gloo": "expertmesh.actors.links.gloo:GlooLink", "nccl": "expertmesh.actors.links.nccl:NcclLink"}
+
+
+def open_link(kind: str, address: LinkAddress, device: torch.device) -> Link:
+    """Form one end of a link; blocks until the other end has come, at most address.timeout_s.
+
+    Raises:
+        UnknownNameError: no such kind.
+        LinkError: the other end did not come.
+    """
+    if kind not in _KINDS:
+        raise UnknownNameError(f"link kind {kind!r} is not one of {', '.join(_KINDS)}")
+    module, _, name = _KINDS[kind].partition(":")
+    link: Link = getattr(import_module(module), name)(address, device)
+    return link
+
+
+def link_kind(worker: torch.device, shard: torch.device, *, share_gpu: bool) -> str:
+    """Choose the kind for two ends: NCCL between two GPUs, Gloo otherwise (NCCL refuses two ranks on one GPU)."""
+    return "nccl" if worker.type == shard.type == "cuda" and not share_gpu else "gloo"

@@ -1,0 +1,86 @@
+"""Ray as ExpertMesh uses it: names, the environment of the actors, a local cluster of our own."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from expertmesh.cluster.errors import CapacityError
+
+NAMESPACE = "expertmesh"
+CONTROLLER = "controller"
+GATEWAY_APP = "expertmesh"
+
+
+def actor_env(threads: int) -> dict[str, str]:
+    """Return the environment of a computing process.
+
+    Threads that spin after a parallel region steal the cores that the other processes of the machine need, hence PASSIVE.
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def start_local_ray(temp_dir: Path) -> None:
+    """Start a Ray of our own on loopback; it ends with this process.
+
+    Args:
+        temp_dir: short path for Ray's files and sockets.
+    """
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(temp_dir),
+    )
+
+
+def join_ray(address: str) -> None:
+    """Connect to a running Ray cluster."""
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+
+
+def pinned_options(name: str, *, num_cpus: float, num_gpus: float, env: dict[str, str], timeout_s: float) -> dict[str, Any]:
+    """Reserve an accelerator for a detached actor and return the actor's options.
+
+    Raises:
+        CapacityError: the cluster has no room within timeout_s.
+    """
+    bundle = {"GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
+    group = placement_group([bundle], name=f"pg-{name}", lifetime="detached")
+    if not group.wait(timeout_s):
+        raise CapacityError(f"{name}: no node with {bundle} free within {timeout_s:.0f} s; Ray has {ray.available_resources()}")
+    return {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": bundle.get("CPU", 0),
+        "num_gpus": num_gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        "runtime_env": {"env_vars": env},
+    }
+
+
+def node_address() -> str:
+    """Return this node's address within the Ray cluster."""
+    return str(ray.util.get_node_ip_address())
+
+
+def listen_on(host: str) -> socket.socket:
+    """Return a socket that listens on a free port of one interface."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen()
+    return listener

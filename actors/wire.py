@@ -1,0 +1,102 @@
+"""How a dispatch and its answer lie in a packet: rows first, then the pairs' rows, experts and weights.
+
+Shape suffixes: R rows, H hidden, P (row, expert) pairs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertmesh.cluster.errors import LinkError
+from expertmesh.cluster.packets import PacketHeader, PacketKind, WireDtype
+from expertmesh.kernels.dispatch import ShardPairs
+
+_TORCH_DTYPE = {
+    WireDtype.FLOAT32: torch.float32,
+    WireDtype.BFLOAT16: torch.bfloat16,
+    WireDtype.FLOAT16: torch.float16,
+}
+_WIRE_DTYPE = {dtype: wire for wire, dtype in _TORCH_DTYPE.items()}
+PAIR_BYTES = 12  # row int32, expert int32, weight float32
+
+
+class Dispatch(NamedTuple):
+    """A request as a shard reads it: rows [R, H], and int64, int64 and float32 pairs."""
+
+    rows_RH: Tensor
+    row_P: Tensor
+    expert_P: Tensor
+    weight_P: Tensor
+
+
+def dispatch_packet(
+    rows_RH: Tensor, pairs: ShardPairs, *, layer: int, generation: int, sequence: int, epoch: int
+) -> tuple[PacketHeader, list[Tensor]]:
+    """Return the header and parts of a request to a shard."""
+    num_pairs = len(pairs.row_P)
+    pair_block = torch.from_numpy(
+        np.concatenate([pairs.row_P.view(np.uint8), pairs.expert_P.view(np.uint8), pairs.weight_P.view(np.uint8)])
+    )
+    header = PacketHeader(
+        kind=PacketKind.DISPATCH,
+        generation=generation,
+        sequence=sequence,
+        epoch=epoch,
+        layer=layer,
+        num_rows=rows_RH.shape[0],
+        num_pairs=num_pairs,
+        hidden=rows_RH.shape[1],
+        dtype=_WIRE_DTYPE[rows_RH.dtype],
+        payload_bytes=rows_RH.numel() * rows_RH.element_size() + num_pairs * PAIR_BYTES,
+    )
+    return header, [rows_RH.contiguous(), pair_block.to(rows_RH.device)]
+
+
+def read_dispatch(header: PacketHeader, payload: Tensor) -> Dispatch:
+    """Read a request.
+
+    Raises:
+        LinkError: the payload's size or its rows are not what the header says.
+    """
+    dtype = _TORCH_DTYPE[header.dtype]
+    row_bytes = header.num_rows * header.hidden * dtype.itemsize
+    if payload.numel() != row_bytes + header.num_pairs * PAIR_BYTES:
+        raise LinkError(f"a dispatch of {payload.numel()} bytes does not fit its header {header}")
+    rows_RH = payload[:row_bytes].view(dtype).view(header.num_rows, header.hidden)
+    # Copied: the block of pairs need not be aligned for its types.
+    block = payload[row_bytes:].clone().view(3, header.num_pairs * 4)
+    row_P = block[0].view(torch.int32).long()
+    if header.num_pairs and not 0 <= int(row_P.min()) <= int(row_P.max()) < header.num_rows:
+        raise LinkError(f"a dispatch names rows outside 0 to {header.num_rows - 1}")
+    return Dispatch(rows_RH, row_P, block[1].view(torch.int32).long(), block[2].view(torch.float32))
+
+
+def combine_packet(request: PacketHeader, rows_RH: Tensor, epoch: int) -> tuple[PacketHeader, list[Tensor]]:
+    """Return the header and parts of an answer; rows travel in the request's dtype."""
+    rows_RH = rows_RH.to(_TORCH_DTYPE[request.dtype])
+    header = PacketHeader(
+        kind=PacketKind.COMBINE,
+        generation=request.generation,
+        sequence=request.sequence,
+        epoch=epoch,
+        layer=request.layer,
+        num_rows=rows_RH.shape[0],
+        hidden=rows_RH.shape[1],
+        dtype=request.dtype,
+        payload_bytes=rows_RH.numel() * rows_RH.element_size(),
+    )
+    return header, [rows_RH]
+
+
+def read_combine(header: PacketHeader, payload: Tensor) -> Tensor:
+    """Read an answer: rows [R, H].
+
+    Raises:
+        LinkError: the payload's size is not what the header says.
+    """
+    dtype = _TORCH_DTYPE[header.dtype]
+    if payload.numel() != header.num_rows * header.hidden * dtype.itemsize:
+        raise LinkError(f"an answer of {payload.numel()} bytes does not fit its header {header}")
+    return payload.view(dtype).view(header.num_rows, header.hidden)

@@ -1,0 +1,231 @@
+"""The attention worker's process: a Ray actor around the dense half, the dispatcher and the engine."""
+
+import asyncio
+import os
+import threading
+from typing import Any
+
+import psutil
+import ray
+import torch
+
+from expertmesh.actors.links.base import WORKER_RANK, Link, LinkAddress, link_kind, open_link
+from expertmesh.actors.runtime import node_address
+from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+from expertmesh.actors.worker.engine import Engine
+from expertmesh.actors.worker.outbox import Outbox
+from expertmesh.cluster.errors import CapacityError, UnavailableError
+from expertmesh.cluster.ids import ShardId, WorkerId
+from expertmesh.cluster.placement import Placement
+from expertmesh.cluster.requests import SequenceRequest, TokenEvent
+from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
+from expertmesh.cluster.settings import ServeSettings
+from expertmesh.models import hooks
+from expertmesh.models.architecture import Architecture, open_architecture
+from expertmesh.models.loading import CheckpointWeights
+from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
+
+_POLL_S = 10.0
+# Part of the memory that is free when the model is loaded which the KV cache takes, unless kv_tokens says otherwise.
+_KV_PART = {"cpu": 0.1, "cuda": 0.8}
+
+
+class WorkerActor:
+    """Runs the dense half of the model for its sequences, and has the experts run by the shards."""
+
+    def __init__(self, worker_id: WorkerId, settings: ServeSettings, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._id = worker_id
+        self._settings = settings
+        self._host = node_address()
+        self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self._links: dict[ShardId, Link] = {}
+        self._generation = 0
+        self._outboxes: dict[str, Outbox] = {}
+        self._gateway_of: dict[str, str] = {}
+        self._engine: Engine | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._architecture: Architecture | None = None
+        self._dense_bytes = 0
+        self._num_pages = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def load(self) -> None:
+        """Read the dense half. Asking again changes nothing.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if self._architecture is None:
+            await asyncio.to_thread(self._load)
+
+    async def set_fleet(self, placement_record: bytes, shards: dict[ShardId, Any], devices: dict[ShardId, str]) -> int:
+        """Join the shards of a placement and use it from the next layer on.
+
+        Args:
+            placement_record: the placement.
+            shards: the actor of each live shard.
+            devices: each shard's torch device.
+
+        Returns:
+            The epoch now in use.
+        """
+        placement = Placement.from_bytes(placement_record)
+        assert self._dispatcher is not None, "set_fleet() before load()"
+        for shard in [s for s in self._links if s not in shards]:
+            del self._links[shard]
+        for shard, handle in shards.items():
+            if shard not in self._links:
+                self._links[shard] = await self._join(shard, handle, torch.device(devices[shard]))
+        self._dispatcher.set_fleet(Fleet(placement, self._links))
+        return placement.epoch
+
+    async def start(self) -> None:
+        """Begin to serve. Asking again changes nothing."""
+        if self._engine is None:
+            self._loop = asyncio.get_running_loop()
+            self._engine = await asyncio.to_thread(self._make_engine)
+            threading.Thread(target=self._engine.run_forever, name="engine", daemon=True).start()
+
+    async def submit(self, gateway_id: str, requests: list[SequenceRequest]) -> None:
+        """See WorkerClient.submit."""
+        if self._engine is None:
+            raise UnavailableError(f"{self._id} is still loading")
+        for request in requests:
+            self._gateway_of[request.sequence_id] = gateway_id
+        try:
+            self._engine.submit(requests)
+        except Exception:
+            for request in requests:
+                self._gateway_of.pop(request.sequence_id, None)
+            raise
+
+    async def cancel(self, sequence_ids: list[str]) -> None:
+        """See WorkerClient.cancel."""
+        if self._engine is not None:
+            self._engine.cancel(sequence_ids)
+        for sequence_id in sequence_ids:
+            self._gateway_of.pop(sequence_id, None)
+
+    async def poll(self, gateway_id: str, after: int) -> tuple[int, list[TokenEvent]]:
+        """See WorkerClient.poll."""
+        return await self._outboxes.setdefault(gateway_id, Outbox()).poll(after, _POLL_S)
+
+    async def describe(self) -> dict[str, Any]:
+        """Return what `status` shows of a worker."""
+        engine = self._engine
+        return {
+            "id": self._id,
+            "pid": os.getpid(),
+            "node": self._host,
+            "state": "ready" if engine else "loading",
+            "dense_bytes": self._dense_bytes,
+            "running": engine.num_running if engine else 0,
+            "waiting": engine.num_waiting if engine else 0,
+            "free_pages": engine.num_free_pages if engine else 0,
+            "num_pages": self._num_pages,
+            "tokens_generated": engine.num_tokens if engine else 0,
+            "lost_shards": self._lost_shards(),
+        }
+
+    async def counters(self) -> dict[str, Any]:
+        """Return load_LE, dispatch_bytes_L and combine_bytes_L since start, as nested lists."""
+        assert self._dispatcher is not None, "counters() before load()"
+        return {
+            "load_LE": self._dispatcher.load_LE.tolist(),
+            "dispatch_bytes_L": self._dispatcher.dispatch_bytes_L.tolist(),
+            "combine_bytes_L": self._dispatcher.combine_bytes_L.tolist(),
+        }
+
+    def _load(self) -> None:
+        architecture = open_architecture(self._settings.model, self._settings.dtype)
+        model = CheckpointWeights(architecture).load_dense(self._device)
+        parameters = {p.data_ptr(): p for p in model.parameters()}
+        self._dense_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
+        self._dispatcher = Dispatcher(
+            architecture.moe_layers, architecture.num_experts, recovery_s=self._settings.recovery_s
+        )
+        hooks.attach_experts(architecture.experts_by_layer, self._dispatcher.run)
+        self._architecture = architecture
+
+    async def _join(self, shard: ShardId, handle: Any, device: torch.device) -> Link:
+        self._generation += 1
+        # The process id keeps a restarted worker from meeting a shard's end of its former life.
+        name = f"{self._id}.{os.getpid()}/{shard}/{self._generation}"
+        kind = link_kind(self._device, device, share_gpu=False)
+        host, port = await handle.accept_link.remote(name, self._generation, kind)
+        address = LinkAddress(
+            host=host,
+            port=port,
+            name=name,
+            generation=self._generation,
+            rank=WORKER_RANK,
+            interface=self._host,
+            timeout_s=self._settings.link_timeout_s,
+        )
+        return await asyncio.to_thread(open_link, kind, address, self._device)
+
+    def _make_engine(self) -> Engine:
+        architecture, dispatcher, settings = self._architecture, self._dispatcher, self._settings
+        assert architecture is not None, "start() before load()"
+        assert dispatcher is not None
+        runner: StepRunner
+        max_context = settings.max_context or architecture.max_context
+        if architecture.uses_own_cache:
+            runner, page_size = OwnCacheRunner(architecture.model, self._device), 0
+        else:
+            runner, page_size = PagedRunner(architecture.model, settings.page_size, self._device), settings.page_size
+            self._num_pages = self._choose_num_pages(runner.bytes_per_token, max_context)
+            runner.allocate(self._num_pages)
+        scheduler = Scheduler(
+            SchedulerConfig(
+                max_batch_tokens=settings.max_batch_tokens,
+                max_sequences=settings.max_sequences,
+                num_pages=self._num_pages,
+                page_size=page_size,
+                max_context=max_context,
+            )
+        )
+        return Engine(
+            scheduler,
+            runner,
+            max_queue=settings.max_queue,
+            begin_step=dispatcher.begin_step,
+            on_events=self._hand_out,
+        )
+
+    def _choose_num_pages(self, bytes_per_token: int, max_context: int) -> int:
+        settings = self._settings
+        if settings.kv_tokens:
+            return max(1, settings.kv_tokens // settings.page_size)
+        free_bytes = psutil.virtual_memory().available
+        if self._device.type == "cuda":
+            free_bytes = torch.cuda.mem_get_info(self._device)[0]
+        tokens = int(free_bytes * _KV_PART[self._device.type]) // bytes_per_token
+        if tokens < settings.page_size:
+            raise CapacityError(
+                f"{self._id}: {free_bytes / 2**30:.2f} GiB are free, too little for a KV page of "
+                f"{settings.page_size * bytes_per_token} bytes"
+            )
+        return min(tokens, settings.max_sequences * max_context) // settings.page_size
+
+    def _lost_shards(self) -> list[ShardId]:
+        fleet = self._dispatcher.fleet if self._dispatcher else None
+        return [] if fleet is None else [s for s, alive in zip(fleet.shards, fleet.alive_S, strict=True) if not alive]
+
+    def _hand_out(self, events: list[TokenEvent]) -> None:
+        """Pass a step's events to the event loop; called from the engine's thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._sort_out, events)
+
+    def _sort_out(self, events: list[TokenEvent]) -> None:
+        by_gateway: dict[str, list[TokenEvent]] = {}
+        for event in events:
+            gateway_id = self._gateway_of.get(event.sequence_id)
+            if gateway_id is None:
+                continue  # cancelled
+            by_gateway.setdefault(gateway_id, []).append(event)
+            if event.finish_reason is not None:
+                del self._gateway_of[event.sequence_id]
+        for gateway_id, own_events in by_gateway.items():
+            self._outboxes.setdefault(gateway_id, Outbox()).put(own_events)

@@ -1,0 +1,185 @@
+"""Runs a layer's experts wherever they live: chooses replicas, sends one packet to each shard, combines the answers.
+
+Shape suffixes: T tokens, H hidden, K choices a token, L layers, E experts, S shards of the placement.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertmesh.actors.links.base import Link
+from expertmesh.actors.wire import dispatch_packet, read_combine
+from expertmesh.cluster.dispatch_hash import DispatchTable
+from expertmesh.cluster.errors import LinkError, NoReplicaError, UnavailableError
+from expertmesh.cluster.ids import ShardId
+from expertmesh.cluster.packets import PacketKind
+from expertmesh.cluster.placement import Placement
+from expertmesh.kernels.dispatch import ShardPairs, add_rows, gather_rows, pairs_for_shard
+
+_log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """A placement and this worker's links to its shards. Links break; a broken one stays broken in this fleet."""
+
+    def __init__(self, placement: Placement, links: Mapping[ShardId, Link]) -> None:
+        self.placement = placement
+        self.shards = tuple(slots.shard for slots in placement.shards)
+        self.links = dict(links)
+        self.alive_S = np.array([shard in self.links for shard in self.shards])
+        self.tables = {layer: DispatchTable(placement, layer) for layer in placement.layers}
+
+    def mark_dead(self, index: int) -> None:
+        """Send nothing more to a shard."""
+        self.alive_S[index] = False
+
+
+@dataclass
+class _Asked:
+    """A packet under way."""
+
+    shard: int
+    pairs: ShardPairs
+    mine_TK: npt.NDArray[np.bool_]
+    sequence: int
+
+
+class Dispatcher:
+    """The worker's side of the experts. `run` is what the model's MoE layers call; one thread at a time."""
+
+    def __init__(self, layers: tuple[int, ...], num_experts: int, *, recovery_s: float) -> None:
+        """Make a dispatcher without a fleet.
+
+        Args:
+            layers: indices of the MoE layers.
+            num_experts: experts of each.
+            recovery_s: how long a step waits for a newer fleet when an expert has no live replica.
+        """
+        self._row_of_layer = {layer: row for row, layer in enumerate(layers)}
+        self._num_experts = num_experts
+        self._recovery_s = recovery_s
+        self._fleet: Fleet | None = None
+        self._changed = threading.Condition()
+        self._token_keys_T = np.zeros(0, dtype=np.uint64)
+        self._sequence = 0
+        self.load_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
+        self.dispatch_bytes_L = np.zeros(len(layers), dtype=np.int64)
+        self.combine_bytes_L = np.zeros(len(layers), dtype=np.int64)
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The fleet in use."""
+        return self._fleet
+
+    def set_fleet(self, fleet: Fleet) -> None:
+        """Use a fleet from the next layer on; may be called from any thread."""
+        with self._changed:
+            self._fleet = fleet
+            self._changed.notify_all()
+
+    def begin_step(self, token_keys_T: npt.NDArray[np.uint64]) -> None:
+        """Say which tokens the coming layers carry: one key each, from `dispatch_hash.token_keys`."""
+        self._token_keys_T = token_keys_T
+
+    def run(self, layer: int, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """Compute the routed experts of a layer; see `models.hooks.RunExperts`.
+
+        Raises:
+            NoReplicaError: an expert has no live replica and no newer fleet came within recovery_s.
+        """
+        ids_TK = topk_ids_TK.cpu().numpy()
+        weights_TK = topk_weights_TK.float().cpu().numpy()
+        self.load_LE[self._row_of_layer[layer]] += np.bincount(ids_TK.ravel(), minlength=self._num_experts)
+        out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
+        todo_TK = np.ones(ids_TK.shape, dtype=np.bool_)
+        while todo_TK.any():
+            fleet = self._fleet
+            assert fleet is not None, "run() before set_fleet()"
+            try:
+                shard_TK = fleet.tables[layer].choose(
+                    ids_TK, self._token_keys_T[: len(ids_TK)], fleet.alive_S
+                )
+            except NoReplicaError as error:
+                self._await_fleet(fleet, error)
+                continue
+            asked = self._send_all(fleet, layer, hidden_TH, ids_TK, weights_TK, shard_TK, todo_TK)
+            # Every answer is taken before anything is waited for, so that no link is left with one under way.
+            answers = [self._receive(fleet, layer, request, out_TH) for request in asked]
+            for request, answer in zip(asked, answers, strict=True):
+                if answer is PacketKind.COMBINE:
+                    todo_TK &= ~request.mine_TK
+            if PacketKind.NOT_HERE in answers:
+                epoch = fleet.placement.epoch
+                self._await_fleet(fleet, UnavailableError(f"layer {layer}: a shard does not host what epoch {epoch} says"))
+        return out_TH.to(hidden_TH.dtype)
+
+    def _send_all(
+        self,
+        fleet: Fleet,
+        layer: int,
+        hidden_TH: Tensor,
+        ids_TK: npt.NDArray[np.int64],
+        weights_TK: npt.NDArray[np.float32],
+        shard_TK: npt.NDArray[np.int32],
+        todo_TK: npt.NDArray[np.bool_],
+    ) -> list[_Asked]:
+        """Send each shard its packet. A shard whose link breaks is marked dead, and its pairs stay to be done."""
+        asked: list[_Asked] = []
+        for index in range(len(fleet.shards)):
+            mine_TK = (shard_TK == index) & todo_TK
+            if not mine_TK.any():
+                continue
+            pairs = pairs_for_shard(mine_TK, ids_TK, weights_TK)
+            self._sequence += 1
+            link = fleet.links[fleet.shards[index]]
+            header, parts = dispatch_packet(
+                gather_rows(hidden_TH, pairs),
+                pairs,
+                layer=layer,
+                generation=link.generation,
+                sequence=self._sequence,
+                epoch=fleet.placement.epoch,
+            )
+            try:
+                link.send(header, parts)
+            except LinkError as error:
+                self._lose(fleet, index, error)
+                continue
+            self.dispatch_bytes_L[self._row_of_layer[layer]] += header.payload_bytes
+            asked.append(_Asked(shard=index, pairs=pairs, mine_TK=mine_TK, sequence=self._sequence))
+        return asked
+
+    def _receive(self, fleet: Fleet, layer: int, request: _Asked, out_TH: Tensor) -> PacketKind:
+        """Take one answer, into out_TH if it is one; return its kind. FAILED: the shard is lost."""
+        link = fleet.links[fleet.shards[request.shard]]
+        try:
+            header, payload = link.recv()
+            if header.sequence != request.sequence or header.num_rows not in (0, request.pairs.num_rows):
+                raise LinkError(f"asked for packet {request.sequence}, got {header}")
+            if header.kind is PacketKind.FAILED:
+                raise LinkError(f"the shard failed: {bytes(payload.cpu().numpy()).decode(errors='replace')}")
+            if header.kind not in (PacketKind.COMBINE, PacketKind.NOT_HERE):
+                raise LinkError(f"an answer of kind {header.kind.name}")
+            if header.kind is PacketKind.COMBINE:
+                add_rows(out_TH, read_combine(header, payload), request.pairs)
+                self.combine_bytes_L[self._row_of_layer[layer]] += header.payload_bytes
+        except LinkError as error:
+            self._lose(fleet, request.shard, error)
+            return PacketKind.FAILED
+        return header.kind
+
+    def _lose(self, fleet: Fleet, index: int, error: LinkError) -> None:
+        _log.warning("shard %s is lost: %s", fleet.shards[index], error)
+        fleet.mark_dead(index)
+
+    def _await_fleet(self, old: Fleet, reason: UnavailableError) -> None:
+        """Wait for a fleet other than `old`; raise the reason when none comes."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._fleet is not old, timeout=self._recovery_s):
+                raise reason

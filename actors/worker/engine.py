@@ -1,0 +1,262 @@
+"""The attention worker's loop: take in requests, plan a step, compute it, draw tokens, hand them out.
+
+The engine knows neither Ray nor gateways: `submit` and `cancel` may be called from any thread, `on_events` gets what is new.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
+from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError
+from expertmesh.cluster.requests import FinishReason, SequenceRequest, TokenEvent, TokenLogprob
+from expertmesh.cluster.scheduler import Chunk, Scheduler, StepPlan
+from expertmesh.kernels.sampling import NonFiniteLogitsError, SampledTokens, SamplingSettings, sample
+from expertmesh.models.runners import StepRunner
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Live:
+    """A sequence that the engine works on."""
+
+    request: SequenceRequest
+    settings: SamplingSettings
+    hash: int
+    output_ids: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Runs sequences in steps. `step` does one; `run_forever` is the thread's loop around it."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        *,
+        max_queue: int,
+        begin_step: Callable[[np.ndarray[tuple[int], np.dtype[np.uint64]]], None],
+        on_events: Callable[[list[TokenEvent]], None],
+    ) -> None:
+        """Make an engine.
+
+        Args:
+            scheduler: decides what a step computes.
+            runner: computes it.
+            max_queue: most sequences that may be live; `submit` refuses more.
+            begin_step: told the key of each token of the step before it is computed.
+            on_events: gets each step's events, from the engine's thread.
+        """
+        self._scheduler = scheduler
+        self._runner = runner
+        self._max_queue = max_queue
+        self._begin_step = begin_step
+        self._on_events = on_events
+        self._live: dict[str, _Live] = {}
+        self._lock = threading.Condition()
+        self._stopping = False
+        self.num_steps = 0
+        self.num_tokens = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_free_pages(self) -> int:
+        """KV pages that can be had."""
+        return self._scheduler.num_free_pages
+
+    def submit(self, requests: Sequence[SequenceRequest]) -> None:
+        """Take on all of these sequences, or none.
+
+        Raises:
+            InputError: one can never run here, or is live already.
+            CapacityError: the queue is full.
+        """
+        with self._lock:
+            if len(self._live) + len(requests) > self._max_queue:
+                raise CapacityError(f"{len(self._live)} sequences are live, {self._max_queue} is the most")
+            taken: list[str] = []
+            try:
+                for request in requests:
+                    live = _live(request)
+                    self._scheduler.add(request)
+                    self._live[request.sequence_id] = live
+                    taken.append(request.sequence_id)
+            except (InputError, ValueError) as error:
+                for sequence_id in taken:
+                    self._drop(sequence_id)
+                raise InputError(str(error)) from error
+            self._lock.notify_all()
+
+    def cancel(self, sequence_ids: Sequence[str]) -> None:
+        """Drop sequences; unknown ones are passed over. Their pages are free for the next step."""
+        with self._lock:
+            for sequence_id in sequence_ids:
+                self._drop(sequence_id)
+
+    def stop(self) -> None:
+        """Let `run_forever` return after the step under way."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+
+    def run_forever(self) -> None:
+        """Do steps while there is work; wait while there is none."""
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._stopping or bool(self._live))
+                if self._stopping:
+                    return
+            self.step()
+
+    def step(self) -> None:
+        """Plan, compute and hand out one step. A failure ends the sequences of the step, not the engine."""
+        with self._lock:
+            plan = self._scheduler.plan()
+            if plan is None:
+                return
+            contexts = [self._live[chunk.sequence_id] for chunk in plan.chunks]
+        started_s = time.monotonic()
+        try:
+            with torch.inference_mode():
+                self._begin_step(_keys(plan.chunks, contexts))
+                sampled, failed = self._draw(plan, contexts, self._runner.run(plan.chunks))
+        except (ExpertMeshError, RuntimeError) as error:
+            _log.exception("step of %d sequences failed after %.3f s", len(plan.chunks), time.monotonic() - started_s)
+            self._fail(plan, str(error))
+            return
+        self._commit(plan, sampled, failed)
+
+    def _draw(
+        self, plan: StepPlan, contexts: list[_Live], logits_NV: Tensor
+    ) -> tuple[dict[str, tuple[int, TokenEvent]], dict[str, str]]:
+        """Draw the new tokens. Return them with their events by sequence, and the sequences whose logits are unusable."""
+        rows = [(c.sequence_id, live) for c, live in zip(plan.chunks, contexts, strict=True) if c.samples]
+        failed: dict[str, str] = {}
+        keep = list(range(len(rows)))
+        while keep:
+            lives = [rows[n][1] for n in keep]
+            try:
+                tokens = sample(
+                    logits_NV[keep] if failed else logits_NV,
+                    [live.settings for live in lives],
+                    [len(live.request.prompt_ids) + len(live.output_ids) for live in lives],
+                    [(*live.request.prompt_ids, *live.output_ids) for live in lives]
+                    if any(live.settings.repetition_penalty != 1 for live in lives)
+                    else None,
+                )
+            except NonFiniteLogitsError as error:
+                for row in error.rows:
+                    failed[rows[keep[row]][0]] = "the model gave no finite logits"
+                keep = [n for row, n in enumerate(keep) if row not in error.rows]
+                continue
+            return {
+                rows[n][0]: (tokens.token_ids[row], _event(rows[n][0], rows[n][1], tokens, row))
+                for row, n in enumerate(keep)
+            }, failed
+        return {}, failed
+
+    def _commit(self, plan: StepPlan, sampled: dict[str, tuple[int, TokenEvent]], failed: dict[str, str]) -> None:
+        """Tell the scheduler, hand out the events, and let go of what ended."""
+        events: list[TokenEvent] = []
+        with self._lock:
+            for sequence_id, reason in failed.items():
+                if self._drop(sequence_id):
+                    events.append(_end(sequence_id, reason))
+            self._scheduler.commit(plan, {sequence_id: token for sequence_id, (token, _) in sampled.items()})
+            for sequence_id, (token, event) in sampled.items():
+                live = self._live.get(sequence_id)
+                if live is None:
+                    continue  # cancelled during the step
+                live.output_ids.append(token)
+                events.append(event)
+                if event.finish_reason is not None:
+                    self._scheduler.finish(sequence_id)
+                    self._forget(sequence_id)
+            for chunk in plan.chunks:
+                if chunk.sequence_id not in self._live:
+                    self._runner.forget(chunk.sequence_id)  # it may have been cancelled while the step was computed
+            self.num_steps += 1
+            self.num_tokens += len(sampled)
+        if events:
+            self._on_events(events)
+
+    def _fail(self, plan: StepPlan, reason: str) -> None:
+        with self._lock:
+            ended = [chunk.sequence_id for chunk in plan.chunks if self._drop(chunk.sequence_id)]
+        self._on_events([_end(sequence_id, reason) for sequence_id in ended])
+
+    def _drop(self, sequence_id: str) -> bool:
+        """Cancel a live sequence. False: it was gone already."""
+        if sequence_id not in self._live:
+            return False
+        self._scheduler.cancel(sequence_id)
+        self._forget(sequence_id)
+        return True
+
+    def _forget(self, sequence_id: str) -> None:
+        del self._live[sequence_id]
+        self._runner.forget(sequence_id)
+
+
+def _live(request: SequenceRequest) -> _Live:
+    sampling = request.sampling
+    return _Live(
+        request=request,
+        settings=SamplingSettings(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            logprobs=sampling.logprobs,
+        ),
+        hash=identity_hash(request.sequence_id),
+        output_ids=list(request.output_ids),
+    )
+
+
+def _keys(chunks: Sequence[Chunk], contexts: Sequence[_Live]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    lengths = [len(chunk.token_ids) for chunk in chunks]
+    hashes_T = np.repeat(np.array([live.hash for live in contexts], dtype=np.uint64), lengths)
+    positions_T = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, lengths, strict=True)])
+    return token_keys(hashes_T, positions_T)
+
+
+def _event(sequence_id: str, live: _Live, tokens: SampledTokens, row: int) -> TokenEvent:
+    token_id, index, sampling = tokens.token_ids[row], len(live.output_ids), live.request.sampling
+    reason = None
+    if token_id in sampling.stop_token_ids:
+        reason = FinishReason.STOP
+    elif index + 1 >= sampling.max_tokens:
+        reason = FinishReason.LENGTH
+    return TokenEvent(
+        sequence_id=sequence_id,
+        index=index,
+        token_id=token_id,
+        logprob=tokens.logprob[row],
+        top_logprobs=tuple(TokenLogprob(token_id=t, logprob=p) for t, p in tokens.top[row]),
+        finish_reason=reason,
+    )
+
+
+def _end(sequence_id: str, reason: str) -> TokenEvent:
+    return TokenEvent(
+        sequence_id=sequence_id, index=-1, token_id=None, finish_reason=FinishReason.ERROR, error=reason
+    )

@@ -1,0 +1,26 @@
+"""What the parts that never open a checkpoint must know of the model."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """The model served; a plain value that crosses processes.
+
+    architecture is the class name in transformers; dtype names the weights' number format. moe_layers are indices of
+    decoder layers, rising, dense layers counted in num_layers. Each of them has num_experts routed experts, of which
+    the router chooses top_k for a token. Token ids run from 0 to vocab_size - 1; prompt and output together have at
+    most max_context tokens; eos_token_ids end a sequence. Without a tokenizer only token ids are accepted.
+    """
+
+    name: str
+    architecture: str
+    dtype: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...] = ()
+    has_tokenizer: bool = False

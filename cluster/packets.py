@@ -1,0 +1,98 @@
+"""The header of every message on a link: fixed size, little endian, so that it can be read before anything else is known."""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from expertmesh.cluster.errors import LinkError
+
+HEADER_BYTES = 64
+_MAGIC = 0x31584D45  # "EMX1"
+_LAYOUT = struct.Struct("<IBBHIQQIIIIQ")
+_PADDING = bytes(HEADER_BYTES - _LAYOUT.size)
+
+
+class PacketKind(IntEnum):
+    """What a message is."""
+
+    DISPATCH = 1  # worker to shard: rows of a layer and the (row, expert, weight) pairs
+    COMBINE = 2  # shard to worker: one summed row for each row asked
+    NOT_HERE = 3  # shard to worker: at least one expert asked for is not hosted; epoch says which placement the shard has
+    FAILED = 4  # shard to worker: computing failed; the payload is the reason in UTF-8
+    CLOSE = 5  # either end: no more messages will come
+
+
+class WireDtype(IntEnum):
+    """Element type of the rows of a packet."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PacketHeader:
+    """A message's header.
+
+    generation: of the link, so that a packet of a former life is dropped. sequence: number of the request, repeated in its
+    answer. num_rows rows of hidden elements of dtype, and num_pairs pairs, make up payload_bytes.
+    """
+
+    kind: PacketKind
+    generation: int
+    sequence: int
+    epoch: int
+    layer: int = 0
+    num_rows: int = 0
+    num_pairs: int = 0
+    hidden: int = 0
+    dtype: WireDtype = WireDtype.FLOAT32
+    payload_bytes: int = 0
+
+    def pack(self) -> bytes:
+        """Return the header as HEADER_BYTES bytes."""
+        return (
+            _LAYOUT.pack(
+                _MAGIC,
+                self.kind,
+                self.dtype,
+                0,
+                self.generation,
+                self.sequence,
+                self.epoch,
+                self.layer,
+                self.num_rows,
+                self.num_pairs,
+                self.hidden,
+                self.payload_bytes,
+            )
+            + _PADDING
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "PacketHeader":
+        """Read a header.
+
+        Raises:
+            LinkError: not a header of this protocol.
+        """
+        if len(data) != HEADER_BYTES:
+            raise LinkError(f"a header has {HEADER_BYTES} bytes, not {len(data)}")
+        magic, kind, dtype, _, generation, sequence, epoch, layer, rows, pairs, hidden, size = _LAYOUT.unpack_from(data)
+        if magic != _MAGIC:
+            raise LinkError(f"a header begins with {_MAGIC:#x}, not {magic:#x}")
+        try:
+            return cls(
+                kind=PacketKind(kind),
+                dtype=WireDtype(dtype),
+                generation=generation,
+                sequence=sequence,
+                epoch=epoch,
+                layer=layer,
+                num_rows=rows,
+                num_pairs=pairs,
+                hidden=hidden,
+                payload_bytes=size,
+            )
+        except ValueError as error:
+            raise LinkError(f"a header with an unknown field: {error}") from error

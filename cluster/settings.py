@@ -1,0 +1,41 @@
+"""What an operator decides: checked once at the edge, frozen, unknown keys refused."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ServeSettings(BaseModel):
+    """How a model is served. Read from the command line and `--config FILE` (TOML)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path = Field(description="checkpoint directory, readable on every node")
+    shards: int = Field(default=2, ge=1, le=1024, description="expert shards")
+    workers: int = Field(default=1, ge=1, le=1024, description="attention workers")
+    replicas: int = Field(default=1, ge=1, description="shards that hold each expert, at most the number of shards")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where Ray has GPUs")
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int = Field(default=50051, ge=0, le=65535, description="0 takes a free one")
+    state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
+
+    page_size: int = Field(default=16, ge=1, le=1024, description="tokens a KV page")
+    kv_tokens: int = Field(default=0, ge=0, description="tokens of KV cache a worker; 0: a tenth of free memory")
+    max_batch_tokens: int = Field(default=1024, ge=1, description="tokens of a step, prompt chunks and decodes together")
+    max_sequences: int = Field(default=64, ge=1, description="sequences in a worker's batch")
+    max_queue: int = Field(default=1024, ge=1, description="live sequences at a worker; more are refused")
+    max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
+
+    shard_threads: int = Field(default=0, ge=0, description="CPU threads a shard computes with; 0: chosen by cores")
+    worker_threads: int = Field(default=0, ge=0, description="CPU threads a worker computes with; 0: chosen by cores")
+    link_timeout_s: float = Field(default=20.0, gt=0, description="longest wait for one packet's answer")
+    recovery_s: float = Field(default=10.0, ge=0, description="how long a step waits for a lost expert's new replica")
+    start_timeout_s: float = Field(default=600.0, gt=0, description="longest time until everything is ready")
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> "ServeSettings":
+        if self.replicas > self.shards:
+            raise ValueError(f"replicas={self.replicas} needs at least as many shards, there are shards={self.shards}")
+        return self

@@ -1,0 +1,59 @@
+"""What the rest of the fleet must know of a checkpoint that it never opens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertmesh.cluster.model_info import ModelInfo
+from expertmesh.models.architecture import Architecture, open_architecture
+from expertmesh.models.loading import CheckpointWeights
+from expertmesh.models.tokenizer import open_tokenizer
+
+_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """A checkpoint that can be served, and what it takes: bytes of the dense half and of one expert, in the serving dtype."""
+
+    info: ModelInfo
+    dense_bytes: int
+    expert_bytes: int
+
+
+def inspect_checkpoint(directory: Path, dtype: str, max_context: int) -> CheckpointFacts:
+    """Check that a directory can be served, from its configuration and the headers of its files.
+
+    Raises:
+        CheckpointError: it cannot; the message says what was found and what is supported.
+    """
+    architecture = open_architecture(directory, dtype)
+    weights = CheckpointWeights(architecture)
+    return CheckpointFacts(
+        info=describe_model(architecture, max_context),
+        dense_bytes=weights.dense_bytes(),
+        expert_bytes=weights.expert_bytes(),
+    )
+
+
+def describe_model(architecture: Architecture, max_context: int = 0) -> ModelInfo:
+    """Return the facts of a checkpoint.
+
+    Args:
+        architecture: the opened checkpoint.
+        max_context: tokens that a sequence may have; 0: what the model allows.
+    """
+    config = architecture.config
+    directory: Path = architecture.directory
+    return ModelInfo(
+        name=directory.resolve().name,
+        architecture=type(architecture.model).__name__,
+        dtype=str(architecture.dtype).removeprefix("torch."),
+        num_layers=config.num_hidden_layers,
+        moe_layers=architecture.moe_layers,
+        num_experts=architecture.num_experts,
+        top_k=next((int(getattr(config, name)) for name in _TOP_K_NAMES if getattr(config, name, None)), 0),
+        vocab_size=config.vocab_size,
+        max_context=max_context or architecture.max_context,
+        eos_token_ids=architecture.eos_token_ids,
+        has_tokenizer=open_tokenizer(directory) is not None,
+    )

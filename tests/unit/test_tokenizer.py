@@ -1,0 +1,261 @@
+"""The tokenizer of a checkpoint, over four small ones of the kinds that language models use."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import tokenizers
+from expertmesh.cluster.errors import CorruptCheckpointError, InputError, UnsupportedModelError
+from expertmesh.models.tokenizer import IncrementalDecoder, Tokenizer, open_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+UNKNOWN = "<unk>"
+CORPUS = ["the cat sat on the mat , and the cat said : hello !", "naïve café 你好 你们好 😀😀"] * 4
+SPECIAL = ["<|end|>", UNKNOWN]
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """Of the GPT-2, Qwen and Llama 3 kind: bytes are the alphabet, merges may split characters anywhere."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    return tokenizer
+
+
+def byte_fallback() -> tokenizers.Tokenizer:
+    """Of the Llama 2 and Mixtral kind: pieces with a mark for the space, and 256 tokens for the bytes of all else."""
+    words = ["▁", "▁the", "▁cat", "s", "at", "▁mat", "é", "你", "<think>"]
+    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *words, *"▁abcdefghijklmnopqrstuvwxyz,:!"]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token=UNKNOWN, fuse_unk=True)
+    )
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def metaspace() -> tokenizers.Tokenizer:
+    """Of the T5 kind."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def wordpiece() -> tokenizers.Tokenizer:
+    """Of the BERT kind."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+KINDS = {make.__name__: make for make in (byte_level, byte_fallback, metaspace, wordpiece)}
+
+
+def save(tokenizer: tokenizers.Tokenizer, directory: Path) -> Path:
+    directory.mkdir(exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "unk_token": UNKNOWN}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    directory = tmp_path_factory.mktemp("tokenizers")
+    found = {kind: open_tokenizer(save(make(), directory / kind)) for kind, make in KINDS.items()}
+    return {kind: tokenizer for kind, tokenizer in found.items() if tokenizer is not None}
+
+
+def check_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    """Decode one by one, and hold the pieces against the text of all."""
+    ids = list(ids)
+    decoder = IncrementalDecoder(tokenizer)
+    pieces = [decoder.push(token_id) for token_id in ids]
+    assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
+    return pieces
+
+
+def ids_of(tokenizer: Tokenizer, names: Iterable[str]) -> list[int]:
+    ids: list[int] = tokenizer._tokenizer.convert_tokens_to_ids(list(names))
+    assert None not in ids
+    return ids
+
+
+def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """One token for each byte; byte-level names are printable Latin-1 as it is, other bytes in order from U+0100 on."""
+    if tokenizer.byte_ids:
+        return ids_of(tokenizer, (f"<0x{byte:02X}>" for byte in data))
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return ids_of(tokenizer, (names[byte] for byte in data))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_any_ids_join_to_their_text(opened: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = opened[kind]
+    # 999 is in no vocabulary; embeddings are often padded beyond it.
+    any_id = st.one_of(st.integers(0, len(tokenizer._tokenizer) - 1), st.just(0), st.just(999))
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(any_id, max_size=40))
+    def check(ids: list[int]) -> None:
+        check_pieces(tokenizer, ids)
+
+    check()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.one_of(st.binary(max_size=60), st.text(max_size=20).map(lambda text: text.encode()[1:])))
+def test_pieces_of_any_bytes_join_to_their_text(opened: dict[str, Tokenizer], data: bytes) -> None:
+    tokenizer = opened["byte_level"]
+    ids = byte_tokens(tokenizer, data)
+    assert tokenizer.decode(ids) == data.decode(errors="replace")
+    check_pieces(tokenizer, ids)
+    fallback = opened["byte_fallback"]
+    check_pieces(fallback, byte_tokens(fallback, data))
+
+
+def test_a_character_comes_whole(opened: dict[str, Tokenizer]) -> None:
+    tokenizer = opened["byte_level"]
+    ids = byte_tokens(tokenizer, "a😀é你".encode())
+    assert check_pieces(tokenizer, ids) == ["a", "", "", "", "😀", "", "é", "", "", "你"]
+    fallback = opened["byte_fallback"]
+    ids = fallback.encode("a😀 cat")
+    assert ids[2:6] == byte_tokens(fallback, "😀".encode())
+    assert check_pieces(fallback, ids)[:7] == ["", "a", "", "", "", "", "😀 "]
+
+
+def test_an_unfinished_character_comes_with_the_flush(opened: dict[str, Tokenizer]) -> None:
+    tokenizer = opened["byte_level"]
+    decoder = IncrementalDecoder(tokenizer)
+    assert [decoder.push(i) for i in byte_tokens(tokenizer, "é😀".encode()[:-1])] == ["", "é", "", "", ""]
+    assert decoder.flush() == "\N{REPLACEMENT CHARACTER}"
+    assert decoder.flush() == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_text_comes_at_once(opened: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = opened[kind]
+    pieces = check_pieces(tokenizer, tokenizer.encode("the cat sat on the mat"))
+    assert "".join(pieces) == "the cat sat on the mat"
+    assert all(pieces[1:])
+
+
+class CountingTokenizer(Tokenizer):
+    """Counts the ids that are decoded."""
+
+    num_decoded = 0
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = list(ids)
+        self.num_decoded += len(ids)
+        return super().decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("byte_level", ["ĠĠ", "t"]),
+        ("byte_level", ["Ģ"]),  # byte 0x80: continues no character
+        ("byte_level", ["ð", "Ł"]),  # bytes 0xF0 0x9F: begin a character that is never finished
+        ("byte_fallback", ["▁the"]),
+        ("byte_fallback", ["<0xF0>"]),
+    ],
+)
+def test_the_work_grows_with_the_tokens_alone(opened: dict[str, Tokenizer], kind: str, names: list[str]) -> None:
+    tokenizer = CountingTokenizer(opened[kind]._tokenizer)
+    tokenizer.num_decoded = 0
+    ids = ids_of(tokenizer, names)
+    decoder = IncrementalDecoder(tokenizer)
+    text = "".join(decoder.push(token_id) for token_id in ids * (3000 // len(ids))) + decoder.flush()
+    assert tokenizer.num_decoded < 40 * 3000
+    assert text == tokenizer.decode(ids * (3000 // len(ids)))
+
+
+def test_encode_and_decode(opened: dict[str, Tokenizer]) -> None:
+    tokenizer = opened["byte_level"]
+    ids = tokenizer.encode("hello 😀<|end|><think>")
+    assert 0 in ids
+    assert tokenizer.decode(ids) == "hello 😀<think>"
+    # Spaces before punctuation stay.
+    assert tokenizer.decode(tokenizer.encode("well , yes !")) == "well , yes !"
+    with pytest.raises(InputError, match="not valid Unicode"):
+        tokenizer.encode("half \ud83d")
+
+
+def test_the_special_tokens_of_the_template_are_added(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+    )
+    tokenizer = open_tokenizer(save(backend, tmp_path))
+    assert tokenizer is not None
+    assert tokenizer.encode("cat")[0] == 0
+    assert tokenizer.decode(tokenizer.encode("cat")) == "cat"
+
+
+def test_names_of_bytes_that_are_plain_text_are_no_bytes(opened: dict[str, Tokenizer], tmp_path: Path) -> None:
+    assert len(opened["byte_fallback"].byte_ids) == 256
+    assert opened["byte_level"].byte_ids == frozenset()
+    backend = byte_fallback()
+    backend.decoder = decoders.Fuse()
+    tokenizer = open_tokenizer(save(backend, tmp_path))
+    assert tokenizer is not None
+    assert tokenizer.byte_ids == frozenset()
+
+
+def test_no_tokenizer_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert open_tokenizer(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", [b"", b'{"version": "1.0", "model"', b"[]", b"\xff\xfe\x00"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: bytes) -> None:
+    save(byte_level(), tmp_path)
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(CorruptCheckpointError, match=f"/{name} "):
+        open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE"}}'])
+def test_json_that_is_no_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    save(byte_level(), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CorruptCheckpointError, match=r"/tokenizer\.json cannot be loaded"):
+        open_tokenizer(tmp_path)
+
+
+def test_files_without_a_tokenizer_json(tmp_path: Path) -> None:
+    save(byte_level(), tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UnsupportedModelError, match=r"\['tokenizer_config.json'\], but no tokenizer\.json"):
+        open_tokenizer(tmp_path)
+
+
+def test_the_import_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, expertmesh.models.tokenizer; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.strip() == "[]"
