@@ -80,7 +80,9 @@ class Controller:
         self._store.save_placement(placement)
         self._placement = placement
         self._note(f"joining workers and shards, epoch {placement.epoch}")
-        self._shard_facts = dict(zip(shard_ids, self._wait([s.describe.remote() for s in self._shards.values()]), strict=True))
+        self._shard_facts = dict(
+            zip(shard_ids, self._wait([s.describe.remote() for s in self._shards.values()]), strict=True)
+        )
         devices = {shard: facts["device"] for shard, facts in self._shard_facts.items()}
         self._wait([w.set_fleet.remote(record, self._shards, devices) for w in self._workers.values()])
         self._wait([w.start.remote() for w in self._workers.values()])
@@ -147,7 +149,11 @@ class Controller:
             env=actor_env(threads),
             timeout_s=60.0,
         )
-        return ray.remote(cls).options(max_concurrency=1000 if cls is WorkerActor else 4, **options).remote(name, settings, threads)
+        return (
+            ray.remote(cls)
+            .options(max_concurrency=1000 if cls is WorkerActor else 4, **options)
+            .remote(name, settings, threads)
+        )
 
     def _first_placement(self, shard_ids: list[ShardId]) -> Placement:
         """Return the stored placement if it is of this fleet, else a new one in the next epoch."""

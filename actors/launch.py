@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from expertmesh.actors.controller import start_controller
 from expertmesh.actors.gateway.deployment import deploy_gateway
-from expertmesh.actors.runtime import join_ray, start_local_ray
+from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.settings import ServeSettings
 
@@ -27,17 +27,26 @@ _DRAIN_S = 5.0
 class Deployment:
     """A served model. `start` blocks until it is ready; `stop` leaves no process of ours behind, however far start came."""
 
-    def __init__(self, settings: ServeSettings, ray_address: str | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        ray_address: str | None,
+        say: Callable[[str], None],
+        on_ray: Callable[[], None] = lambda: None,
+    ) -> None:
         """Prepare a deployment.
 
         Args:
             settings: what to serve and how.
             ray_address: of a running cluster; None starts one of our own on loopback.
             say: told each step in a line.
+            on_ray: called when Ray runs; Ray's start takes over the process's signal handlers, and they can be set anew.
         """
-        self._settings = settings
+        # Our own Ray is for this machine alone, and so are its links.
+        self._settings = settings if ray_address else settings.model_copy(update={"link_host": "127.0.0.1"})
         self._ray_address = ray_address
         self._say = say
+        self._on_ray = on_ray
         self._directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
         self._controller: Any = None
         self._gateway: Any = None
@@ -73,6 +82,7 @@ class Deployment:
             start_local_ray(self._directory / "ray")
         else:
             join_ray(self._ray_address)
+        self._on_ray()
         self._controller = start_controller(settings, info, self._directory / "state")
         self._follow(self._controller.start.remote())
         self._say("starting the gateway")
@@ -87,7 +97,7 @@ class Deployment:
                 self._say("draining the gateway")
                 self._gateway.shut_down.remote(_DRAIN_S).result(timeout_s=_DRAIN_S + 10)
             if ray.is_initialized():
-                serve.shutdown()
+                serve.delete(GATEWAY_APP)
                 self._stop_controller()
         finally:
             ray.shutdown()
@@ -112,7 +122,9 @@ class Deployment:
                 if done:
                     ray.get(reference)
             except RayTaskError as error:
-                raise error.cause if isinstance(error.cause, ExpertMeshError) else UnavailableError(str(error)) from error
+                raise (
+                    error.cause if isinstance(error.cause, ExpertMeshError) else UnavailableError(str(error))
+                ) from error
             except RayActorError as error:
                 raise UnavailableError(f"the controller died: {error}") from error
             for line in lines:

@@ -52,7 +52,9 @@ def join_ray(address: str) -> None:
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
 
 
-def pinned_options(name: str, *, num_cpus: float, num_gpus: float, env: dict[str, str], timeout_s: float) -> dict[str, Any]:
+def pinned_options(
+    name: str, *, num_cpus: float, num_gpus: float, env: dict[str, str], timeout_s: float
+) -> dict[str, Any]:
     """Reserve an accelerator for a detached actor and return the actor's options.
 
     Raises:
@@ -61,7 +63,9 @@ def pinned_options(name: str, *, num_cpus: float, num_gpus: float, env: dict[str
     bundle = {"GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
     group = placement_group([bundle], name=f"pg-{name}", lifetime="detached")
     if not group.wait(timeout_s):
-        raise CapacityError(f"{name}: no node with {bundle} free within {timeout_s:.0f} s; Ray has {ray.available_resources()}")
+        raise CapacityError(
+            f"{name}: no node with {bundle} free within {timeout_s:.0f} s; Ray has {ray.available_resources()}"
+        )
     return {
         "name": name,
         "namespace": NAMESPACE,
@@ -74,8 +78,9 @@ def pinned_options(name: str, *, num_cpus: float, num_gpus: float, env: dict[str
 
 
 def node_address() -> str:
-    """Return this node's address within the Ray cluster."""
-    return str(ray.util.get_node_ip_address())
+    """Return the address by which this node is known in the Ray cluster."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return str(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id))
 
 
 def listen_on(host: str) -> socket.socket:

@@ -17,7 +17,9 @@ class PacketKind(IntEnum):
 
     DISPATCH = 1  # worker to shard: rows of a layer and the (row, expert, weight) pairs
     COMBINE = 2  # shard to worker: one summed row for each row asked
-    NOT_HERE = 3  # shard to worker: at least one expert asked for is not hosted; epoch says which placement the shard has
+    NOT_HERE = (
+        3  # shard to worker: at least one expert asked for is not hosted; epoch says which placement the shard has
+    )
     FAILED = 4  # shard to worker: computing failed; the payload is the reason in UTF-8
     CLOSE = 5  # either end: no more messages will come
 

@@ -23,11 +23,14 @@ class ServeSettings(BaseModel):
 
     page_size: int = Field(default=16, ge=1, le=1024, description="tokens a KV page")
     kv_tokens: int = Field(default=0, ge=0, description="tokens of KV cache a worker; 0: a tenth of free memory")
-    max_batch_tokens: int = Field(default=1024, ge=1, description="tokens of a step, prompt chunks and decodes together")
+    max_batch_tokens: int = Field(
+        default=1024, ge=1, description="tokens of a step, prompt chunks and decodes together"
+    )
     max_sequences: int = Field(default=64, ge=1, description="sequences in a worker's batch")
     max_queue: int = Field(default=1024, ge=1, description="live sequences at a worker; more are refused")
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
+    link_host: str = Field(default="", description="interface that links listen on; empty: the node's address in Ray")
     shard_threads: int = Field(default=0, ge=0, description="CPU threads a shard computes with; 0: chosen by cores")
     worker_threads: int = Field(default=0, ge=0, description="CPU threads a worker computes with; 0: chosen by cores")
     link_timeout_s: float = Field(default=20.0, gt=0, description="longest wait for one packet's answer")

@@ -44,7 +44,7 @@ class StopMatcher:
         return held[:safe], False
 
     def flush(self) -> str:
-        """Return the text held back; for when the sequence ends without a stop string."""
+        """Return the text held back; for when the sequence ends without a stop string. The next begins."""
         held, self._held = self._held, ""
         self._matched_lengths = [0] * len(self._stop)
         return held

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+
 from expertmesh.kernels.sampling import WEIGHT_BITS, SamplingSettings
 
 

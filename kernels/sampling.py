@@ -259,20 +259,13 @@ def _best_ids(ranks_FV: Tensor, count: int) -> Tensor:
     return MAX_VOCAB - 1 - (keys_FV.topk(count).values & (MAX_VOCAB - 1))
 
 
-def _ranks(scores_FV: Tensor) -> Tensor:
-    """Return int32 ranks_FV in the order of the float32 scores: their bits, with negative numbers turned round."""
-    # + 0.0 turns -0.0 into 0.0, which has other bits.
-    bits_FV = (scores_FV + 0.0).view(torch.int32)
-    return torch.where(bits_FV < 0, bits_FV ^ 0x7FFFFFFF, bits_FV)
-
-
 def _inverse_cdf(weights_MV: Tensor, uniforms: list[float]) -> Tensor:
     """Return the first id at which the running sum of weights passes uniform * total; weights_MV is overwritten."""
     cumulative_MV = weights_MV.cumsum_(dim=-1)
     total_M1 = cumulative_MV[:, -1:]
     uniform_M1 = torch.tensor(uniforms, dtype=torch.float64, device=weights_MV.device)[:, None]
-    # float64 may round the product up to the total itself.
-    target_M1 = torch.minimum((uniform_M1 * total_M1).long(), total_M1 - 1)
+    # Below the total even after rounding: uniform is half a step of float64 or more below 1.
+    target_M1 = (uniform_M1 * total_M1).long()
     return torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0]
 
 
@@ -291,7 +284,8 @@ def _logprobs(
         logprob[n] = value
     num_best = min(max(counts.values()), logits_NV.shape[1])
     if num_best:
-        ids_FC = _best_ids(_ranks(logprobs_FV), num_best)
+        # None is above 0, and the bits of positive float32 numbers are in the numbers' order.
+        ids_FC = _best_ids(-logprobs_FV.abs().view(torch.int32), num_best)
         values_FC = logprobs_FV.gather(1, ids_FC)
         for n, ids, values in zip(rows, ids_FC.tolist(), values_FC.tolist(), strict=True):
             top[n] = list(zip(ids, values, strict=True))[: counts[n]]

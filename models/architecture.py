@@ -79,7 +79,9 @@ def open_architecture(directory: Path, dtype: str = "auto") -> Architecture:
     torch_dtype = _pick_dtype(config, dtype)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=hooks.IMPLEMENTATION)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch_dtype, attn_implementation=hooks.IMPLEMENTATION
+            )
     except ValueError as error:
         # transformers answers with a list of every known class; the first line says what is wrong.
         reason = str(error).splitlines()[0].split(" Model type should be one of")[0]
@@ -145,7 +147,9 @@ def _read_config(directory: Path) -> Any:
         raise CheckpointError(f"{directory}: no such directory")
     path = directory / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{directory}: no config.json; a checkpoint directory as save_pretrained writes it is needed")
+        raise CheckpointError(
+            f"{directory}: no config.json; a checkpoint directory as save_pretrained writes it is needed"
+        )
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:
@@ -169,7 +173,9 @@ def _pick_dtype(config: Any, dtype: str) -> torch.dtype:
             raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("quantised checkpoints are not served yet; give one in float32, bfloat16 or float16")
+        raise UnsupportedModelError(
+            "quantised checkpoints are not served yet; give one in float32, bfloat16 or float16"
+        )
     found = getattr(config, "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.float32
 

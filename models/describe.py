@@ -8,7 +8,14 @@ from expertmesh.models.architecture import Architecture, open_architecture
 from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.tokenizer import open_tokenizer
 
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
+_TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+    "experts_per_token",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,8 +89,10 @@ class CheckpointWeights:
             CorruptCheckpointError: a tensor has a shape that does not fit, or cannot be read.
         """
         if key.layer not in self._expert_parameters or not 0 <= key.expert < self.architecture.num_experts:
-            raise InputError(f"{key}: the model has layers {self.architecture.moe_layers}, experts 0 to "
-                             f"{self.architecture.num_experts - 1}")
+            raise InputError(
+                f"{key}: the model has layers {self.architecture.moe_layers}, experts 0 to "
+                f"{self.architecture.num_experts - 1}"
+            )
         return {
             short: self._read_parameter(full, key.expert, shape)
             for short, (full, shape) in self._expert_parameters[key.layer].items()
@@ -115,7 +117,9 @@ class CheckpointWeights:
             else:
                 value = self._convert(source, full_name, expert, shape[0])
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
-            raise CorruptCheckpointError(f"{self.architecture.directory}: {full_name}, expert {expert}: {error}") from error
+            raise CorruptCheckpointError(
+                f"{self.architecture.directory}: {full_name}, expert {expert}: {error}"
+            ) from error
         if tuple(value.shape) != (1, *shape[1:]):
             raise CorruptCheckpointError(
                 f"{self.architecture.directory}: {full_name}, expert {expert}: the files hold shape "
@@ -161,7 +165,9 @@ class CheckpointWeights:
             for short, (full, shape) in parameters.items():
                 source = self._sources.get(full)
                 if source is None:
-                    raise CorruptCheckpointError(f"{self.files.directory}: layer {layer}: no tensor for experts' {short}")
+                    raise CorruptCheckpointError(
+                        f"{self.files.directory}: layer {layer}: no tensor for experts' {short}"
+                    )
                 wanted = source.converter.source_patterns if source.converter else list(source.names)
                 for pattern in wanted:
                     names = source.names.get(pattern, [])

@@ -62,7 +62,9 @@ class TensorFiles:
         present = {name: set(handle.keys()) for name, handle in self._open.items()}
         for tensor, name in self._file_of.items():
             if tensor not in present[name]:
-                raise CorruptCheckpointError(f"{self.directory / name}: no tensor {tensor!r}, though {INDEX_FILE} says so")
+                raise CorruptCheckpointError(
+                    f"{self.directory / name}: no tensor {tensor!r}, though {INDEX_FILE} says so"
+                )
 
 
 def _tensor_names(directory: Path) -> Mapping[str, str]:

@@ -23,8 +23,6 @@ TOKENIZER_FILES = (
 # What a decoder writes for bytes that are not, or not yet, a character.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_UTF8_BYTES = 4
-# Tokens held for an unfinished character, at which the oldest are looked at again: they can hardly all belong to it.
-_HELD_LIMIT = 16
 
 
 def open_tokenizer(directory: Path) -> "Tokenizer | None":
@@ -134,11 +132,10 @@ class IncrementalDecoder:
         if not self._tokenizer.has_text(token_id):
             return ""
         self._window.append(token_id)
-        byte_ids = self._tokenizer.byte_ids
-        if token_id in byte_ids:
+        if token_id in self._tokenizer.byte_ids:
             return ""
         text = self._tokenizer.decode(self._window)
-        if text.endswith(_REPLACEMENT) and not byte_ids:
+        if text.endswith(_REPLACEMENT):
             return self._release_oldest(text)
         piece = text[len(self._read_text) :]
         self._window = self._window[self._num_read :]
@@ -153,13 +150,13 @@ class IncrementalDecoder:
         return piece
 
     def _release_oldest(self, text: str) -> str:
-        """Now and then pass on bad bytes that cannot be the beginning of a character any more: the window stays short.
+        """Pass on what is held if it is too much for one unfinished character: some of its bytes are bad for good.
 
         A place between two tokens is inside a character exactly if the two sides decoded apart read otherwise than
         together; and of four places in a row one is not inside.
         """
         size = len(self._window)
-        if (size - self._num_read) % _HELD_LIMIT:
+        if size - self._num_read <= _MAX_UTF8_BYTES:
             return ""
         for place in range(size - 1, size - 1 - _MAX_UTF8_BYTES, -1):
             left = self._tokenizer.decode(self._window[:place])

@@ -1,13 +1,11 @@
 """`expertmesh serve`: bring a deployment up, stay with it, take it down."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,15 +84,15 @@ def _run(settings: ServeSettings, address: str | None) -> None:
         sys.stderr.write(f"[{time.monotonic() - started_s:6.1f} s] {line}\n")
         sys.stderr.flush()
 
-    deployment = Deployment(settings, address, say)
+    deployment = Deployment(settings, address, say, on_ray=_raise_on_signals)
+    _raise_on_signals()
     try:
-        with _signals_raise():
-            deployment.start()
-            with running.registered(deployment.grpc_address, settings.model):
-                sys.stdout.write(f"ready {deployment.grpc_address}\n")
-                sys.stdout.flush()
-                while True:
-                    signal.pause()
+        deployment.start()
+        with running.registered(deployment.grpc_address, settings.model):
+            sys.stdout.write(f"ready {deployment.grpc_address}\n")
+            sys.stdout.flush()
+            while True:
+                signal.pause()
     except KeyboardInterrupt:
         say("stopping")
     finally:
@@ -102,18 +100,16 @@ def _run(settings: ServeSettings, address: str | None) -> None:
         say("stopped")
 
 
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGINT raise KeyboardInterrupt once; a second one while stopping changes nothing."""
+def _raise_on_signals() -> None:
+    """Let SIGTERM and SIGINT raise KeyboardInterrupt, once: a second one while stopping changes nothing."""
 
     def interrupt(_number: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt)
-    yield
 
 
 def _run_detached() -> None:

@@ -142,8 +142,11 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": actor_env(1)}},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
+        logging_config={"log_level": "WARNING"},
     )
-    serve.start(proxy_location="Disabled")
+    # Serve reports each of its own steps; what matters of them is said by ours.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     try:
         return serve.run(deployment.bind(settings, model), name=GATEWAY_APP, route_prefix=None)
     except RuntimeError as error:

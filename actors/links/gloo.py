@@ -74,7 +74,9 @@ class GlooLink(Link):
         self._recv_tensor(self._recv_buffer, self._timeout_s if timeout_s is None else timeout_s)
         header = PacketHeader.unpack(self._recv_buffer[:HEADER_BYTES].numpy().tobytes())
         if header.generation != self.generation:
-            raise LinkError(f"link {self._name}: a packet of generation {header.generation} on generation {self.generation}")
+            raise LinkError(
+                f"link {self._name}: a packet of generation {header.generation} on generation {self.generation}"
+            )
         return header
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ class ShardActor:
         torch.set_num_threads(threads)
         self._id = shard_id
         self._settings = settings
-        self._host = node_address()
+        self._host = settings.link_host or node_address()
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self._server: ShardServer | None = None
         # Workers meet this shard at its own store: no other process takes part in forming a link.

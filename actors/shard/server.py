@@ -71,9 +71,7 @@ class ShardServer:
         """Take the oldest packet, and all others of its layer and dtype."""
         with self._queue_lock:
             first = self._waiting[0].header
-            batch = [
-                p for p in self._waiting if p.header.layer == first.layer and p.header.dtype == first.dtype
-            ]
+            batch = [p for p in self._waiting if p.header.layer == first.layer and p.header.dtype == first.dtype]
             self._waiting = deque(p for p in self._waiting if p not in batch)
         return batch
 

@@ -37,7 +37,7 @@ class WorkerActor:
         torch.set_num_threads(threads)
         self._id = worker_id
         self._settings = settings
-        self._host = node_address()
+        self._host = settings.link_host or node_address()
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self._links: dict[ShardId, Link] = {}
         self._generation = 0

@@ -102,9 +102,7 @@ class Dispatcher:
             fleet = self._fleet
             assert fleet is not None, "run() before set_fleet()"
             try:
-                shard_TK = fleet.tables[layer].choose(
-                    ids_TK, self._token_keys_T[: len(ids_TK)], fleet.alive_S
-                )
+                shard_TK = fleet.tables[layer].choose(ids_TK, self._token_keys_T[: len(ids_TK)], fleet.alive_S)
             except NoReplicaError as error:
                 self._await_fleet(fleet, error)
                 continue
@@ -116,7 +114,9 @@ class Dispatcher:
                     todo_TK &= ~request.mine_TK
             if PacketKind.NOT_HERE in answers:
                 epoch = fleet.placement.epoch
-                self._await_fleet(fleet, UnavailableError(f"layer {layer}: a shard does not host what epoch {epoch} says"))
+                self._await_fleet(
+                    fleet, UnavailableError(f"layer {layer}: a shard does not host what epoch {epoch} says")
+                )
         return out_TH.to(hidden_TH.dtype)
 
     def _send_all(

@@ -257,6 +257,4 @@ def _event(sequence_id: str, live: _Live, tokens: SampledTokens, row: int) -> To
 
 
 def _end(sequence_id: str, reason: str) -> TokenEvent:
-    return TokenEvent(
-        sequence_id=sequence_id, index=-1, token_id=None, finish_reason=FinishReason.ERROR, error=reason
-    )
+    return TokenEvent(sequence_id=sequence_id, index=-1, token_id=None, finish_reason=FinishReason.ERROR, error=reason)

@@ -10,17 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from expertmesh.kernels.reference_sampling import random_bits, sample_row
-from expertmesh.kernels.sampling import (
-    MAX_VOCAB,
-    NonFiniteLogitsError,
-    SampledTokens,
-    SamplingSettings,
-    filtered_weights,
-    sample,
-    splitmix64,
-    uniform,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -32,6 +21,19 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+)
+
+from expertmesh.kernels.reference_sampling import random_bits, sample_row
+from expertmesh.kernels.sampling import (
+    MAX_VOCAB,
+    NonFiniteLogitsError,
+    SampledTokens,
+    SamplingSettings,
+    _inverse_cdf,
+    filtered_weights,
+    sample,
+    splitmix64,
+    uniform,
 )
 
 # Sixteenths: equal scores are frequent, and no edge of a filter lies within the rounding of exp.
@@ -219,6 +221,14 @@ def test_a_tiny_temperature_is_greedy() -> None:
     logits_NV = random_logits(4, 200)
     tiny = [SamplingSettings(temperature=t, seed=1) for t in (1e-3, 1e-20, 1e-45, 1e-300)]
     assert sample(logits_NV, tiny, [9] * 4).token_ids == logits_NV.argmax(dim=-1).tolist()
+
+
+def test_dropped_tokens_are_not_drawn_at_the_edges() -> None:
+    smallest, largest = 2.0**-53, 1 - 2.0**-53
+    weights_MV = torch.tensor([[0, 3, 0, 1, 0]]).repeat(4, 1)
+    assert _inverse_cdf(weights_MV, [smallest, 0.74, 0.75, largest]).tolist() == [1, 1, 3, 3]
+    for total in (1, 2**40, 2**51 + 1, 2**53 - 1, 2**54 + 3, 2**62 - 1):
+        assert _inverse_cdf(torch.tensor([[0, total, 0]]).repeat(2, 1), [smallest, largest]).tolist() == [1, 1]
 
 
 def test_the_random_bits_are_those_of_splitmix64() -> None:

@@ -133,7 +133,7 @@ class FakeWorker:
 
     @property
     def hung(self) -> bool:
-        """Whether all calls wait for ever."""
+        """Whether all calls wait; they go on when the test sets hang_after to None."""
         return self.hang_after is not None and self._num_steps >= self.hang_after
 
     @property
@@ -164,7 +164,7 @@ class FakeWorker:
 
     async def poll(self, after: int) -> tuple[int, list[TokenEvent]]:
         """Wait for new events as a long poll does, a short one."""
-        for _ in range(50):
+        for _ in range(20):
             await asyncio.sleep(self.step_s)
             await self._gate()
             if self.poll_error is not None:
@@ -180,8 +180,8 @@ class FakeWorker:
     async def _gate(self) -> None:
         if self.dead:
             raise UnavailableError(f"{self.worker_id} died")
-        if self.hung:
-            await asyncio.get_running_loop().create_future()
+        while self.hung:  # noqa: ASYNC110 - a test ends it by setting hang_after
+            await asyncio.sleep(self.step_s)
 
     async def _run(self) -> None:
         while self._live and not self.dead and not self.hung:

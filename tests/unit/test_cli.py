@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from expertmesh.actors.cli import doctor, main, status
+from expertmesh.actors.cli import client, doctor, main, status
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.server import start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
+from expertmesh.v1.admin_pb2 import ShardStatus, StatusResponse
 from tests.unit.gateway_fakes import MODEL, STATUS, FakeWorker, fake_output, fake_text, save_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -141,6 +142,13 @@ def test_status_prints_tables(run: Run, url: str) -> None:
     assert code == 0
     for text in ("ready", "2 shards, 1 worker", "epoch 3", "0.875", "Expert shards", "8.0 GiB", "Attention workers"):
         assert text in out
+
+
+def test_messages_become_plain_values_with_numbers_and_zeros() -> None:
+    plain = client.to_dict(StatusResponse(shards=[ShardStatus(weight_bytes=2**40)]))
+    assert (plain["balancedness"], plain["epoch"], plain["workers"], plain["controller"]["pid"]) == (None, 0, [], 0)
+    assert plain["shards"][0]["weight_bytes"] == 2**40
+    assert client.to_dict(StatusResponse(balancedness=0.0))["balancedness"] == 0.0
 
 
 def test_status_before_traffic_and_without_a_controller_can_be_shown(url: str) -> None:

@@ -107,15 +107,21 @@ async def test_a_hung_worker_is_left_at_the_call_timeout() -> None:
         reading = asyncio.create_task(collect(engine, request))
         await until(lambda: hanging.hung)
         engine.pool.set_workers([hanging, survivor])
+        await until(lambda: bool(survivor.submitted))
+        # It wakes: what now runs elsewhere must leave its batch.
+        hanging.hang_after = None
+        await until(lambda: hanging.cancelled == [hanging.submitted[0].sequence_id])
+        assert not hanging.live_ids
         pieces = await reading
     assert token_ids(pieces) == fake_output(PROMPT, request.sampling[0])
 
 
 async def test_a_worker_that_hung_gets_requests_again_only_after_it_has_answered() -> None:
     hanging, other = FakeWorker("a", hang_after=0), FakeWorker("b")
-    async with running([hanging], call_timeout_s=0.1) as engine:
+    async with running([hanging], call_timeout_s=0.3) as engine:
         await until(lambda: not engine.pool.routable)
         engine.pool.set_workers([hanging])
+        assert not engine.pool.routable
         waiting = asyncio.create_task(collect(engine, valid()))
         await asyncio.sleep(0.05)
         assert not hanging.submitted
@@ -123,7 +129,7 @@ async def test_a_worker_that_hung_gets_requests_again_only_after_it_has_answered
         await waiting
         assert [link.worker_id for link in engine.pool.routable] == ["b"]
         hanging.hang_after = None
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.4)
         engine.pool.set_workers([hanging])
         await collect(engine, valid())
     assert (len(hanging.submitted), len(other.submitted)) == (1, 1)
@@ -207,6 +213,17 @@ async def test_concurrent_streams_over_dying_workers_do_not_mix() -> None:
         assert token_ids(pieces) == fake_output(request.prompt_ids, request.sampling[0])
 
 
+async def test_new_requests_go_where_fewer_tokens_are_outstanding() -> None:
+    busy, idle = FakeWorker("a"), FakeWorker("b")
+    async with running([busy]) as engine:
+        async with aclosing(engine.generate(valid(max_tokens=400))) as pieces:
+            await anext(pieces)
+            engine.pool.set_workers([busy, idle])
+            for _ in range(8):
+                await collect(engine, valid(max_tokens=2))
+    assert (len(busy.submitted), len(idle.submitted)) == (1, 8)
+
+
 async def test_samples_have_their_own_seeds_and_survive_a_death_together() -> None:
     dying, survivor = FakeWorker("a", die_after=6), FakeWorker("b")
     async with running([dying]) as engine:
@@ -231,7 +248,7 @@ async def test_a_stop_string_cuts_the_text_and_ends_the_sequence_at_the_worker(t
     cut = whole.index(stop)
     async with running([worker], tokenizer) as engine:
         pieces = await collect(engine, valid(tokenizer=tokenizer, max_tokens=400, stop=["\x00", stop]))
-        await until(lambda: not worker.live_ids)
+        await until(lambda: worker.cancelled == [worker.submitted[0].sequence_id])
     assert text(pieces) == whole[:cut]
     assert pieces[-1].finish_reason is FinishReason.STOP
     assert pieces[-1].num_output_tokens == cut + len(stop) == len(token_ids(pieces))

@@ -1,8 +1,9 @@
 import pytest
-from expertmesh.cluster.errors import InputError
-from expertmesh.cluster.stop_strings import StopMatcher
 from hypothesis import given
 from hypothesis import strategies as st
+
+from expertmesh.cluster.errors import InputError
+from expertmesh.cluster.stop_strings import StopMatcher
 
 # Two letters and short strings: most examples contain whole and broken matches.
 few_letters = st.text(alphabet="ab", max_size=30)
@@ -62,6 +63,7 @@ def test_a_broken_match_gives_the_text_back() -> None:
     assert matcher.push("abc!") == ("abcabc!", False)
     assert matcher.push("ab") == ("", False)
     assert matcher.flush() == "ab"
+    assert matcher.push("cd") == ("cd", False)
 
 
 def test_the_first_completed_wins_and_then_the_longest() -> None:

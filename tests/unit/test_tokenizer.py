@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from expertmesh.cluster.errors import CorruptCheckpointError, InputError, UnsupportedModelError
-from expertmesh.models.tokenizer import IncrementalDecoder, Tokenizer, open_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+from expertmesh.cluster.errors import CorruptCheckpointError, InputError, UnsupportedModelError
+from expertmesh.models.tokenizer import IncrementalDecoder, Tokenizer, open_tokenizer
 
 UNKNOWN = "<unk>"
 CORPUS = ["the cat sat on the mat , and the cat said : hello !", "naïve café 你好 你们好 😀😀"] * 4
@@ -155,6 +156,12 @@ def test_an_unfinished_character_comes_with_the_flush(opened: dict[str, Tokenize
     assert decoder.flush() == ""
 
 
+def test_bad_bytes_are_not_held_for_ever(opened: dict[str, Tokenizer]) -> None:
+    tokenizer = opened["byte_level"]
+    pieces = check_pieces(tokenizer, byte_tokens(tokenizer, b"a" + b"\x80" * 20 + "é".encode()))
+    assert len("".join(pieces[:16])) >= 1 + 15 - 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_text_comes_at_once(opened: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = opened[kind]
@@ -199,8 +206,9 @@ def test_encode_and_decode(opened: dict[str, Tokenizer]) -> None:
     ids = tokenizer.encode("hello 😀<|end|><think>")
     assert 0 in ids
     assert tokenizer.decode(ids) == "hello 😀<think>"
-    # Spaces before punctuation stay.
-    assert tokenizer.decode(tokenizer.encode("well , yes !")) == "well , yes !"
+    # Spaces before punctuation stay: cleaning up would change pieces that are out already.
+    for kind in KINDS:
+        assert opened[kind].decode(opened[kind].encode("the cat , hello !")) == "the cat , hello !"
     with pytest.raises(InputError, match="not valid Unicode"):
         tokenizer.encode("half \ud83d")
 

@@ -1,0 +1,124 @@
+"""A whole fleet in one process, without Ray: real shard servers on threads, real Gloo links, the real engine."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddress, open_link
+from expertmesh.actors.shard.server import ShardServer
+from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+from expertmesh.actors.worker.engine import Engine
+from expertmesh.cluster.ids import ShardId
+from expertmesh.cluster.placement import Placement, initial_placement
+from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
+from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
+from expertmesh.models import hooks
+from expertmesh.models.architecture import open_architecture
+from expertmesh.models.expert_slots import ExpertSlots
+from expertmesh.models.loading import CheckpointWeights
+from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
+
+HOST = "127.0.0.1"
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def link_pair(name: str = "pair", generation: int = 1, timeout_s: float = 5.0) -> Iterator[tuple[Link, Link]]:
+    """Yield the worker's and the shard's end of a Gloo link within this process."""
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    ends: dict[int, Link] = {}
+
+    def form(rank: int) -> None:
+        address = LinkAddress(
+            host=HOST, port=store.port, name=name, generation=generation, rank=rank, interface=HOST, timeout_s=timeout_s
+        )
+        ends[rank] = open_link("gloo", address, CPU)
+
+    other = threading.Thread(target=form, args=(SHARD_RANK,))
+    other.start()
+    form(WORKER_RANK)
+    other.join()
+    try:
+        yield ends[WORKER_RANK], ends[SHARD_RANK]
+    finally:
+        ends[WORKER_RANK].close()
+
+
+class LocalFleet:
+    """Shards, a dispatcher and an engine for one checkpoint."""
+
+    def __init__(self, directory: Path, *, shards: int = 2, replicas: int = 1, num_pages: int = 128) -> None:
+        architecture = open_architecture(directory)
+        weights = CheckpointWeights(architecture)
+        names = [ShardId(f"shard-{i}") for i in range(shards)]
+        self.placement: Placement = initial_placement(
+            architecture.moe_layers, architecture.num_experts, names, replicas, epoch=1
+        )
+        self.architecture = architecture
+        self.weights = weights
+        self.servers = {
+            s.shard: ShardServer(ExpertSlots(weights, s.experts, CPU), self.placement.epoch)
+            for s in self.placement.shards
+        }
+        self.events: list[TokenEvent] = []
+        self.links: dict[ShardId, Link] = {}
+        self._contexts = [link_pair(f"worker/{name}") for name in names]
+        for name, context in zip(names, self._contexts, strict=True):
+            self.links[name], shard_end = context.__enter__()
+            threading.Thread(target=self.servers[name].serve, args=(shard_end,), daemon=True).start()
+        self.model = weights.load_dense(CPU)
+        self.dispatcher = Dispatcher(architecture.moe_layers, architecture.num_experts, recovery_s=0.2)
+        self.dispatcher.set_fleet(Fleet(self.placement, self.links))
+        hooks.attach_experts(architecture.experts_by_layer, self.dispatcher.run)
+        self.engine = self._make_engine(num_pages)
+
+    def __enter__(self) -> "LocalFleet":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for context in self._contexts:
+            context.__exit__(None, None, None)
+
+    def run(self, requests: list[SequenceRequest]) -> dict[str, list[int]]:
+        """Run sequences to their end, all at once, and return each one's tokens."""
+        self.engine.submit(requests)
+        while self.engine.num_running or self.engine.num_waiting:
+            self.engine.step()
+        tokens: dict[str, list[int]] = {request.sequence_id: list(request.output_ids) for request in requests}
+        for event in self.events:
+            assert not event.error, event.error
+            if event.token_id is not None:
+                tokens[event.sequence_id].append(event.token_id)
+        self.events.clear()
+        return tokens
+
+    def _make_engine(self, num_pages: int) -> Engine:
+        runner: StepRunner
+        page_size = 8
+        if self.architecture.uses_own_cache:
+            runner, num_pages, page_size = OwnCacheRunner(self.model, CPU), 0, 0
+        else:
+            runner = PagedRunner(self.model, page_size, CPU)
+            runner.allocate(num_pages)
+        config = SchedulerConfig(
+            max_batch_tokens=48, max_sequences=16, num_pages=num_pages, page_size=page_size, max_context=256
+        )
+        return Engine(
+            Scheduler(config),
+            runner,
+            max_queue=64,
+            begin_step=self.dispatcher.begin_step,
+            on_events=self.events.extend,
+        )
+
+
+def greedy(sequence_id: str, prompt_ids: list[int], max_tokens: int) -> SequenceRequest:
+    """Return a request for greedy decoding."""
+    return SequenceRequest(
+        sequence_id=sequence_id, prompt_ids=tuple(prompt_ids), sampling=SamplingParams(max_tokens=max_tokens)
+    )
