@@ -43,7 +43,8 @@ class Deployment:
             on_ray: called when Ray runs; Ray's start takes over the process's signal handlers, and they can be set anew.
         """
         # Our own Ray is for this machine alone, and so are its links.
-        self._settings = settings if ray_address else settings.model_copy(update={"link_host": "127.0.0.1"})
+        own = {} if ray_address else {"link_host": "127.0.0.1"}
+        self._settings = settings.model_copy(update={"model": settings.model.resolve(), **own})
         self._ray_address = ray_address
         self._say = say
         self._on_ray = on_ray

@@ -25,6 +25,10 @@ MAX_VOCAB = 1 << 22
 # Candidates that top-p looks at first; eight times as many as long as they hold too little.
 TOP_P_CANDIDATES = 256
 
+# Scores drawn from at once: a bound on scratch memory (some 30 bytes each). On a CPU it is so low that the allocator
+# reuses its pages; to get new ones from the system for each draw costs more than the arithmetic.
+SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 24}
+
 _MASK_64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
@@ -116,10 +120,11 @@ def sample(
         raise NonFiniteLogitsError(tuple((~finite_N).nonzero().flatten().tolist()))
     ids_N = best_N.indices
     drawing = [n for n, settings in enumerate(settings_N) if settings.temperature > 0]
-    if drawing:
-        weights_MV = filtered_weights(_rows(scores_NV, drawing), [settings_N[n] for n in drawing])
-        uniforms = [uniform(settings_N[n].seed, position_N[n]) for n in drawing]
-        ids_N[drawing] = _inverse_cdf(weights_MV, uniforms)
+    num_at_once = max(1, SCORES_AT_ONCE["cpu" if logits_NV.is_cpu else "gpu"] // logits_NV.shape[1])
+    for start in range(0, len(drawing), num_at_once):
+        rows = drawing[start : start + num_at_once]
+        weights_MV = filtered_weights(_rows(scores_NV, rows), [settings_N[n] for n in rows])
+        ids_N[rows] = _inverse_cdf(weights_MV, [uniform(settings_N[n].seed, position_N[n]) for n in rows])
     token_ids: list[int] = ids_N.tolist()
     logprob, top = _logprobs(logits_NV, ids_N, settings_N)
     return SampledTokens(token_ids=token_ids, logprob=logprob, top=top)

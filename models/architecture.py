@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from expertmesh.cluster.errors import CheckpointError, UnsupportedModelError
 from expertmesh.kernels.grouped_mlp import ExpertMath
@@ -76,16 +77,17 @@ def open_architecture(directory: Path, dtype: str = "auto") -> Architecture:
     """
     config = _read_config(directory)
     hooks.register()
-    torch_dtype = _pick_dtype(config, dtype)
+    torch_dtype = _pick_dtype(directory, config, dtype)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch_dtype, attn_implementation=hooks.IMPLEMENTATION
+                config, dtype=torch_dtype, attn_implementation=hooks.IMPLEMENTATION, trust_remote_code=False
             )
     except ValueError as error:
         # transformers answers with a list of every known class; the first line says what is wrong.
         reason = str(error).splitlines()[0].split(" Model type should be one of")[0]
         raise UnsupportedModelError(f"{directory}: model_type {config.model_type!r}: {reason}; {SUPPORTED}") from error
+    _keep_float32(model, torch_dtype)
     experts_by_layer = find_experts(model)
     if not experts_by_layer:
         raise UnsupportedModelError(
@@ -106,6 +108,20 @@ def open_architecture(directory: Path, dtype: str = "auto") -> Architecture:
         num_experts=num_experts,
         uses_own_cache=uses_own_cache,
     )
+
+
+def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give those tensors float32 that a family never computes in half precision, as from_pretrained does.
+
+    Routing biases are such: in half precision the router chooses other experts. Loading keeps each tensor's dtype.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation(list(plan))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if pattern.search(name):
+            tensor.data = tensor.data.to(torch.float32)
 
 
 def find_experts(model: nn.Module) -> dict[int, nn.Module]:
@@ -154,6 +170,8 @@ def _read_config(directory: Path) -> Any:
         raw = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, found {type(raw).__name__}")
     model_type = raw.get("model_type")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -167,15 +185,18 @@ def _read_config(directory: Path) -> Any:
         ) from error
 
 
-def _pick_dtype(config: Any, dtype: str) -> torch.dtype:
+def _pick_dtype(directory: Path, config: Any, dtype: str) -> torch.dtype:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"{directory}: quantised checkpoints (quantization_config: {method}) are not served yet; give one in "
+            "float32, bfloat16 or float16"
+        )
     if dtype != "auto":
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            "quantised checkpoints are not served yet; give one in float32, bfloat16 or float16"
-        )
     found = getattr(config, "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.float32
 

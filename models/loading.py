@@ -104,10 +104,10 @@ class CheckpointWeights:
         return sum(shape[1:].numel() for _, shape in first.values()) * self.architecture.dtype.itemsize
 
     def dense_bytes(self) -> int:
-        """Return the bytes of the dense half's parameters, in the architecture's dtype; tied ones once."""
+        """Return the bytes of the dense half's parameters as they are served; tied ones once."""
         experts = {full for layer in self._expert_parameters.values() for full, _ in layer.values()}
-        sizes = {name: p.numel() for name, p in self.architecture.model.named_parameters() if name not in experts}
-        return sum(sizes.values()) * self.architecture.dtype.itemsize
+        parameters = self.architecture.model.named_parameters()
+        return sum(p.numel() * p.element_size() for name, p in parameters if name not in experts)
 
     def _read_parameter(self, full_name: str, expert: int, shape: torch.Size) -> Tensor:
         source = self._sources[full_name]

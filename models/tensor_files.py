@@ -72,10 +72,13 @@ def _tensor_names(directory: Path) -> Mapping[str, str]:
     index = directory / INDEX_FILE
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptCheckpointError(f"{index}: not a safetensors index: {error!r}") from error
-        return dict(weight_map)
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CorruptCheckpointError(f"{index}: tensor {tensor!r} is in {name!r}, which is no plain file name")
+        return weight_map
     single = directory / SINGLE_FILE
     if single.is_file():
         try:

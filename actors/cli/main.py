@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from expertmesh.cluster.errors import ExpertMeshError, InputError
+from expertmesh.cluster.errors import CheckpointError, ExpertMeshError, InputError
 
 # name: (module:function, line of help). A module is imported only when its command runs, so that help is quick.
 COMMANDS = {
@@ -19,6 +19,9 @@ COMMANDS = {
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
     "doctor": ("expertmesh.actors.cli.doctor:doctor", "Show what this machine has, and what is missing."),
 }
+
+# The base of all complaints about how a command was written; typer keeps its copy of click to itself.
+_UsageError = typer.BadParameter.__bases__[0]
 
 
 class LazyGroup(TyperGroup):
@@ -69,10 +72,17 @@ def root(
 def main() -> None:
     """Run the command line. Errors raised on purpose are one line; exit code 2 for wrong input, else 1."""
     try:
-        build_app()()
+        sys.exit(build_app()(standalone_mode=False))
+    except _UsageError as error:
+        message = " ".join(str(error).split())
+        if message:  # empty when help was printed in place of a missing command
+            sys.stderr.write(f"error: {message}; see --help\n")
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
     except ExpertMeshError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        sys.exit(2 if isinstance(error, InputError | CheckpointError) else 1)
 
 
 def _stand_in() -> None:

@@ -22,14 +22,14 @@ _POLL_S = 0.1
 
 def serve(
     model: Annotated[Path, typer.Argument(help="Checkpoint directory, as save_pretrained writes it.")],
-    shards: Annotated[int | None, typer.Option(help="Expert shards. [default: 2]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Attention workers. [default: 1]")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Shards that hold each expert. [default: 1]")] = None,
-    grpc_host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Port of gRPC, 0: a free one. [default: 50051]")] = None,
-    state: Annotated[str | None, typer.Option(help="redis://... [default: an embedded server]")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join. [default: start one here]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")] = None,
+    shards: Annotated[int | None, typer.Option(help="Expert shards; 2 unless given.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Attention workers; 1 unless given.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Shards that hold each expert; 1 unless given.")] = None,
+    grpc_host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 unless given.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of gRPC, 0: a free one; 50051 unless given.")] = None,
+    state: Annotated[str | None, typer.Option(help="redis://..; an embedded server unless given.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; start one here unless given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16; auto unless given.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these and more settings.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `expertmesh stop` ends it.")] = False,
 ) -> None:
@@ -68,7 +68,8 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> ServeSettings:
     except ValidationError as error:
         first = error.errors()[0]
         where = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-") + ": " if first["loc"] else ""
-        raise InputError(f"{where}{first['msg']}, got {first['input']!r}" if where else first["msg"]) from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{where}{message}, got {first['input']!r}" if where else message) from error
 
 
 def _run(settings: ServeSettings, address: str | None) -> None:

@@ -227,7 +227,8 @@ def _live(request: SequenceRequest) -> _Live:
             seed=sampling.seed,
             logprobs=sampling.logprobs,
         ),
-        hash=identity_hash(request.sequence_id),
+        # What follows "~" names one stay at one worker: a resumed sequence must choose the same replicas.
+        hash=identity_hash(request.sequence_id.partition("~")[0]),
         output_ids=list(request.output_ids),
     )
 

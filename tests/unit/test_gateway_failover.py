@@ -215,12 +215,11 @@ async def test_concurrent_streams_over_dying_workers_do_not_mix() -> None:
 
 async def test_new_requests_go_where_fewer_tokens_are_outstanding() -> None:
     busy, idle = FakeWorker("a"), FakeWorker("b")
-    async with running([busy]) as engine:
-        async with aclosing(engine.generate(valid(max_tokens=400))) as pieces:
-            await anext(pieces)
-            engine.pool.set_workers([busy, idle])
-            for _ in range(8):
-                await collect(engine, valid(max_tokens=2))
+    async with running([busy]) as engine, aclosing(engine.generate(valid(max_tokens=400))) as pieces:
+        await anext(pieces)
+        engine.pool.set_workers([busy, idle])
+        for _ in range(8):
+            await collect(engine, valid(max_tokens=2))
     assert (len(busy.submitted), len(idle.submitted)) == (1, 8)
 
 

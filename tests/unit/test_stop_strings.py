@@ -1,13 +1,13 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.cluster.errors import InputError
-from expertmesh.cluster.stop_strings import StopMatcher
+from expertmesh.cluster.stop_strings import StopMatcher, _borders
 
 # Two letters and short strings: most examples contain whole and broken matches.
-few_letters = st.text(alphabet="ab", max_size=30)
-stop_strings = st.lists(st.text(alphabet="ab", min_size=1, max_size=6), max_size=3).map(tuple)
+few_letters = st.text(alphabet="ab", min_size=5, max_size=30)
+stop_strings = st.lists(st.text(alphabet="ab", min_size=2, max_size=6), max_size=3).map(tuple)
 
 
 def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
@@ -24,6 +24,7 @@ def in_pieces(text: str, cuts: list[int]) -> list[str]:
     return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
+@settings(max_examples=1000)
 @given(few_letters, stop_strings, st.lists(st.integers(0, 1000), max_size=12))
 def test_any_pieces_are_cut_like_the_whole_text(text: str, stop: tuple[str, ...], cuts: list[int]) -> None:
     matcher = StopMatcher(stop)
@@ -43,6 +44,14 @@ def test_no_more_is_held_than_must_be(text: str, stop: tuple[str, ...]) -> None:
         held = text[len(safe) :]
         endings = [text[start:] for start in range(len(text))]
         assert held == next((e for e in endings if any(s.startswith(e) for s in stop)), "")
+
+
+@given(st.text(alphabet="ab", min_size=1, max_size=20))
+def test_borders(string: str) -> None:
+    def border(prefix: str) -> int:
+        return max((n for n in range(1, len(prefix)) if prefix.endswith(prefix[:n])), default=0)
+
+    assert _borders(string) == [border(string[:end]) for end in range(len(string) + 1)]
 
 
 def test_a_match_over_three_pieces() -> None:
@@ -74,8 +83,8 @@ def test_the_first_completed_wins_and_then_the_longest() -> None:
 def test_a_long_repetitive_stop_string() -> None:
     stop = "a" * 20_000 + "b"
     matcher = StopMatcher((stop,))
-    passed = "".join(matcher.push("a" * 1000)[0] for _ in range(60))
-    assert passed == "a" * 40_000
+    passed = "".join(matcher.push("a" * 1000)[0] for _ in range(61))
+    assert passed == "a" * 41_000
     assert matcher.push("b") == ("", True)
 
 
