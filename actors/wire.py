@@ -58,19 +58,23 @@ def read_dispatch(header: PacketHeader, payload: Tensor) -> Dispatch:
     """Read a request.
 
     Raises:
-        LinkError: the payload's size or its rows are not what the header says.
+        LinkError: there are no pairs, the payload's size or its rows are not what the header says, or an expert is
+            negative.
     """
     dtype = _TORCH_DTYPE[header.dtype]
     row_bytes = header.num_rows * header.hidden * dtype.itemsize
-    if payload.numel() != row_bytes + header.num_pairs * PAIR_BYTES:
+    if not header.num_pairs or payload.numel() != row_bytes + header.num_pairs * PAIR_BYTES:
         raise LinkError(f"a dispatch of {payload.numel()} bytes does not fit its header {header}")
     rows_RH = payload[:row_bytes].view(dtype).view(header.num_rows, header.hidden)
     # Copied: the block of pairs need not be aligned for its types.
     block = payload[row_bytes:].clone().view(3, header.num_pairs * 4)
     row_P = block[0].view(torch.int32).long()
-    if header.num_pairs and not 0 <= int(row_P.min()) <= int(row_P.max()) < header.num_rows:
+    if not 0 <= int(row_P.min()) <= int(row_P.max()) < header.num_rows:
         raise LinkError(f"a dispatch names rows outside 0 to {header.num_rows - 1}")
-    return Dispatch(rows_RH, row_P, block[1].view(torch.int32).long(), block[2].view(torch.float32))
+    expert_P = block[1].view(torch.int32).long()
+    if int(expert_P.min()) < 0:
+        raise LinkError(f"a dispatch names expert {int(expert_P.min())}")
+    return Dispatch(rows_RH, row_P, expert_P, block[2].view(torch.float32))
 
 
 def combine_packet(request: PacketHeader, rows_RH: Tensor, epoch: int) -> tuple[PacketHeader, list[Tensor]]:

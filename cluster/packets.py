@@ -1,4 +1,4 @@
-"""The header of every message on a link: fixed size, little endian, so that it can be read before anything else is known."""
+"""The header of every message on a link: of a fixed size, so that it can be read before anything else is known."""
 
 import struct
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class WireDtype(IntEnum):
 class PacketHeader:
     """A message's header.
 
-    generation: of the link, so that a packet of a former life is dropped. sequence: number of the request, repeated in its
-    answer. num_rows rows of hidden elements of dtype, and num_pairs pairs, make up payload_bytes.
+    generation: of the link, so that a packet of a former life is dropped. sequence: number of the request, repeated in
+    its answer. num_rows rows of hidden elements of dtype, and num_pairs pairs, make up payload_bytes.
     """
 
     kind: PacketKind

@@ -60,7 +60,8 @@ class TokenEvent:
     """One new token of one sequence, or its end without one.
 
     index counts generated tokens from 0 (a resumed sequence goes on counting). token_id is None only when a sequence ends
-    without a new token; finish_reason is None while it goes on. error is set with FinishReason.ERROR.
+    without a new token; finish_reason is None while it goes on. error is set with FinishReason.ERROR;
+    unavailable says that a part was away and that trying again may help.
     """
 
     sequence_id: str
@@ -70,3 +71,4 @@ class TokenEvent:
     top_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str = ""
+    unavailable: bool = False

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ServeSettings(BaseModel):
     """How a model is served. Read from the command line and `--config FILE` (TOML)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: Path = Field(description="checkpoint directory, readable on every node")
     shards: int = Field(default=2, ge=1, le=1024, description="expert shards")

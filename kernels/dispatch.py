@@ -15,8 +15,8 @@ from torch import Tensor
 class ShardPairs:
     """What one shard is asked to do for a layer.
 
-    token_R: the tokens whose rows it gets, each once, rising; None: all of them. row_P, expert_P, weight_P: the pairs, rows
-    counted within token_R.
+    token_R: the tokens whose rows it gets, each once, rising; None: all of them. row_P, expert_P, weight_P: the pairs,
+    rows counted within token_R.
     """
 
     num_rows: int

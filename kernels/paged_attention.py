@@ -65,6 +65,8 @@ def step_layout(spans: tuple[ChunkSpan, ...], page_size: int, device: torch.devi
     lengths = [spans[i].context + 1 for i in decodes]
     read_NL = torch.zeros((len(decodes), max(lengths, default=0)), dtype=torch.int64)
     for n, i in enumerate(decodes):
+        # Padded with its own first row: masked weights are zero, but zero times a NaN of another sequence is not.
+        read_NL[n] = cache_rows[i][0]
         read_NL[n, : lengths[n]] = cache_rows[i]
     prefill = tuple((s, r.to(device)) for s, r in zip(spans, cache_rows, strict=True) if s.length > 1)
     return StepLayout(

@@ -57,10 +57,18 @@ class Architecture:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a sequence, from generation_config.json, else config.json."""
+        """Tokens that end a sequence, from generation_config.json, else config.json.
+
+        Raises:
+            CheckpointError: generation_config.json cannot be read.
+        """
         eos = self.config.eos_token_id
-        if (self.directory / "generation_config.json").is_file():
-            eos = GenerationConfig.from_pretrained(self.directory).eos_token_id or eos
+        path = self.directory / "generation_config.json"
+        if path.is_file():
+            try:
+                eos = GenerationConfig.from_pretrained(self.directory).eos_token_id or eos
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
@@ -72,7 +80,7 @@ def open_architecture(directory: Path, dtype: str = "auto") -> Architecture:
         dtype: "auto" (what the checkpoint says), "float32", "bfloat16" or "float16".
 
     Raises:
-        CheckpointError: no such directory, or no readable config.json.
+        CheckpointError: no such directory, or no config.json from which a model can be made.
         UnsupportedModelError: a model that is not served.
     """
     config = _read_config(directory)
@@ -86,7 +94,11 @@ def open_architecture(directory: Path, dtype: str = "auto") -> Architecture:
     except ValueError as error:
         # transformers answers with a list of every known class; the first line says what is wrong.
         reason = str(error).splitlines()[0].split(" Model type should be one of")[0]
+        if getattr(config, "auto_map", None):
+            reason = "brings its own code (auto_map), which is never run"
         raise UnsupportedModelError(f"{directory}: model_type {config.model_type!r}: {reason}; {SUPPORTED}") from error
+    except Exception as error:
+        raise _unusable_config(directory, error) from error
     _keep_float32(model, torch_dtype)
     experts_by_layer = find_experts(model)
     if not experts_by_layer:
@@ -108,20 +120,6 @@ def open_architecture(directory: Path, dtype: str = "auto") -> Architecture:
         num_experts=num_experts,
         uses_own_cache=uses_own_cache,
     )
-
-
-def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give those tensors float32 that a family never computes in half precision, as from_pretrained does.
-
-    Routing biases are such: in half precision the router chooses other experts. Loading keeps each tensor's dtype.
-    """
-    plan = model._get_dtype_plan(dtype)
-    if not plan:
-        return
-    pattern, _, _ = build_glob_alternation(list(plan))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if pattern.search(name):
-            tensor.data = tensor.data.to(torch.float32)
 
 
 def find_experts(model: nn.Module) -> dict[int, nn.Module]:
@@ -183,6 +181,14 @@ def _read_config(directory: Path) -> Any:
         raise UnsupportedModelError(
             f"{directory}: model_type {model_type!r} is not known to transformers; {SUPPORTED}"
         ) from error
+    except Exception as error:
+        raise _unusable_config(directory, error) from error
+
+
+def _unusable_config(directory: Path, error: Exception) -> CheckpointError:
+    """Say what transformers made of a configuration that is no model's: it raises errors of many kinds for bad values."""
+    found = " ".join(str(error).split())
+    return CheckpointError(f"{directory / 'config.json'}: makes no model: {type(error).__name__}: {found}")
 
 
 def _pick_dtype(directory: Path, config: Any, dtype: str) -> torch.dtype:
@@ -197,8 +203,24 @@ def _pick_dtype(directory: Path, config: Any, dtype: str) -> torch.dtype:
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
-    found = getattr(config, "dtype", None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    found = getattr(config, "dtype", None) or torch.float32
+    if found not in DTYPES.values():
+        raise UnsupportedModelError(f"{directory}: config.json asks for dtype {found}; served are {', '.join(DTYPES)}")
+    return found
+
+
+def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give those tensors float32 that a family never computes in half precision, as from_pretrained does.
+
+    Routing biases are such: in half precision the router chooses other experts. Loading keeps each tensor's dtype.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation(list(plan))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if pattern.search(name):
+            tensor.data = tensor.data.to(torch.float32)
 
 
 def _uniform_expert_count(directory: Path, experts_by_layer: dict[int, nn.Module]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -116,7 +117,7 @@ class CheckpointWeights:
                 value = self.files.slice(next(iter(source.names.values()))[0])[expert : expert + 1]
             else:
                 value = self._convert(source, full_name, expert, shape[0])
-        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        except (SafetensorError, RuntimeError, ValueError, KeyError, IndexError) as error:
             raise CorruptCheckpointError(
                 f"{self.architecture.directory}: {full_name}, expert {expert}: {error}"
             ) from error
@@ -170,18 +171,26 @@ class CheckpointWeights:
                     )
                 wanted = source.converter.source_patterns if source.converter else list(source.names)
                 for pattern in wanted:
-                    names = source.names.get(pattern, [])
-                    if len(names) not in (1, shape[0]):
+                    wrong = self._find_fault(source.names.get(pattern, []), shape[0])
+                    if wrong:
                         raise CorruptCheckpointError(
-                            f"{self.files.directory}: layer {layer}: experts' {pattern}: {len(names)} of {shape[0]} "
-                            f"tensors are there{_missing_experts(names, shape[0])}"
+                            f"{self.files.directory}: layer {layer}: experts' {pattern}: {wrong}"
                         )
 
-
-def _missing_experts(names: list[str], num_experts: int) -> str:
-    present = {int(number) for name in names for number in re.findall(r"experts\.(\d+)\.", name)}
-    missing = sorted(set(range(num_experts)) - present)
-    return f"; missing are those of experts {missing[:8]}" if present and missing else ""
+    def _find_fault(self, names: list[str], num_experts: int) -> str:
+        """Say why these tensors are not those of all experts: one that holds all, or one for each in their order."""
+        numbers = [int(number) for name in names for number in re.findall(r"experts\.(\d+)\.", name)]
+        if len(names) == 1 and not numbers:
+            found = (self.files.slice(names[0]).get_shape() or [0])[0]
+            return "" if found == num_experts else f"{names[0]} holds {found} experts, there are {num_experts}"
+        if numbers == list(range(num_experts)):
+            return ""
+        missing, extra = set(range(num_experts)) - set(numbers), set(numbers) - set(range(num_experts))
+        return f"{len(names)} of {num_experts} tensors are there" + "".join(
+            f"; {what} are those of experts {sorted(experts)[:8]}"
+            for what, experts in (("missing", missing), ("too many", extra))
+            if experts
+        )
 
 
 def _expert_parameters(architecture: Architecture) -> dict[int, dict[str, tuple[str, torch.Size]]]:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddr
 from expertmesh.actors.shard.server import ShardServer
 from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
 from expertmesh.actors.worker.engine import Engine
+from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.placement import Placement, initial_placement
 from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
@@ -46,7 +47,28 @@ def link_pair(name: str = "pair", generation: int = 1, timeout_s: float = 5.0) -
     try:
         yield ends[WORKER_RANK], ends[SHARD_RANK]
     finally:
-        ends[WORKER_RANK].close()
+        break_link(ends[WORKER_RANK])
+
+
+def break_link(link: Link) -> None:
+    """Break a link, both ends of it, as a passed deadline does. Nobody may be receiving at this end."""
+    with suppress(LinkError):
+        link.recv(timeout_s=0.001)
+
+
+@contextmanager
+def served_link(server: ShardServer, name: str = "pair", *, timeout_s: float = 5.0) -> Iterator[Link]:
+    """Yield the worker's end of a link that a shard's server answers on a thread of its own."""
+    with link_pair(name, timeout_s=timeout_s) as (worker_end, shard_end):
+        thread = threading.Thread(target=server.serve, args=(shard_end,), name=name, daemon=True)
+        thread.start()
+        try:
+            yield worker_end
+        finally:
+            worker_end.close()
+            # A thread that is inside a link when the interpreter ends would abort the process.
+            thread.join(timeout=10)
+            assert not thread.is_alive(), f"the server goes on with link {name}, which was closed"
 
 
 class LocalFleet:
@@ -67,10 +89,9 @@ class LocalFleet:
         }
         self.events: list[TokenEvent] = []
         self.links: dict[ShardId, Link] = {}
-        self._contexts = [link_pair(f"worker/{name}") for name in names]
-        for name, context in zip(names, self._contexts, strict=True):
-            self.links[name], shard_end = context.__enter__()
-            threading.Thread(target=self.servers[name].serve, args=(shard_end,), daemon=True).start()
+        self._contexts = ExitStack()
+        for name in names:
+            self.links[name] = self._contexts.enter_context(served_link(self.servers[name], f"worker/{name}"))
         self.model = weights.load_dense(CPU)
         self.dispatcher = Dispatcher(architecture.moe_layers, architecture.num_experts, recovery_s=0.2)
         self.dispatcher.set_fleet(Fleet(self.placement, self.links))
@@ -81,8 +102,7 @@ class LocalFleet:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        for context in self._contexts:
-            context.__exit__(None, None, None)
+        self._contexts.close()
 
     def run(self, requests: list[SequenceRequest]) -> dict[str, list[int]]:
         """Run sequences to their end, all at once, and return each one's tokens."""
@@ -108,8 +128,9 @@ class LocalFleet:
         config = SchedulerConfig(
             max_batch_tokens=48, max_sequences=16, num_pages=num_pages, page_size=page_size, max_context=256
         )
+        self.scheduler = Scheduler(config)
         return Engine(
-            Scheduler(config),
+            self.scheduler,
             runner,
             max_queue=64,
             begin_step=self.dispatcher.begin_step,

@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import psutil
 
+from expertmesh.cluster.errors import StateError
+
 
 class RunningServer(NamedTuple):
-    """A `serve` process of this user."""
+    """A `serve` process of this user. started_s tells it from a later process of the same pid (seconds, as psutil has it)."""
 
     pid: int
+    started_s: float
     grpc_address: str
     model: str
 
@@ -35,8 +38,12 @@ def new_log_file() -> Path:
 @contextlib.contextmanager
 def registered(grpc_address: str, model: Path) -> Iterator[None]:
     """Let `stop` find this process while the context lasts."""
-    path = state_home() / f"running-{os.getpid()}.json"
-    path.write_text(json.dumps({"pid": os.getpid(), "grpc_address": grpc_address, "model": str(model)}))
+    pid = os.getpid()
+    record = RunningServer(pid, psutil.Process(pid).create_time(), grpc_address, str(model))
+    path = state_home() / f"running-{pid}.json"
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(json.dumps(record._asdict()))
+    unfinished.replace(path)
     try:
         yield
     finally:
@@ -44,12 +51,29 @@ def registered(grpc_address: str, model: Path) -> Iterator[None]:
 
 
 def find_running() -> list[RunningServer]:
-    """Return the servers of this user that are alive; records of dead ones are removed."""
+    """Return the servers of this user that are alive; records of dead ones are removed.
+
+    Raises:
+        StateError: a record is damaged; the message names its file.
+    """
     found: list[RunningServer] = []
     for path in sorted(state_home().glob("running-*.json")):
-        record = RunningServer(**json.loads(path.read_text()))
-        if psutil.pid_exists(record.pid):
+        try:
+            record = RunningServer(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            continue  # its server ended a moment ago
+        except (ValueError, TypeError) as error:
+            raise StateError(f"{path}: not the record of a server ({error}); remove it") from error
+        if _is_alive(record):
             found.append(record)
         else:
             path.unlink(missing_ok=True)
     return found
+
+
+def _is_alive(record: RunningServer) -> bool:
+    try:
+        process = psutil.Process(record.pid)
+        return process.create_time() == record.started_s and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -63,7 +63,7 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> ServeSettings:
     try:
         from_file = tomllib.loads(config.read_text()) if config else {}
         return ServeSettings(**{**from_file, **given})
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"--config {config}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,7 +1,5 @@
 """`expertmesh stop`: end a server that `serve` started on this machine."""
 
-import os
-import signal
 from typing import Annotated
 
 import psutil
@@ -17,9 +15,10 @@ def stop(
 ) -> None:
     """Stop a server that runs on this machine: streams get a few seconds to end."""
     server = _choose(find_running(), url)
-    os.kill(server.pid, signal.SIGTERM)
     try:
-        psutil.Process(server.pid).wait(timeout_s)
+        process = psutil.Process(server.pid)
+        process.terminate()
+        process.wait(timeout_s)
     except psutil.NoSuchProcess:
         pass  # it ended before it could be waited for
     except psutil.TimeoutExpired as error:

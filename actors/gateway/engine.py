@@ -10,7 +10,7 @@ from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLost
 from expertmesh.actors.gateway.worker_pool import WorkerPool
-from expertmesh.cluster.errors import ExpertMeshError
+from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent
 from expertmesh.models.tokenizer import Tokenizer
 
@@ -81,7 +81,8 @@ class Engine:
         finish_reason: FinishReason | None = None
         for event in events:
             if event.finish_reason is FinishReason.ERROR:
-                raise ExpertMeshError(f"{event.sequence_id} failed at its worker: {event.error}")
+                kind = UnavailableError if event.unavailable else ExpertMeshError
+                raise kind(f"{event.sequence_id} failed at its worker: {event.error}")
             matched = False
             if event.token_id is not None:
                 expected = len(sample.output_ids)

@@ -19,8 +19,9 @@ SHARD_RANK = 1
 class LinkAddress:
     """Where and under which name the two ends of a link meet.
 
-    host and port are of the shard's rendezvous store; name is unique for the pair of ends and the generation. interface is
-    the address of this end's network interface. timeout_s bounds forming the link and each wait that gives no other bound.
+    host and port are of the shard's rendezvous store; name is unique for the pair of ends and the generation. interface
+    is the address of this end's network interface. timeout_s bounds forming the link and each wait that gives no other
+    bound.
     """
 
     host: str

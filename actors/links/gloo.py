@@ -11,11 +11,13 @@ from expertmesh.actors.links.base import Link, LinkAddress
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind
 
-# Payloads up to this size travel in one message with their header: Gloo lets a shorter message fill part of a longer buffer, so
-# the receiver need not know the size. A larger one follows in a message of its own exact size.
+# Payloads up to this size travel in one message with their header: Gloo lets a shorter message fill part of a longer
+# buffer, so the receiver need not know the size. A larger one follows in a message of its own exact size.
 INLINE_BYTES = 4 << 20
 # An idle link is no error: a reader waits this long for the next request, and again.
 IDLE_S = 7 * 24 * 3600.0
+# A send ends only when the peer receives: one that is busy for longer than this sees a broken link instead of CLOSE.
+_CLOSE_S = 1.0
 
 
 class GlooLink(Link):
@@ -83,6 +85,7 @@ class GlooLink(Link):
         """See Link.close."""
         header = PacketHeader(kind=PacketKind.CLOSE, generation=self.generation, sequence=0, epoch=0)
         try:
+            self._timeout_s = min(self._timeout_s, _CLOSE_S)
             self.send(header)
         except LinkError:
             return  # the peer is gone already, which is what closing is for

@@ -1,7 +1,7 @@
 """A link between two GPUs: the header as a doorbell over Gloo, the payload over an NCCL communicator of two ranks.
 
-NCCL waits for ever when a peer dies, so every payload's end is polled against a deadline and the communicator is aborted (not
-destroyed, which would wait too) when it passes.
+NCCL waits for ever when a peer dies, so every payload's end is polled against a deadline and the communicator is
+aborted (not destroyed, which would wait too) when it passes.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Serves packets: one reader thread a link, one computing at a time, packets of a layer that wait meanwhile taken together.
+"""Serves packets: one thread a link, one computing at a time, packets of a layer that wait meanwhile taken together.
 
 Shape suffixes: R rows, H hidden, P (row, expert) pairs.
 """
@@ -18,15 +18,14 @@ from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind
 from expertmesh.models.expert_slots import ExpertSlots
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Packet:
-    link: Link
     header: PacketHeader
     dispatch: Dispatch
-    done: bool = False
+    answer: tuple[PacketHeader, list[Tensor]] | None = None
 
 
 class ShardServer:
@@ -38,8 +37,8 @@ class ShardServer:
         self.num_packets = 0
         self.num_batches = 0
         self._waiting: deque[_Packet] = deque()
-        self._queue_lock = threading.Lock()
-        self._compute_lock = threading.Lock()
+        self._computing = False
+        self._turn = threading.Condition()
 
     def serve(self, link: Link) -> None:
         """Answer a link's packets until the peer closes it or is gone. Runs on a thread of its own."""
@@ -52,48 +51,66 @@ class ShardServer:
                     raise LinkError(f"a packet of kind {header.kind.name} sent to a shard")
                 self.handle(link, header, payload)
         except LinkError as error:
-            _log.info("link of generation %d ended: %s", link.generation, error)
+            _logger.info("link of generation %d ended: %s", link.generation, error)
 
     def handle(self, link: Link, header: PacketHeader, payload: Tensor) -> None:
         """Answer one packet; returns when its answer is sent.
 
-        Whoever holds the lock computes for all that wait: with one link no thread is ever woken for another, with several
-        the packets that arrive during a computation make up the next one.
-        """
-        packet = _Packet(link, header, read_dispatch(header, payload))
-        with self._queue_lock:
-            self._waiting.append(packet)
-        with self._compute_lock:
-            while not packet.done:
-                self._answer(self._take_batch())
+        Whoever finds nobody computing computes for all that wait: with one link no thread is ever woken for another,
+        with several the packets that arrive during a computation make up the next one. Each thread sends its own
+        answer, so that a worker that does not take its answer holds up no other.
 
-    def _take_batch(self) -> list[_Packet]:
-        """Take the oldest packet, and all others of its layer and dtype."""
-        with self._queue_lock:
+        Raises:
+            LinkError: the packet is damaged, or its answer could not be sent.
+        """
+        packet = _Packet(header, read_dispatch(header, payload))
+        with self._turn:
+            self._waiting.append(packet)
+        while batch := self._next_batch(packet):
+            try:
+                self._answer(batch)
+            finally:
+                with self._turn:
+                    self._computing = False
+                    self._turn.notify_all()
+        assert packet.answer is not None, "a packet left the queue without an answer"
+        link.send(*packet.answer)
+
+    def _next_batch(self, packet: _Packet) -> list[_Packet]:
+        """Wait for this thread's turn to compute, and return what to compute: nothing once the packet is answered.
+
+        A batch is the oldest packet that waits, and all others of its layer and dtype.
+        """
+        with self._turn:
+            self._turn.wait_for(lambda: packet.answer is not None or not self._computing)
+            if packet.answer is not None:
+                return []
+            self._computing = True
             first = self._waiting[0].header
             batch = [p for p in self._waiting if p.header.layer == first.layer and p.header.dtype == first.dtype]
             self._waiting = deque(p for p in self._waiting if p not in batch)
         return batch
 
     def _answer(self, batch: list[_Packet]) -> None:
-        here = [p for p in batch if self.slots.hosts(p.header.layer, p.dispatch.expert_P)]
+        """Give each packet its answer. Packets that fail together are tried one by one: a bad one fails alone."""
+        try:
+            here = [p for p in batch if self.slots.hosts(p.header.layer, p.dispatch.expert_P)]
+            outputs = self._compute([p.dispatch for p in here], here[0].header.layer) if here else []
+            answers = [combine_packet(p.header, rows, self.epoch) for p, rows in zip(here, outputs, strict=True)]
+        except Exception as error:
+            if len(batch) > 1:
+                for packet in batch:
+                    self._answer([packet])
+                return
+            _logger.exception("computing a packet failed: %s", batch[0].header)
+            batch[0].answer = self._empty_answer(batch[0].header, PacketKind.FAILED, str(error))
+            return
         for packet in batch:
-            if packet not in here:
-                self._reply_empty(packet, PacketKind.NOT_HERE)
-        if here:
-            try:
-                outputs = self._compute([p.dispatch for p in here], here[0].header.layer)
-            except RuntimeError as error:
-                _log.exception("computing layer %d for %d packets failed", here[0].header.layer, len(here))
-                for packet in here:
-                    self._reply_empty(packet, PacketKind.FAILED, str(error))
-            else:
-                for packet, rows_RH in zip(here, outputs, strict=True):
-                    self._send(packet, *combine_packet(packet.header, rows_RH, self.epoch))
+            packet.answer = self._empty_answer(packet.header, PacketKind.NOT_HERE)
+        for packet, answer in zip(here, answers, strict=True):
+            packet.answer = answer
         self.num_packets += len(batch)
         self.num_batches += 1
-        for packet in batch:
-            packet.done = True
 
     @torch.inference_mode()
     def _compute(self, dispatches: list[Dispatch], layer: int) -> list[Tensor]:
@@ -109,21 +126,16 @@ class ShardServer:
         )
         return list(out_RH.split(sizes))
 
-    def _reply_empty(self, packet: _Packet, kind: PacketKind, reason: str = "") -> None:
+    def _empty_answer(
+        self, request: PacketHeader, kind: PacketKind, reason: str = ""
+    ) -> tuple[PacketHeader, list[Tensor]]:
         payload = torch.frombuffer(bytearray(reason.encode() or b" "), dtype=torch.uint8)
         header = PacketHeader(
             kind=kind,
-            generation=packet.header.generation,
-            sequence=packet.header.sequence,
+            generation=request.generation,
+            sequence=request.sequence,
             epoch=self.epoch,
-            layer=packet.header.layer,
+            layer=request.layer,
             payload_bytes=payload.numel(),
         )
-        self._send(packet, header, [payload])
-
-    def _send(self, packet: _Packet, header: PacketHeader, parts: list[Tensor]) -> None:
-        try:
-            packet.link.send(header, parts)
-        except LinkError as error:
-            # The worker is gone; its own thread sees the broken link and ends. Other workers' packets go on.
-            _log.info("an answer could not be sent: %s", error)
+        return header, [payload]

@@ -1,6 +1,7 @@
 """The attention worker's process: a Ray actor around the dense half, the dispatcher and the engine."""
 
 import asyncio
+import logging
 import os
 import threading
 from typing import Any
@@ -25,6 +26,7 @@ from expertmesh.models.architecture import Architecture, open_architecture
 from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
 
+_log = logging.getLogger(__name__)
 _POLL_S = 10.0
 # Part of the memory that is free when the model is loaded which the KV cache takes, unless kv_tokens says otherwise.
 _KV_PART = {"cpu": 0.1, "cuda": 0.8}
@@ -85,7 +87,7 @@ class WorkerActor:
         if self._engine is None:
             self._loop = asyncio.get_running_loop()
             self._engine = await asyncio.to_thread(self._make_engine)
-            threading.Thread(target=self._engine.run_forever, name="engine", daemon=True).start()
+            threading.Thread(target=_run, args=(self._engine,), name="engine", daemon=True).start()
 
     async def submit(self, gateway_id: str, requests: list[SequenceRequest]) -> None:
         """See WorkerClient.submit."""
@@ -229,3 +231,12 @@ class WorkerActor:
                 del self._gateway_of[event.sequence_id]
         for gateway_id, own_events in by_gateway.items():
             self._outboxes.setdefault(gateway_id, Outbox()).put(own_events)
+
+
+def _run(engine: Engine) -> None:
+    """Run the engine. A defect that stops it ends the process: a worker that is gone is replaced, one that hangs is not."""
+    try:
+        engine.run_forever()
+    except BaseException:
+        _log.exception("the engine stopped")
+        os._exit(1)

@@ -66,7 +66,8 @@ class Dispatcher:
         self._recovery_s = recovery_s
         self._fleet: Fleet | None = None
         self._changed = threading.Condition()
-        self._token_keys_T = np.zeros(0, dtype=np.uint64)
+        # One key, for the token with which a runner learns the layers' shapes before the first step.
+        self._token_keys_T = np.zeros(1, dtype=np.uint64)
         self._sequence = 0
         self.load_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
         self.dispatch_bytes_L = np.zeros(len(layers), dtype=np.int64)
@@ -97,12 +98,16 @@ class Dispatcher:
         weights_TK = topk_weights_TK.float().cpu().numpy()
         self.load_LE[self._row_of_layer[layer]] += np.bincount(ids_TK.ravel(), minlength=self._num_experts)
         out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
+        keys_T = self._token_keys_T[: len(ids_TK)]
+        assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
         todo_TK = np.ones(ids_TK.shape, dtype=np.bool_)
         while todo_TK.any():
             fleet = self._fleet
             assert fleet is not None, "run() before set_fleet()"
+            # What is done needs no replica any more: its place is taken by an expert that does.
+            wanted_TK = np.where(todo_TK, ids_TK, ids_TK[todo_TK][0])
             try:
-                shard_TK = fleet.tables[layer].choose(ids_TK, self._token_keys_T[: len(ids_TK)], fleet.alive_S)
+                shard_TK = fleet.tables[layer].choose(wanted_TK, keys_T, fleet.alive_S)
             except NoReplicaError as error:
                 self._await_fleet(fleet, error)
                 continue
@@ -160,14 +165,17 @@ class Dispatcher:
         link = fleet.links[fleet.shards[request.shard]]
         try:
             header, payload = link.recv()
-            if header.sequence != request.sequence or header.num_rows not in (0, request.pairs.num_rows):
+            if header.sequence != request.sequence:
                 raise LinkError(f"asked for packet {request.sequence}, got {header}")
             if header.kind is PacketKind.FAILED:
                 raise LinkError(f"the shard failed: {bytes(payload.cpu().numpy()).decode(errors='replace')}")
             if header.kind not in (PacketKind.COMBINE, PacketKind.NOT_HERE):
                 raise LinkError(f"an answer of kind {header.kind.name}")
             if header.kind is PacketKind.COMBINE:
-                add_rows(out_TH, read_combine(header, payload), request.pairs)
+                rows_RH = read_combine(header, payload)
+                if rows_RH.shape != (request.pairs.num_rows, out_TH.shape[1]):
+                    raise LinkError(f"asked for {request.pairs.num_rows} rows of {out_TH.shape[1]}, got {header}")
+                add_rows(out_TH, rows_RH, request.pairs)
                 self.combine_bytes_L[self._row_of_layer[layer]] += header.payload_bytes
         except LinkError as error:
             self._lose(fleet, request.shard, error)

@@ -1,6 +1,7 @@
 """The attention worker's loop: take in requests, plan a step, compute it, draw tokens, hand them out.
 
-The engine knows neither Ray nor gateways: `submit` and `cancel` may be called from any thread, `on_events` gets what is new.
+The engine knows neither Ray nor gateways: `submit` and `cancel` may be called from any thread, `on_events` gets what is
+new.
 """
 
 import logging
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
-from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError
+from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, SequenceRequest, TokenEvent, TokenLogprob
 from expertmesh.cluster.scheduler import Chunk, Scheduler, StepPlan
 from expertmesh.kernels.sampling import NonFiniteLogitsError, SampledTokens, SamplingSettings, sample
 from expertmesh.models.runners import StepRunner
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -107,7 +108,8 @@ class Engine:
         """Drop sequences; unknown ones are passed over. Their pages are free for the next step."""
         with self._lock:
             for sequence_id in sequence_ids:
-                self._drop(sequence_id)
+                if sequence_id in self._live:
+                    self._drop(sequence_id)
 
     def stop(self) -> None:
         """Let `run_forever` return after the step under way."""
@@ -136,16 +138,18 @@ class Engine:
             with torch.inference_mode():
                 self._begin_step(_keys(plan.chunks, contexts))
                 sampled, failed = self._draw(plan, contexts, self._runner.run(plan.chunks))
-        except (ExpertMeshError, RuntimeError) as error:
-            _log.exception("step of %d sequences failed after %.3f s", len(plan.chunks), time.monotonic() - started_s)
-            self._fail(plan, str(error))
+        except Exception as error:
+            _logger.exception(
+                "step of %d sequences failed after %.3f s", len(plan.chunks), time.monotonic() - started_s
+            )
+            self._fail(plan, contexts, error)
             return
-        self._commit(plan, sampled, failed)
+        self._commit(plan, contexts, sampled, failed)
 
     def _draw(
         self, plan: StepPlan, contexts: list[_Live], logits_NV: Tensor
     ) -> tuple[dict[str, tuple[int, TokenEvent]], dict[str, str]]:
-        """Draw the new tokens. Return them with their events by sequence, and the sequences whose logits are unusable."""
+        """Draw the new tokens. Return them with their events by sequence, and the sequences without usable logits."""
         rows = [(c.sequence_id, live) for c, live in zip(plan.chunks, contexts, strict=True) if c.samples]
         failed: dict[str, str] = {}
         keep = list(range(len(rows)))
@@ -171,18 +175,25 @@ class Engine:
             }, failed
         return {}, failed
 
-    def _commit(self, plan: StepPlan, sampled: dict[str, tuple[int, TokenEvent]], failed: dict[str, str]) -> None:
+    def _commit(
+        self,
+        plan: StepPlan,
+        contexts: list[_Live],
+        sampled: dict[str, tuple[int, TokenEvent]],
+        failed: dict[str, str],
+    ) -> None:
         """Tell the scheduler, hand out the events, and let go of what ended."""
         events: list[TokenEvent] = []
         with self._lock:
-            for sequence_id, reason in failed.items():
-                if self._drop(sequence_id):
-                    events.append(_end(sequence_id, reason))
+            lives = self._still_live(plan, contexts)
+            for sequence_id in failed.keys() & lives.keys():
+                self._drop(sequence_id)
+                events.append(_end(sequence_id, failed[sequence_id]))
             self._scheduler.commit(plan, {sequence_id: token for sequence_id, (token, _) in sampled.items()})
             for sequence_id, (token, event) in sampled.items():
-                live = self._live.get(sequence_id)
+                live = lives.get(sequence_id)
                 if live is None:
-                    continue  # cancelled during the step
+                    continue
                 live.output_ids.append(token)
                 events.append(event)
                 if event.finish_reason is not None:
@@ -196,18 +207,25 @@ class Engine:
         if events:
             self._on_events(events)
 
-    def _fail(self, plan: StepPlan, reason: str) -> None:
+    def _fail(self, plan: StepPlan, contexts: list[_Live], error: Exception) -> None:
         with self._lock:
-            ended = [chunk.sequence_id for chunk in plan.chunks if self._drop(chunk.sequence_id)]
-        self._on_events([_end(sequence_id, reason) for sequence_id in ended])
+            lives = self._still_live(plan, contexts)
+            for sequence_id in lives:
+                self._drop(sequence_id)
+            for chunk in plan.chunks:
+                if chunk.sequence_id not in self._live:
+                    self._runner.forget(chunk.sequence_id)
+        unavailable = isinstance(error, UnavailableError)
+        self._on_events([_end(sequence_id, str(error), unavailable=unavailable) for sequence_id in lives])
 
-    def _drop(self, sequence_id: str) -> bool:
-        """Cancel a live sequence. False: it was gone already."""
-        if sequence_id not in self._live:
-            return False
+    def _still_live(self, plan: StepPlan, contexts: list[_Live]) -> dict[str, _Live]:
+        """Return the sequences of a step that were not cancelled meanwhile; an id that was taken again is another."""
+        pairs = zip(plan.chunks, contexts, strict=True)
+        return {chunk.sequence_id: live for chunk, live in pairs if self._live.get(chunk.sequence_id) is live}
+
+    def _drop(self, sequence_id: str) -> None:
         self._scheduler.cancel(sequence_id)
         self._forget(sequence_id)
-        return True
 
     def _forget(self, sequence_id: str) -> None:
         del self._live[sequence_id]
@@ -257,5 +275,12 @@ def _event(sequence_id: str, live: _Live, tokens: SampledTokens, row: int) -> To
     )
 
 
-def _end(sequence_id: str, reason: str) -> TokenEvent:
-    return TokenEvent(sequence_id=sequence_id, index=-1, token_id=None, finish_reason=FinishReason.ERROR, error=reason)
+def _end(sequence_id: str, reason: str, *, unavailable: bool = False) -> TokenEvent:
+    return TokenEvent(
+        sequence_id=sequence_id,
+        index=-1,
+        token_id=None,
+        finish_reason=FinishReason.ERROR,
+        error=reason,
+        unavailable=unavailable,
+    )

@@ -122,6 +122,7 @@ validation; paragraphs of legal text are told apart only by their exact words, s
 
 Training windows were {window} tokens long in the last quarter of the time, half of that before. Positions go up to
 2048; quality falls beyond the training length.
+Greedy decoding soon repeats itself in code and prose, and drifts from one licence's words into another's.
 
 ## Training
 

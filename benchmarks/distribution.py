@@ -1,0 +1,183 @@
+"""The price of being distributed: one engine with its experts in process, the same engine with them on shard processes.
+
+No Ray and no gateway on either side: only the place of the experts differs. Interleaved rounds, sampled at temperature 1.
+
+usage: python benchmarks/distribution.py CHECKPOINT [--batch 8,32] [--shards 2] [--rounds 3] [--keep]
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from benchmarks.record import keep
+
+PROMPT, NEW = 32, 64
+HOST = "127.0.0.1"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--batch", default="1,8,32")
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--worker-threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--shard-threads", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")
+    arguments = parser.parse_args()
+    batches = [int(part) for part in arguments.batch.split(",")]
+    shards = [
+        _start(_shard, arguments.shard_threads, arguments.checkpoint, index, arguments.shards, policy="PASSIVE")
+        for index in range(arguments.shards)
+    ]
+    ports = [pipe.recv() for pipe in shards]
+    engines = {
+        # A process that has the cores to itself is fastest when its threads spin, which is OpenMP's default.
+        "in process": _start(_engine, os.cpu_count() or 1, arguments.checkpoint, [], policy="ACTIVE"),
+        f"{arguments.shards} shards": _start(
+            _engine, arguments.worker_threads, arguments.checkpoint, ports, policy="PASSIVE"
+        ),
+    }
+    for pipe in engines.values():
+        pipe.recv()
+    rates: dict[int, dict[str, list[float]]] = {b: {name: [] for name in engines} for b in batches}
+    for number in range(arguments.rounds + 1):
+        for batch in batches:
+            for name, pipe in engines.items():
+                pipe.send((batch, number * 1000 + batch))
+                rate = pipe.recv()
+                print(f"round {number}, batch {batch}, {name}: {rate:.1f} tokens/s", flush=True)
+                if number:
+                    rates[batch][name].append(rate)
+    rows = []
+    for batch in batches:
+        alone, apart = (statistics.median(rates[batch][name]) for name in engines)
+        rows.append({"batch": batch, "in_process_tokens_per_s": alone, "shards_tokens_per_s": apart, "ratio": apart / alone})
+        print(f"batch {batch}: in process {alone:.1f}, {arguments.shards} shards {apart:.1f} tokens/s, ratio {apart / alone:.2f}")
+    if arguments.keep:
+        settings = {name: getattr(arguments, name) for name in ("shards", "rounds", "worker_threads", "shard_threads")}
+        print(f"kept in {keep('distribution', {**settings, 'rows': rows})}")
+    return 0
+
+
+def _start(target, threads: int, *values, policy: str) -> Connection:  # type: ignore[no-untyped-def]
+    """Start a process with its own OpenMP settings, and return our end of a pipe to it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = policy
+    if policy == "ACTIVE":
+        del os.environ["OMP_WAIT_POLICY"]
+    context.Process(target=target, args=(theirs, threads, *values), daemon=True).start()
+    return ours
+
+
+def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_shards: int) -> None:
+    """One shard process: serves one link after another."""
+    import torch
+    import torch.distributed as dist
+
+    from expertmesh.actors.links.base import SHARD_RANK, open_link
+    from expertmesh.actors.shard.server import ShardServer
+    from expertmesh.models.expert_slots import ExpertSlots
+
+    torch.set_num_threads(threads)
+    weights, placement = _open(checkpoint, num_shards)
+    slots = ExpertSlots(weights, placement.shards[index].experts, torch.device("cpu"))
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    ShardServer(slots, placement.epoch).serve(open_link("gloo", _address(store.port, SHARD_RANK), torch.device("cpu")))
+
+
+def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int]) -> None:
+    """One engine process: runs batches that the pipe asks for, and answers with decoded tokens per second."""
+    import torch
+
+    from expertmesh.actors.links.base import WORKER_RANK, open_link
+    from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+    from expertmesh.actors.worker.engine import Engine
+    from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
+    from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
+    from expertmesh.models import hooks
+    from expertmesh.models.expert_slots import ExpertSlots
+    from expertmesh.models.runners import PagedRunner
+
+    torch.set_num_threads(threads)
+    cpu = torch.device("cpu")
+    weights, placement = _open(checkpoint, max(1, len(ports)))
+    architecture = weights.architecture
+    dispatcher = Dispatcher(architecture.moe_layers, architecture.num_experts, recovery_s=0)
+    if ports:
+        links = {
+            slots.shard: open_link("gloo", _address(port, WORKER_RANK), cpu)
+            for slots, port in zip(placement.shards, ports, strict=True)
+        }
+        run = dispatcher.run
+        dispatcher.set_fleet(Fleet(placement, links))
+    else:
+        local = ExpertSlots(weights, placement.shards[0].experts, cpu)
+
+        def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+            rows = torch.arange(ids.shape[0]).repeat_interleave(ids.shape[1])
+            return local.run(layer, hidden, rows, ids.flatten(), topk_weights.flatten().float()).to(hidden.dtype)
+
+    model = weights.load_dense(cpu)
+    hooks.attach_experts(architecture.experts_by_layer, run)
+    runner = PagedRunner(model, 16, cpu)
+    runner.allocate(1024)
+    config = SchedulerConfig(max_batch_tokens=2048, max_sequences=256, num_pages=1024, page_size=16, max_context=1024)
+    events: list[TokenEvent] = []
+    engine = Engine(
+        Scheduler(config), runner, max_queue=256, begin_step=dispatcher.begin_step, on_events=events.extend
+    )
+    pipe.send("ready")
+    while True:
+        batch, seed = pipe.recv()
+        rng = random.Random(seed)
+        vocab_size = architecture.config.vocab_size
+        engine.submit(
+            [
+                SequenceRequest(
+                    sequence_id=f"{seed}-{i}",
+                    prompt_ids=tuple(rng.randrange(vocab_size) for _ in range(PROMPT)),
+                    sampling=SamplingParams(max_tokens=NEW, temperature=1.0, seed=seed + i),
+                )
+                for i in range(batch)
+            ]
+        )
+        engine.step()
+        started_s, first = time.perf_counter(), len(events)
+        while engine.num_running or engine.num_waiting:
+            engine.step()
+        pipe.send((len(events) - first) / (time.perf_counter() - started_s))
+        events.clear()
+
+
+def _open(checkpoint: Path, num_shards: int):  # type: ignore[no-untyped-def]
+    from expertmesh.cluster.ids import ShardId
+    from expertmesh.cluster.placement import initial_placement
+    from expertmesh.models.architecture import open_architecture
+    from expertmesh.models.loading import CheckpointWeights
+
+    weights = CheckpointWeights(open_architecture(checkpoint))
+    architecture = weights.architecture
+    shards = [ShardId(f"shard-{i}") for i in range(num_shards)]
+    return weights, initial_placement(architecture.moe_layers, architecture.num_experts, shards, 1, epoch=1)
+
+
+def _address(port: int, rank: int):  # type: ignore[no-untyped-def]
+    from expertmesh.actors.links.base import LinkAddress
+
+    return LinkAddress(host=HOST, port=port, name="bench", generation=1, rank=rank, interface=HOST, timeout_s=60)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())

@@ -1,0 +1,238 @@
+"""Gloo links: two ends in one process, and ends in other processes that are killed or stopped.
+
+All are real process groups over loopback; a wait that should fail is given less than two seconds.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddress, link_kind, open_link
+from expertmesh.actors.links.gloo import INLINE_BYTES
+from expertmesh.actors.runtime import listen_on
+from expertmesh.cluster.errors import LinkError, UnknownNameError
+from expertmesh.cluster.packets import PacketHeader, PacketKind
+from tests.fleet import CPU, HOST, link_pair
+
+# A process that answers each message with the same message, until its link ends.
+ECHO = """
+import sys
+import torch
+from expertmesh.actors.links.base import SHARD_RANK, LinkAddress, open_link
+from expertmesh.cluster.errors import LinkError
+address = LinkAddress(
+    host=sys.argv[1], port=int(sys.argv[2]), name="echo", generation=1, rank=SHARD_RANK, interface=sys.argv[1],
+    timeout_s=60.0,
+)
+try:
+    link = open_link("gloo", address, torch.device("cpu"))
+    while True:
+        header, payload = link.recv()
+        link.send(header, [payload])
+except LinkError:
+    sys.exit(0)
+"""
+
+
+def header_of(payload_bytes: int = 0, *, generation: int = 1, sequence: int = 7) -> PacketHeader:
+    return PacketHeader(
+        kind=PacketKind.DISPATCH, generation=generation, sequence=sequence, epoch=3, payload_bytes=payload_bytes
+    )
+
+
+def random_bytes(size: int) -> Tensor:
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+
+
+def pass_on(sender: Link, receiver: Link, parts: list[Tensor], *, sequence: int = 7) -> Tensor:
+    """Send from a thread, as a send ends only when the other end receives; return a copy of the payload."""
+    size = sum(part.numel() * part.element_size() for part in parts)
+    thread = threading.Thread(target=sender.send, args=(header_of(size, sequence=sequence), parts))
+    thread.start()
+    header, payload = receiver.recv(timeout_s=2.0)
+    thread.join(timeout=2.0)
+    assert not thread.is_alive()
+    assert header == header_of(size, sequence=sequence)
+    return payload.clone()
+
+
+def seconds_to_break(call: Callable[[], object], match: str | None = None) -> float:
+    started_s = time.monotonic()
+    with pytest.raises(LinkError, match=match):
+        call()
+    return time.monotonic() - started_s
+
+
+def address_of(port: int, *, timeout_s: float, rank: int = WORKER_RANK, name: str = "alone") -> LinkAddress:
+    return LinkAddress(host=HOST, port=port, name=name, generation=1, rank=rank, interface=HOST, timeout_s=timeout_s)
+
+
+@contextmanager
+def echo_process(timeout_s: float = 30.0) -> Iterator[tuple[Link, subprocess.Popen[bytes]]]:
+    """Yield a link to a process that echoes, and that process; both are proved to work."""
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    with subprocess.Popen([sys.executable, "-c", ECHO, HOST, str(store.port)]) as process:
+        try:
+            link = open_link("gloo", address_of(store.port, timeout_s=timeout_s, name="echo"), CPU)
+            link.send(header_of(3), [random_bytes(3)])
+            assert torch.equal(link.recv()[1], random_bytes(3))
+            yield link, process
+        finally:
+            process.kill()
+            process.wait(timeout=10)
+
+
+@contextmanager
+def undisturbed_traffic() -> Iterator[None]:
+    """Pass messages over another link of this process all the while, and check that they went on to the end."""
+    with link_pair("bystander") as (sender, receiver):
+        done, numbers = threading.Event(), list[int]()
+        errors: list[LinkError] = []
+
+        def run() -> None:
+            try:
+                while not done.is_set():
+                    pass_on(sender, receiver, [random_bytes(100)], sequence=len(numbers))
+                    numbers.append(len(numbers))
+                    time.sleep(0.001)
+            except LinkError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+            num_before = len(numbers)
+            time.sleep(0.1)
+        finally:
+            done.set()
+            thread.join(timeout=5.0)
+        assert not errors
+        assert len(numbers) > num_before > 0
+
+
+@pytest.mark.parametrize("size", [0, 1, INLINE_BYTES - 1, INLINE_BYTES, INLINE_BYTES + 1, 2 * INLINE_BYTES + 3])
+def test_the_very_bytes_arrive(size: int) -> None:
+    with link_pair() as (worker, shard):
+        sent = random_bytes(size)
+        assert torch.equal(pass_on(worker, shard, [sent]), sent)
+        assert torch.equal(pass_on(shard, worker, [sent]), sent)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_several_parts_arrive_as_one_payload(large: bool) -> None:
+    rows = torch.randn(3, INLINE_BYTES // 8 if large else 5)
+    parts = [rows.to(torch.bfloat16), random_bytes(7), rows, torch.zeros(0), torch.arange(4)]
+    expected = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
+    with link_pair() as (worker, shard):
+        assert torch.equal(pass_on(worker, shard, parts), expected)
+
+
+def test_a_message_holds_nothing_of_the_one_before() -> None:
+    with link_pair() as (worker, shard):
+        for sequence, size in enumerate([5000, 10, INLINE_BYTES + 9, 0, 11]):
+            sent = random_bytes(size)
+            assert torch.equal(pass_on(worker, shard, [sent], sequence=sequence), sent)
+
+
+def test_a_deadline_breaks_this_link_and_no_other() -> None:
+    with undisturbed_traffic(), link_pair() as (worker, shard):
+        assert 0.2 <= seconds_to_break(lambda: worker.recv(timeout_s=0.2), "receive failed") < 1.5
+        assert seconds_to_break(lambda: worker.recv(timeout_s=5.0)) < 1.0
+        assert seconds_to_break(lambda: worker.send(header_of())) < 1.0
+        assert seconds_to_break(lambda: shard.recv(timeout_s=5.0)) < 1.0
+        worker.close()
+        shard.close()
+
+
+@pytest.mark.parametrize("size", [0, INLINE_BYTES + 1])
+def test_a_send_that_nobody_takes_ends_at_the_deadline(size: int) -> None:
+    with link_pair(timeout_s=0.3) as (worker, _):
+        parts = [random_bytes(size)]
+        assert 0.2 <= seconds_to_break(lambda: worker.send(header_of(size), parts), "link pair: send failed") < 1.5
+
+
+def test_a_packet_of_another_generation_is_refused() -> None:
+    with link_pair(generation=5) as (worker, shard):
+        thread = threading.Thread(target=worker.send, args=(header_of(generation=4),))
+        thread.start()
+        with pytest.raises(LinkError, match="a packet of generation 4 on generation 5"):
+            shard.recv(timeout_s=2.0)
+        thread.join(timeout=2.0)
+        assert not thread.is_alive()
+
+
+def test_a_payload_of_another_size_than_the_header_says_is_never_sent() -> None:
+    with link_pair(timeout_s=0.3) as (worker, _), pytest.raises(AssertionError, match="2 bytes of payload"):
+        worker.send(header_of(3), [random_bytes(2)])
+
+
+def test_close_tells_the_other_end() -> None:
+    with link_pair(generation=9) as (worker, shard):
+        thread = threading.Thread(target=worker.close)
+        thread.start()
+        header, payload = shard.recv(timeout_s=2.0)
+        thread.join(timeout=2.0)
+        assert not thread.is_alive()
+    assert (header.kind, header.generation, payload.numel()) == (PacketKind.CLOSE, 9, 0)
+
+
+def test_close_does_not_wait_long_for_a_busy_peer() -> None:
+    with link_pair(timeout_s=30.0) as (worker, shard):
+        started_s = time.monotonic()
+        worker.close()
+        assert time.monotonic() - started_s < 2.0
+        assert seconds_to_break(lambda: shard.recv(timeout_s=5.0)) < 1.0
+
+
+def test_the_kind_of_link_is_looked_up() -> None:
+    with pytest.raises(UnknownNameError, match="link kind 'pigeon' is not one of gloo, nccl"):
+        open_link("pigeon", address_of(1, timeout_s=0.1), CPU)
+    cuda = torch.device("cuda", 0)
+    assert link_kind(cuda, cuda, share_gpu=False) == "nccl"
+    for worker, shard, share_gpu in [(CPU, CPU, False), (cuda, CPU, False), (CPU, cuda, False), (cuda, cuda, True)]:
+        assert link_kind(worker, shard, share_gpu=share_gpu) == "gloo"
+
+
+@pytest.mark.parametrize("rank", [WORKER_RANK, SHARD_RANK])
+def test_the_other_end_never_comes(rank: int) -> None:
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    address = address_of(store.port, timeout_s=0.3, rank=rank)
+    assert seconds_to_break(lambda: open_link("gloo", address, CPU), "link alone: the other end did not come") < 2.0
+
+
+def test_nobody_listens_at_the_address() -> None:
+    with listen_on(HOST) as listener:
+        port = listener.getsockname()[1]
+    address = address_of(port, timeout_s=0.3)
+    assert seconds_to_break(lambda: open_link("gloo", address, CPU), "link alone: the other end did not come") < 2.0
+
+
+def test_a_killed_peer_breaks_its_link_at_once_and_no_other() -> None:
+    with undisturbed_traffic(), echo_process() as (link, process):
+        killer = threading.Timer(0.2, process.kill)
+        killer.start()
+        assert seconds_to_break(link.recv) < 2.0
+        killer.join()
+        assert process.wait(timeout=5) == -signal.SIGKILL
+        assert seconds_to_break(lambda: link.send(header_of())) < 1.0
+
+
+def test_a_stopped_peer_breaks_its_link_at_the_deadline_and_no_other() -> None:
+    with undisturbed_traffic(), echo_process() as (link, process):
+        os.kill(process.pid, signal.SIGSTOP)
+        assert 0.5 <= seconds_to_break(lambda: link.recv(timeout_s=0.5)) < 2.0
+        os.kill(process.pid, signal.SIGCONT)
+        # It finds its own end broken, and goes on.
+        assert process.wait(timeout=10) == 0

@@ -1,0 +1,242 @@
+"""Servers of one machine: the records by which `stop` finds them, and what is checked before a start."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from expertmesh.actors import launch
+from expertmesh.actors.cli import main, running
+from expertmesh.actors.cli.stop import stop
+from expertmesh.cluster.errors import CapacityError, InputError, StateError, UnavailableError
+from expertmesh.cluster.settings import ServeSettings
+
+MODEL = Path("models/tiny")
+GIB = 2**30
+# Registers itself as `serve` does, says so, and waits; told "deaf" it ignores SIGTERM.
+SERVER = """
+import signal, sys, time
+from pathlib import Path
+from expertmesh.actors.cli.running import registered
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+with registered(sys.argv[1], Path(sys.argv[3])):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of records, empty."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "expertmesh"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start stand-ins for servers; those still alive at the end are killed."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(address: str, manner: str = "") -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SERVER, address, manner, str(MODEL)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def records(home: Path) -> list[Path]:
+    return sorted(home.glob("running-*"))
+
+
+def write_record(home: Path, **changes: object) -> Path:
+    """Write the record of a server that is this process, changed."""
+    own = psutil.Process()
+    record = {"pid": own.pid, "started_s": own.create_time(), "grpc_address": "127.0.0.1:1", "model": "m", **changes}
+    home.mkdir(exist_ok=True)
+    path = home / f"running-{record['pid']}.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+# Records.
+
+
+def test_a_server_is_found_while_it_runs(home: Path) -> None:
+    assert running.find_running() == []
+    with running.registered("127.0.0.1:50051", MODEL):
+        (found,) = running.find_running()
+        assert (found.pid, found.grpc_address, found.model) == (os.getpid(), "127.0.0.1:50051", str(MODEL))
+        assert len(records(home)) == 1
+    assert running.find_running() == []
+    assert records(home) == []
+
+
+def test_a_failing_server_takes_its_record_along(home: Path) -> None:
+    with contextlib.suppress(ZeroDivisionError), running.registered("127.0.0.1:50051", MODEL):
+        raise ZeroDivisionError
+    assert records(home) == []
+
+
+def test_the_record_of_a_killed_server_is_removed(home: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    process = start("127.0.0.1:50051")
+    assert [server.pid for server in running.find_running()] == [process.pid]
+    process.kill()
+    # Dead, but not yet waited for by its parent: a zombie still has its pid.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert len(records(home)) == 1
+    assert running.find_running() == []
+    assert records(home) == []
+
+
+def test_a_later_process_of_the_same_pid_is_not_a_server(home: Path) -> None:
+    """This process has the pid of the record, but began at another time: `stop` must not end it."""
+    write_record(home, started_s=psutil.Process().create_time() - 1000)
+    with pytest.raises(InputError, match="no server runs here"):
+        stop()
+    assert records(home) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1}', '{"what": "else"}'])
+def test_a_damaged_record_is_named(content: str, home: Path) -> None:
+    path = write_record(home)
+    path.write_text(content)
+    with pytest.raises(StateError, match=f"{path}: not the record of a server"):
+        running.find_running()
+
+
+def test_the_folder_is_the_users_own_and_logs_go_there(home: Path) -> None:
+    assert running.state_home() == home
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert running.new_log_file().parent == home
+
+
+# Stop.
+
+
+def test_stop_ends_a_server(
+    home: Path, start: Callable[..., subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start("127.0.0.1:50051")
+    stop()
+    assert process.wait(5) == 0
+    assert capsys.readouterr().out == f"stopped 127.0.0.1:50051 (pid {process.pid}, {MODEL})\n"
+    assert records(home) == []
+
+
+def test_stop_of_nothing() -> None:
+    with pytest.raises(InputError, match="no server runs here; running: none"):
+        stop()
+    with pytest.raises(InputError, match="no server at 127.0.0.1:9; running: none"):
+        stop(url="127.0.0.1:9")
+
+
+def test_stop_among_several_needs_the_address(start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    first, second = start("127.0.0.1:50051"), start("127.0.0.1:50052")
+    with pytest.raises(InputError, match="several servers run; give --url; running: ") as caught:
+        stop()
+    for address, process in (("127.0.0.1:50051", first), ("127.0.0.1:50052", second)):
+        assert f"{address} (pid {process.pid})" in str(caught.value)
+    with pytest.raises(InputError, match="no server at 127.0.0.1:50053; running: 127.0.0.1:5005"):
+        stop(url="127.0.0.1:50053")
+    stop(url="127.0.0.1:50052")
+    assert second.wait(5) == 0
+    assert first.poll() is None
+    assert [server.pid for server in running.find_running()] == [first.pid]
+
+
+def test_stop_says_when_a_server_does_not_end(start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    process = start("127.0.0.1:50051", "deaf")
+    with pytest.raises(UnavailableError, match=f"process {process.pid} did not end within 0.2 s"):
+        stop(timeout_s=0.2)
+    assert process.poll() is None
+
+
+def test_the_command_line_says_it_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["expertmesh", "stop"])
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: no server runs here; running: none\n"
+
+
+# Checks before a start.
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_in_use_is_refused(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on {host}:{port}: Address already in use"):
+            launch._require_free_port(host, port)
+    launch._require_free_port(host, port)
+    launch._require_free_port(host, 0)
+
+
+def test_a_host_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(InputError, match=r"cannot listen on nowhere\.invalid:1: "):
+        launch._require_free_port("nowhere.invalid", 1)
+
+
+def deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, **settings: object) -> launch.Deployment:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    return launch.Deployment(ServeSettings.model_validate({"model": MODEL, **settings}), None, print)
+
+
+# 4 layers of 8 experts of 1 GiB: 32 GiB. A dense half of 2 GiB for each worker.
+FACTS = SimpleNamespace(
+    expert_bytes=GIB, dense_bytes=2 * GIB, info=SimpleNamespace(num_experts=8, moe_layers=(0, 1, 2, 3))
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"), [({}, 34), ({"replicas": 2}, 66), ({"workers": 3}, 38), ({"replicas": 2, "workers": 3}, 70)]
+)
+def test_a_model_that_does_not_fit_is_refused(
+    settings: dict[str, object], needed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deployment(monkeypatch, tmp_path, needed * GIB, **settings)._check_memory(FACTS)
+    short = deployment(monkeypatch, tmp_path, needed * GIB - 1, **settings)
+    with pytest.raises(CapacityError, match=f"{MODEL}: .* GiB of experts and .* do not fit in the .* that are free"):
+        short._check_memory(FACTS)
+
+
+def test_memory_of_accelerators_is_not_judged_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    deployment(monkeypatch, tmp_path, GIB, device="cuda")._check_memory(FACTS)
+
+
+def test_a_deployment_that_never_came_up_stops_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    unstarted = deployment(monkeypatch, tmp_path, GIB)
+    assert list(tmp_path.glob("expertmesh-*"))
+    unstarted.stop()
+    assert not list(tmp_path.glob("expertmesh-*"))

@@ -1,0 +1,124 @@
+"""What an operator may ask for: ranges, unknown names, and a file and options put together."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from expertmesh.actors.cli.serve import read_settings
+from expertmesh.cluster.errors import InputError
+from expertmesh.cluster.settings import ServeSettings
+
+MODEL = Path("model")
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "serve.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_defaults_serve_on_loopback() -> None:
+    settings = ServeSettings(model=MODEL)
+    assert (settings.shards, settings.workers, settings.replicas) == (2, 1, 1)
+    assert (settings.grpc_host, settings.grpc_port) == ("127.0.0.1", 50051)
+
+
+def test_settings_are_frozen() -> None:
+    settings = ServeSettings(model=MODEL)
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.shards = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("shards", 0),
+        ("shards", 1025),
+        ("shards", 2.5),
+        ("shards", "many"),
+        ("workers", 0),
+        ("workers", 1025),
+        ("replicas", 0),
+        ("dtype", "int8"),
+        ("device", "tpu"),
+        ("grpc_port", -1),
+        ("grpc_port", 65536),
+        ("page_size", 0),
+        ("page_size", 1025),
+        ("kv_tokens", -1),
+        ("max_batch_tokens", 0),
+        ("max_sequences", 0),
+        ("max_queue", 0),
+        ("max_context", -1),
+        ("shard_threads", -1),
+        ("worker_threads", -1),
+        ("link_timeout_s", 0),
+        ("link_timeout_s", float("nan")),
+        ("recovery_s", -0.1),
+        ("recovery_s", float("inf")),
+        ("start_timeout_s", 0),
+        ("start_timeout_s", float("inf")),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_options_name(name: str, value: object) -> None:
+    with pytest.raises(InputError) as caught:
+        read_settings(None, {"model": MODEL, name: value})
+    assert str(caught.value).startswith(f"--{name.replace('_', '-')}: ")
+    assert str(caught.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shards", 1), ("shards", 1024), ("grpc_port", 0), ("grpc_port", 65535), ("page_size", 1), ("recovery_s", 0)],
+)
+def test_the_ends_of_a_range_are_allowed(name: str, value: int) -> None:
+    assert getattr(read_settings(None, {"model": MODEL, name: value}), name) == value
+
+
+def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--shard-count: .*not permitted, got 3"):
+        read_settings(write(tmp_path, "shard_count = 3"), {"model": MODEL})
+    with pytest.raises(ValidationError, match="shard_count"):
+        ServeSettings(model=MODEL, shard_count=3)  # type: ignore[call-arg]
+
+
+def test_more_replicas_than_shards_are_refused() -> None:
+    assert read_settings(None, {"model": MODEL, "replicas": 3, "shards": 3}).replicas == 3
+    with pytest.raises(InputError, match=r"replicas=3 needs at least as many shards, there are shards=2"):
+        read_settings(None, {"model": MODEL, "replicas": 3})
+
+
+def test_the_model_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--model: Field required"):
+        read_settings(write(tmp_path, "shards = 3"), {})
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    config = write(tmp_path, 'shards = 4\nworkers = 2\npage_size = 32\nlink_timeout_s = 1.5\ndtype = "bfloat16"\n')
+    settings = read_settings(config, {"model": MODEL, "shards": 6})
+    assert settings == ServeSettings(
+        model=MODEL, shards=6, workers=2, page_size=32, link_timeout_s=1.5, dtype="bfloat16"
+    )
+
+
+def test_a_file_and_an_option_are_checked_together(tmp_path: Path) -> None:
+    config = write(tmp_path, "replicas = 4\nshards = 4\n")
+    assert read_settings(config, {"model": MODEL}).replicas == 4
+    with pytest.raises(InputError, match=r"replicas=4 .* shards=2"):
+        read_settings(config, {"model": MODEL, "shards": 2})
+
+
+@pytest.mark.parametrize("content", [b"shards = ", b"shards: 4", b"\xff\xfe", b"shards = 1\nshards = 2"])
+def test_a_file_that_is_no_toml_is_refused(content: bytes, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_bytes(content)
+    with pytest.raises(InputError, match=f"--config {config}: "):
+        read_settings(config, {"model": MODEL})
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--config .*nowhere.toml: .*No such file"):
+        read_settings(tmp_path / "nowhere.toml", {"model": MODEL})
+    with pytest.raises(InputError, match=f"--config {tmp_path}: "):
+        read_settings(tmp_path, {"model": MODEL})

@@ -1,0 +1,252 @@
+"""The arrows of docs/architecture.md section 6, and what else holds for every file."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMESPACE = "expertmesh"
+MAX_LINES = 400
+GENERATED = ("_pb2.py", "_pb2_grpc.py")
+# Of the standard library: the clock, the environment, the machine and other processes.
+IMPURE = frozenset(
+    {"asyncio", "ctypes", "io", "locale", "multiprocessing", "os", "platform", "secrets", "select", "shutil", "signal"}
+    | {"socket", "subprocess", "tempfile", "threading", "time", "uuid"}
+)
+IMPURE_CALLS = frozenset({"open", "input", "print", "datetime.now", "datetime.utcnow", "date.today", "datetime.today"})
+SEEDED = frozenset({"Random", "default_rng", "Generator", "SeedSequence", "PCG64", "Philox"})
+# /home/ray is the home of the user in Ray's own images.
+HOME_PATH = re.compile(r"(?<![\w.:/-])/(?:home/(?!ray\b)|Users/|root/)[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What a folder may import: folders of ours, packages of others (None: any). is_pure: no clock, no environment."""
+
+    ours: frozenset[str]
+    others: frozenset[str] | None
+    is_pure: bool = False
+
+
+RULES = {
+    "cluster": Rule(
+        ours=frozenset({"cluster"}), others=frozenset({"numpy", "scipy", "pydantic", "msgpack"}), is_pure=True
+    ),
+    "kernels": Rule(ours=frozenset({"kernels"}), others=frozenset({"torch", "cupy", "triton", "numpy"})),
+    "models": Rule(
+        ours=frozenset({"models", "kernels", "cluster"}),
+        others=frozenset({"torch", "transformers", "safetensors", "tokenizers", "numpy"}),
+    ),
+    "v1": Rule(ours=frozenset({"v1"}), others=frozenset({"grpc", "google"})),
+    "actors": Rule(ours=frozenset({"actors", "cluster", "kernels", "models", "v1"}), others=None),
+}
+NEVER = frozenset({"tests", "benchmarks", "examples"})
+
+
+def find_breaches(folder: str, source: str) -> list[str]:
+    """Return what a file of a folder breaks: "line: what" for each."""
+    rule, tree = RULES[folder], ast.parse(source)
+    breaches = [f"{line}: imports {module}" for line, module in imported_modules(tree) if not may_import(rule, module)]
+    if rule.is_pure:
+        breaches += [f"{line}: calls {name}" for line, name in impure_calls(tree)]
+    return breaches
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted module) of every import, wherever it stands; a relative one begins with dots."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            # `from expertmesh import actors` names the folder only here.
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted_name(node.func).endswith(("import_module", "__import__")):
+            yield from ((node.lineno, str(a.value)) for a in node.args if isinstance(a, ast.Constant))
+
+
+def may_import(rule: Rule, module: str) -> bool:
+    top, _, rest = module.partition(".")
+    if top == NAMESPACE:
+        return rest.partition(".")[0] in rule.ours
+    if top in sys.stdlib_module_names:
+        return not (rule.is_pure and top in IMPURE)
+    return bool(top) and top not in NEVER and (rule.others is None or top in rule.others)
+
+
+def impure_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, name) of calls that look outside, or draw random numbers without a seed."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted_name(node.func)
+        before, _, last = name.rpartition(".")
+        draws = before == "random" or before.endswith(".random") or last in {"Random", "default_rng"}
+        if (draws and not (last in SEEDED and (node.args or node.keywords))) or any(
+            name == call or name.endswith("." + call) for call in IMPURE_CALLS
+        ):
+            yield node.lineno, name
+
+
+def dotted_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted_name(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def setuptools_settings() -> dict[str, Any]:
+    settings: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    return settings
+
+
+def package_roots() -> dict[str, Path]:
+    """Map the folders' names in the namespace to where they are."""
+    folders = setuptools_settings()["package-dir"]
+    return {name.removeprefix(f"{NAMESPACE}."): ROOT / folder for name, folder in folders.items()}
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+@pytest.mark.parametrize("folder", RULES)
+def test_the_arrows_hold(folder: str) -> None:
+    files = files_of(package_roots()[folder])
+    assert files
+    breaches = {str(path.relative_to(ROOT)): find_breaches(folder, path.read_text()) for path in files}
+    assert not {path: found for path, found in breaches.items() if found}
+
+
+def test_every_folder_has_a_rule() -> None:
+    assert set(package_roots()) == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "breach"),
+    [
+        ("cluster", "import ray", "imports ray"),
+        ("cluster", "import torch.nn", "imports torch.nn"),
+        ("cluster", "from expertmesh.kernels import sampling", "imports expertmesh.kernels.sampling"),
+        ("cluster", "from expertmesh import models", "imports expertmesh.models"),
+        ("cluster", "from ..actors import wire", "imports ..actors.wire"),
+        ("cluster", "import os", "imports os"),
+        ("cluster", "from os import environ", "imports os.environ"),
+        ("cluster", "from time import monotonic", "imports time.monotonic"),
+        ("cluster", "import random; random.random()", "calls random.random"),
+        ("cluster", "import random; random.Random()", "calls random.Random"),
+        ("cluster", "from random import Random; Random()", "calls Random"),
+        ("cluster", "import numpy as np; np.random.default_rng()", "calls np.random.default_rng"),
+        ("cluster", "import numpy as np; np.random.rand(3)", "calls np.random.rand"),
+        ("cluster", "import datetime; datetime.datetime.now()", "calls datetime.datetime.now"),
+        ("cluster", "from datetime import datetime; datetime.now()", "calls datetime.now"),
+        ("cluster", "open('a')", "calls open"),
+        ("kernels", "from expertmesh.cluster.errors import InputError", "imports expertmesh.cluster.errors.InputError"),
+        ("kernels", "import transformers", "imports transformers"),
+        ("models", "def f():\n    import ray", "imports ray"),
+        ("models", "from ray.util import metrics", "imports ray.util.metrics"),
+        (
+            "models",
+            "if TYPE_CHECKING:\n    from expertmesh.actors.state import StateStore",
+            "imports expertmesh.actors",
+        ),
+        ("models", "importlib.import_module('expertmesh.actors.state')", "imports expertmesh.actors.state"),
+        ("v1", "import expertmesh.cluster.ids", "imports expertmesh.cluster.ids"),
+        ("actors", "from tests.fleet import LocalFleet", "imports tests.fleet.LocalFleet"),
+    ],
+)
+def test_a_broken_arrow_is_found(folder: str, line: str, breach: str) -> None:
+    """The checker on made-up files: a sound line, the breach, a sound line."""
+    (found,) = find_breaches(folder, f"import math\n{line}\nimport json\n")
+    assert breach in found
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("cluster", "import numpy as np; np.random.default_rng(3)"),
+        ("cluster", "import random; random.Random(seed).random()"),
+        ("cluster", "from datetime import timedelta; timedelta(seconds=1)"),
+        ("kernels", "from expertmesh.kernels.sampling import sample; import triton.language"),
+        ("models", "from expertmesh.cluster import ids"),
+        ("actors", "import os, ray, time, expertmesh.v1.inference_pb2"),
+    ],
+)
+def test_what_is_allowed_passes(folder: str, line: str) -> None:
+    assert find_breaches(folder, line) == []
+
+
+def test_kernels_is_no_regular_package_and_the_others_are() -> None:
+    """A regular top-level package of that name would shadow Hugging Face's `kernels`."""
+    without = {
+        str(path.relative_to(ROOT))
+        for root in package_roots().values()
+        for path in {file.parent for file in files_of(root)}
+        if not (path / "__init__.py").is_file()
+    }
+    assert without == {"kernels"}
+
+
+def test_the_wheel_has_every_package() -> None:
+    listed = setuptools_settings()["packages"]
+    found = {
+        ".".join([NAMESPACE, name, *file.parent.relative_to(root).parts])
+        for name, root in package_roots().items()
+        for file in files_of(root)
+    }
+    assert found == set(listed)
+
+
+def test_no_file_is_too_long() -> None:
+    folders = [*package_roots().values(), ROOT / "benchmarks", ROOT / "examples"]
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for folder in folders
+        for path in files_of(folder)
+        if not path.name.endswith(GENERATED)
+    }
+    assert not {path: length for path, length in lengths.items() if length > MAX_LINES}
+
+
+def test_no_text_names_a_home_folder_or_this_checkout() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files are ours is not known")
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    found: dict[str, list[str]] = {}
+    for path in (ROOT / name for name in names if name):
+        try:
+            text = path.read_text() if path.is_file() else ""
+        except UnicodeDecodeError:
+            continue  # not a text
+        if paths := named_paths(text):
+            found[str(path.relative_to(ROOT))] = paths
+    assert not found
+
+
+def named_paths(text: str) -> list[str]:
+    # A checkout right under / has a name as common as /app, which may stand anywhere.
+    own = [str(ROOT)] if len(ROOT.parts) > 2 and str(ROOT) in text else []
+    return HOME_PATH.findall(text) + own
+
+
+@pytest.mark.parametrize(
+    ("text", "is_named"),
+    [
+        ("see " + "/home" + "/someone/notes", True),
+        ('"' + "/Users" + '/someone"', True),
+        (f"{ROOT}/tests", True),
+        ("https://example.org/home/page", False),
+        ("COPY . /home/ray/app", False),
+        ("~/.local/state", False),
+    ],
+)
+def test_a_named_path_is_found(text: str, is_named: bool) -> None:
+    assert bool(named_paths(text)) == is_named
