@@ -69,8 +69,12 @@ class Controller:
         shard_ids = [ShardId(f"shard-{i}") for i in range(settings.shards)]
         worker_ids = [WorkerId(f"worker-{i}") for i in range(settings.workers)]
         self._note(f"starting {len(shard_ids)} expert shards and {len(worker_ids)} attention workers")
-        self._shards = {s: self._actor(ShardActor, s, settings.shard_threads) for s in shard_ids}
-        self._workers = {w: self._actor(WorkerActor, w, settings.worker_threads) for w in worker_ids}
+        # Shards of a step compute at the same time, so they share the cores; they and their worker take turns.
+        cores = psutil.cpu_count() or 1
+        shard_threads = settings.shard_threads or max(1, cores // len(shard_ids))
+        worker_threads = settings.worker_threads or max(1, cores // len(worker_ids))
+        self._shards = {s: self._actor(ShardActor, s, shard_threads) for s in shard_ids}
+        self._workers = {w: self._actor(WorkerActor, w, worker_threads) for w in worker_ids}
         placement = self._first_placement(shard_ids)
         record = placement.to_bytes()
         self._note("loading experts into the shards and the dense half into the workers")
@@ -138,7 +142,6 @@ class Controller:
         except ValueError:
             pass  # it does not exist yet
         settings = self._settings
-        threads = threads or psutil.cpu_count() or 1
         resources = ray.cluster_resources()
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and resources.get("GPU", 0) > 0)
         actors = settings.shards + settings.workers

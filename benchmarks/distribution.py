@@ -72,6 +72,7 @@ def _start(target, threads: int, *values, policy: str) -> Connection:  # type: i
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TQDM_DISABLE"] = "1"
     os.environ["OMP_WAIT_POLICY"] = policy
     if policy == "ACTIVE":
         del os.environ["OMP_WAIT_POLICY"]

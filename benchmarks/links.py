@@ -4,6 +4,7 @@ usage: python benchmarks/links.py [--rounds N] [--keep]
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import socket
 import statistics
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from benchmarks.record import keep
 from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddress, open_link
 from expertmesh.actors.ray_env import secure_local_ray
+from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind
 
 HOST = "127.0.0.1"
@@ -117,9 +119,10 @@ def _peer(pipe: Connection) -> None:
 
 
 def _echo_link(link: Link) -> None:
-    while True:
-        header, payload = link.recv(3600)
-        link.send(header, [payload])
+    with contextlib.suppress(LinkError):  # the benchmark is over
+        while True:
+            header, payload = link.recv(3600)
+            link.send(header, [payload])
 
 
 def _echo_socket(listener: socket.socket) -> None:

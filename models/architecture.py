@@ -33,8 +33,8 @@ OWN_CACHE_MARKS = ("indexer", "linear_attn", "mamba", "conv1d")
 class Architecture:
     """A checkpoint's structure.
 
-    experts_by_layer maps a decoder layer's index to its experts module, on the meta device; each has num_experts. uses_own_cache: the family cannot
-    run in the paged engine and keeps transformers' cache, one request a step.
+    experts_by_layer maps a decoder layer's index to its experts module, on the meta device; each has num_experts.
+    uses_own_cache: the family cannot run in the paged engine and keeps transformers' cache, one request a step.
     """
 
     directory: Path
@@ -176,7 +176,8 @@ def _read_config(directory: Path) -> Any:
     except ValueError as error:
         if "auto_map" in raw:
             raise UnsupportedModelError(
-                f"{directory}: model_type {model_type!r} brings its own code (auto_map), which is never run; {SUPPORTED}"
+                f"{directory}: model_type {model_type!r} brings its own code (auto_map), which is never run; "
+                f"{SUPPORTED}"
             ) from error
         raise UnsupportedModelError(
             f"{directory}: model_type {model_type!r} is not known to transformers; {SUPPORTED}"
@@ -186,7 +187,7 @@ def _read_config(directory: Path) -> Any:
 
 
 def _unusable_config(directory: Path, error: Exception) -> CheckpointError:
-    """Say what transformers made of a configuration that is no model's: it raises errors of many kinds for bad values."""
+    """Say what transformers makes of a configuration that is no model's: bad values raise errors of many kinds."""
     found = " ".join(str(error).split())
     return CheckpointError(f"{directory / 'config.json'}: makes no model: {type(error).__name__}: {found}")
 

@@ -1,10 +1,9 @@
-"""Weights of a checkpoint: the dense half for a worker, single experts for a shard; transformers' own conversion for both."""
+"""Weights of a checkpoint: the dense half for a worker, single experts for a shard; both converted by transformers."""
 
 import re
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -112,11 +111,12 @@ class CheckpointWeights:
 
     def _read_parameter(self, full_name: str, expert: int, shape: torch.Size) -> Tensor:
         source = self._sources[full_name]
+        value: Tensor
         try:
             if source.converter is None:
                 value = self.files.slice(next(iter(source.names.values()))[0])[expert : expert + 1]
             else:
-                value = self._convert(source, full_name, expert, shape[0])
+                value = self._convert(source.converter, source.names, full_name, expert)
         except (SafetensorError, RuntimeError, ValueError, KeyError, IndexError) as error:
             raise CorruptCheckpointError(
                 f"{self.architecture.directory}: {full_name}, expert {expert}: {error}"
@@ -128,18 +128,21 @@ class CheckpointWeights:
             )
         return value[0].to(self.architecture.dtype)
 
-    def _convert(self, source: _Source, full_name: str, expert: int, num_experts: int) -> Tensor:
+    def _convert(
+        self, converter: WeightConverter, names_by_pattern: dict[str, list[str]], full_name: str, expert: int
+    ) -> Tensor:
         """Run the family's conversion on the tensors of one expert: every operation keeps dimension 0 apart."""
-        converter = deepcopy(source.converter)
-        for pattern, names in source.names.items():
-            if len(names) == num_experts:
+        converter = deepcopy(converter)
+        for pattern, names in names_by_pattern.items():
+            if len(names) == self.architecture.num_experts:
                 converter.add_tensor(full_name, names[expert], pattern, self.files.slice(names[expert])[...])
             else:
                 converter.add_tensor(full_name, names[0], pattern, self.files.slice(names[0])[expert : expert + 1])
         model = self.architecture.model
         result = converter.convert(full_name, model=model, config=model.config)
         value = result[full_name]
-        return value[0] if isinstance(value, list) else value
+        tensor: Tensor = value[0] if isinstance(value, list) else value
+        return tensor
 
     def _sort_names(self) -> None:
         model = self.architecture.model

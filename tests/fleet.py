@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddress, open_link
 from expertmesh.actors.shard.server import ShardServer
@@ -29,21 +31,37 @@ CPU = torch.device("cpu")
 
 
 @contextmanager
+def store_in_memory(timeout_s: float) -> Iterator[None]:
+    """Let ends of links that are formed within this process meet without a server.
+
+    TCPStore asks the DNS for the name of each peer's address, so that a test would hang on a resolver's bad day.
+    """
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=timeout_s))
+    with patch.object(dist, "TCPStore", lambda *_args, **_kwargs: store):
+        yield
+
+
+def link_address(name: str, rank: int, *, port: int = 0, generation: int = 1, timeout_s: float = 5.0) -> LinkAddress:
+    """Return the address of one end on loopback; the port is that of a TCPStore, if there is one."""
+    return LinkAddress(
+        host=HOST, port=port, name=name, generation=generation, rank=rank, interface=HOST, timeout_s=timeout_s
+    )
+
+
+@contextmanager
 def link_pair(name: str = "pair", generation: int = 1, timeout_s: float = 5.0) -> Iterator[tuple[Link, Link]]:
     """Yield the worker's and the shard's end of a Gloo link within this process."""
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
     ends: dict[int, Link] = {}
 
     def form(rank: int) -> None:
-        address = LinkAddress(
-            host=HOST, port=store.port, name=name, generation=generation, rank=rank, interface=HOST, timeout_s=timeout_s
-        )
-        ends[rank] = open_link("gloo", address, CPU)
+        ends[rank] = open_link("gloo", link_address(name, rank, generation=generation, timeout_s=timeout_s), CPU)
 
-    other = threading.Thread(target=form, args=(SHARD_RANK,))
-    other.start()
-    form(WORKER_RANK)
-    other.join()
+    with store_in_memory(timeout_s):
+        other = threading.Thread(target=form, args=(SHARD_RANK,))
+        other.start()
+        form(WORKER_RANK)
+        other.join()
     try:
         yield ends[WORKER_RANK], ends[SHARD_RANK]
     finally:
@@ -107,6 +125,10 @@ class LocalFleet:
     def run(self, requests: list[SequenceRequest]) -> dict[str, list[int]]:
         """Run sequences to their end, all at once, and return each one's tokens."""
         self.engine.submit(requests)
+        return self.finish(requests)
+
+    def finish(self, requests: list[SequenceRequest]) -> dict[str, list[int]]:
+        """Run these sequences, which were submitted, to their end, and return each one's tokens."""
         while self.engine.num_running or self.engine.num_waiting:
             self.engine.step()
         tokens: dict[str, list[int]] = {request.sequence_id: list(request.output_ids) for request in requests}

@@ -72,7 +72,7 @@ def root(
 def main() -> None:
     """Run the command line. Errors raised on purpose are one line; exit code 2 for wrong input, else 1."""
     try:
-        sys.exit(build_app()(standalone_mode=False))
+        sys.exit(build_app()(standalone_mode=False) or 0)
     except _UsageError as error:
         message = " ".join(str(error).split())
         if message:  # empty when help was printed in place of a missing command

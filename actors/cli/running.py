@@ -1,23 +1,21 @@
 """Which servers run on this machine: a small file for each, so that `stop` finds them."""
 
 import contextlib
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
-
-import psutil
+from typing import IO, NamedTuple
 
 from expertmesh.cluster.errors import StateError
 
 
 class RunningServer(NamedTuple):
-    """A `serve` process of this user. started_s tells it from a later process of the same pid (seconds, as psutil has it)."""
+    """A `serve` process of this user."""
 
     pid: int
-    started_s: float
     grpc_address: str
     model: str
 
@@ -38,42 +36,45 @@ def new_log_file() -> Path:
 @contextlib.contextmanager
 def registered(grpc_address: str, model: Path) -> Iterator[None]:
     """Let `stop` find this process while the context lasts."""
-    pid = os.getpid()
-    record = RunningServer(pid, psutil.Process(pid).create_time(), grpc_address, str(model))
-    path = state_home() / f"running-{pid}.json"
+    record = RunningServer(os.getpid(), grpc_address, str(model))
+    path = state_home() / f"running-{record.pid}.json"
     unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps(record._asdict()))
-    unfinished.replace(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    with unfinished.open("w") as file:
+        # The lock goes with this process, however it ends; a pid may come back as another process.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        json.dump(record._asdict(), file)
+        file.flush()
+        unfinished.replace(path)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def find_running() -> list[RunningServer]:
     """Return the servers of this user that are alive; records of dead ones are removed.
 
     Raises:
-        StateError: a record is damaged; the message names its file.
+        StateError: the record of a living server is damaged; the message names its file.
     """
     found: list[RunningServer] = []
     for path in sorted(state_home().glob("running-*.json")):
         try:
-            record = RunningServer(**json.loads(path.read_text()))
+            with path.open() as file:
+                if _is_locked(file):
+                    found.append(RunningServer(**json.load(file)))
+                else:
+                    path.unlink(missing_ok=True)
         except FileNotFoundError:
             continue  # its server ended a moment ago
         except (ValueError, TypeError) as error:
-            raise StateError(f"{path}: not the record of a server ({error}); remove it") from error
-        if _is_alive(record):
-            found.append(record)
-        else:
-            path.unlink(missing_ok=True)
+            raise StateError(f"{path}: not the record of a server: {error}") from error
     return found
 
 
-def _is_alive(record: RunningServer) -> bool:
+def _is_locked(file: IO[str]) -> bool:
     try:
-        process = psutil.Process(record.pid)
-        return process.create_time() == record.started_s and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False

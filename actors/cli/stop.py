@@ -22,7 +22,7 @@ def stop(
     except psutil.NoSuchProcess:
         pass  # it ended before it could be waited for
     except psutil.TimeoutExpired as error:
-        raise UnavailableError(f"process {server.pid} did not end within {timeout_s:.0f} s") from error
+        raise UnavailableError(f"process {server.pid} did not end within {timeout_s:g} s") from error
     typer.echo(f"stopped {server.grpc_address} (pid {server.pid}, {server.model})")
 
 

@@ -124,7 +124,7 @@ class ShardServer:
             torch.cat([d.expert_P for d in dispatches]),
             torch.cat([d.weight_P for d in dispatches]),
         )
-        return list(out_RH.split(sizes))
+        return [out_RH[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
     def _empty_answer(
         self, request: PacketHeader, kind: PacketKind, reason: str = ""

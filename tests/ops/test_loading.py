@@ -22,12 +22,32 @@ from tests.families import FAMILIES, write_checkpoint
 
 CPU = torch.device("cpu")
 # One tensor an expert on disk: mixtral, qwen3_moe, deepseek_v3 (with a dense layer and shared experts). All experts of
-# a layer in one tensor: granitemoe, gpt_oss (transposed, with biases).
-LAYOUTS = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss")
+# a layer in one tensor: granitemoe, gpt_oss (transposed, with biases), inkling2_text (gate and up interleaved).
+LAYOUTS = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "inkling2_text")
+INKLING2_TEXT = {
+    "num_hidden_layers": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "head_dim": 16,
+    "swa_head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "d_rel": 4,
+    "rel_extent": 8,
+    "unpadded_vocab_size": 128,
+}
 NUM_EXPERTS = 8
 SMALL_FILES = "60KB"
 # What a router adds to its scores is never held in half precision.
 ROUTING_BIAS = "e_score_correction_bias"
+
+
+def write(family: str, directory: Path, *, max_shard_size: str = "50GB", **changes: object) -> PreTrainedModel:
+    """Write a family's checkpoint with changed settings, or one of the family that only this file needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, family, {**FAMILIES.get(family, INKLING2_TEXT), **changes})
+        return write_checkpoint(family, directory, max_shard_size=max_shard_size)
 
 
 @pytest.fixture(scope="module", params=["one file", "many files"])
@@ -41,7 +61,7 @@ def written(
 ) -> tuple[Path, PreTrainedModel]:
     """A checkpoint of each layout, and the model that was written."""
     directory = tmp_path_factory.mktemp(request.param)
-    model = write_checkpoint(request.param, directory, max_shard_size=max_shard_size)
+    model = write(request.param, directory, max_shard_size=max_shard_size)
     assert (directory / INDEX_FILE).is_file() == (max_shard_size == SMALL_FILES)
     return directory, model
 
@@ -50,7 +70,7 @@ def written(
 def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with one tensor an expert, in one file."""
     directory = tmp_path_factory.mktemp("qwen3_moe")
-    write_checkpoint("qwen3_moe", directory)
+    write("qwen3_moe", directory)
     return directory
 
 
@@ -129,9 +149,8 @@ def test_workers_and_experts_together_are_the_whole_model(written: tuple[Path, P
     assert all(half.weight_bytes == half.num_slots * weights.expert_bytes() for half in halves)
 
 
-def test_tied_weights_stay_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "qwen3_moe", {**FAMILIES["qwen3_moe"], "tie_word_embeddings": True})
-    model = write_checkpoint("qwen3_moe", tmp_path)
+def test_tied_weights_stay_one_tensor(tmp_path: Path) -> None:
+    model = write("qwen3_moe", tmp_path, tie_word_embeddings=True)
     weights, dense = load_dense(tmp_path)
     assert "lm_head.weight" not in weights.files.names()
     assert dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
@@ -143,7 +162,7 @@ def test_tied_weights_stay_one_tensor(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("family", [*LAYOUTS, "ernie4_5_moe"])
 def test_another_dtype_is_what_from_pretrained_makes_of_it(family: str, dtype: str, tmp_path: Path) -> None:
     """Tensors that a family keeps in float32 too: ernie's router and deepseek's routing bias."""
-    write_checkpoint(family, tmp_path)
+    write(family, tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
     weights, dense = load_dense(tmp_path, dtype)
     check_dense(dense, whole)
@@ -158,7 +177,7 @@ def test_another_dtype_is_what_from_pretrained_makes_of_it(family: str, dtype: s
 
 
 def test_the_checkpoints_own_dtype_is_the_default(tmp_path: Path) -> None:
-    write_checkpoint("qwen3_moe", tmp_path)
+    write("qwen3_moe", tmp_path)
     AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)
     weights, dense = load_dense(tmp_path)
     assert weights.architecture.dtype == torch.bfloat16
@@ -225,7 +244,7 @@ def test_load_dense_reads_no_expert(written: tuple[Path, PreTrainedModel], eleme
 @pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe"])
 def test_an_expert_is_read_where_every_other_byte_is_lost(family: str, tmp_path: Path) -> None:
     """Bytes of others, overwritten after opening, do not matter: only the expert's own part of the file is read."""
-    model = write_checkpoint(family, tmp_path)
+    model = write(family, tmp_path)
     weights = CheckpointWeights(open_architecture(tmp_path))
     key, other = ExpertKey(1, 3), ExpertKey(1, 4)
     lose_all_but(key, tmp_path / SINGLE_FILE)
@@ -278,7 +297,7 @@ def test_slots_hold_what_is_asked_for_and_refuse_an_expert_twice(qwen3_moe: Path
 
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_slots_compute_what_the_models_own_experts_compute(family: str, tmp_path: Path) -> None:
-    model = write_checkpoint(family, tmp_path)
+    model = write(family, tmp_path)
     architecture = open_architecture(tmp_path)
     layer = architecture.moe_layers[-1]
     name = next(n for n, m in architecture.model.named_modules() if m is architecture.experts_by_layer[layer])

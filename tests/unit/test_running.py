@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -68,16 +67,6 @@ def records(home: Path) -> list[Path]:
     return sorted(home.glob("running-*"))
 
 
-def write_record(home: Path, **changes: object) -> Path:
-    """Write the record of a server that is this process, changed."""
-    own = psutil.Process()
-    record = {"pid": own.pid, "started_s": own.create_time(), "grpc_address": "127.0.0.1:1", "model": "m", **changes}
-    home.mkdir(exist_ok=True)
-    path = home / f"running-{record['pid']}.json"
-    path.write_text(json.dumps(record))
-    return path
-
-
 # Records.
 
 
@@ -101,27 +90,33 @@ def test_the_record_of_a_killed_server_is_removed(home: Path, start: Callable[..
     process = start("127.0.0.1:50051")
     assert [server.pid for server in running.find_running()] == [process.pid]
     process.kill()
-    # Dead, but not yet waited for by its parent: a zombie still has its pid.
+    # Dead, but its parent has not waited for it: it still has its pid.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert len(records(home)) == 1
     assert running.find_running() == []
     assert records(home) == []
 
 
-def test_a_later_process_of_the_same_pid_is_not_a_server(home: Path) -> None:
-    """This process has the pid of the record, but began at another time: `stop` must not end it."""
-    write_record(home, started_s=psutil.Process().create_time() - 1000)
+def test_another_process_of_a_dead_servers_pid_is_left_alone(home: Path) -> None:
+    """The record that a killed server left names this process by chance: `stop` must not end it."""
+    home.mkdir()
+    record = {"pid": os.getpid(), "grpc_address": "127.0.0.1:50051", "model": str(MODEL)}
+    (home / f"running-{os.getpid()}.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="no server runs here"):
         stop()
     assert records(home) == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1}', '{"what": "else"}'])
-def test_a_damaged_record_is_named(content: str, home: Path) -> None:
-    path = write_record(home)
+def test_a_damaged_record_is_named_while_its_server_lives(content: str, home: Path) -> None:
+    with running.registered("127.0.0.1:50051", MODEL):
+        (path,) = records(home)
+        path.write_text(content)
+        with pytest.raises(StateError, match=f"{path}: not the record of a server"):
+            running.find_running()
     path.write_text(content)
-    with pytest.raises(StateError, match=f"{path}: not the record of a server"):
-        running.find_running()
+    assert running.find_running() == []
+    assert records(home) == []
 
 
 def test_the_folder_is_the_users_own_and_logs_go_there(home: Path) -> None:
@@ -146,7 +141,7 @@ def test_stop_ends_a_server(
 def test_stop_of_nothing() -> None:
     with pytest.raises(InputError, match="no server runs here; running: none"):
         stop()
-    with pytest.raises(InputError, match="no server at 127.0.0.1:9; running: none"):
+    with pytest.raises(InputError, match=r"no server at 127.0.0.1:9; running: none"):
         stop(url="127.0.0.1:9")
 
 
@@ -156,7 +151,7 @@ def test_stop_among_several_needs_the_address(start: Callable[..., subprocess.Po
         stop()
     for address, process in (("127.0.0.1:50051", first), ("127.0.0.1:50052", second)):
         assert f"{address} (pid {process.pid})" in str(caught.value)
-    with pytest.raises(InputError, match="no server at 127.0.0.1:50053; running: 127.0.0.1:5005"):
+    with pytest.raises(InputError, match=r"no server at 127.0.0.1:50053; running: 127.0.0.1:5005"):
         stop(url="127.0.0.1:50053")
     stop(url="127.0.0.1:50052")
     assert second.wait(5) == 0

@@ -32,7 +32,7 @@ EPOCH = 11
 HIDDEN = 32
 HERE = range(6)  # of the 8 experts of each of the layers 0 to 2
 # Matrix products of more rows at a time may sum in another order.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,9 @@ class Request:
         header, payload = link.recv(timeout_s)
         assert header.kind is PacketKind.COMBINE, bytes(payload.numpy())
         assert (header.sequence, header.layer, header.epoch) == (self.sequence, self.layer, EPOCH)
-        torch.testing.assert_close(read_combine(header, payload), self.expected(weights), **CLOSE)
+        torch.testing.assert_close(
+            read_combine(header, payload), self.expected(weights), rtol=TOLERANCE, atol=TOLERANCE
+        )
 
 
 class Gate:
