@@ -18,6 +18,8 @@ from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.errors import CapacityError, InputError, NoReplicaError
 from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
 from expertmesh.cluster.scheduler import Chunk, Scheduler, SchedulerConfig
+from expertmesh.kernels.reference_sampling import sample_row
+from expertmesh.kernels.sampling import SamplingSettings
 from expertmesh.models.runners import StepRunner
 from tests.families import random_prompts, write_checkpoint
 from tests.fleet import LocalFleet, greedy
@@ -28,6 +30,10 @@ NUM_PAGES = 64
 SEEDED = SamplingParams(max_tokens=12, temperature=0.9, seed=5)
 GREEDY = SamplingParams(max_tokens=12)
 PENALISED = SamplingParams(max_tokens=12, temperature=0.7, top_k=20, repetition_penalty=1.3, seed=9)
+
+
+def logits_of(prefix: int) -> Tensor:
+    return torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(prefix % 2**63)) * 2
 
 
 class HashRunner(StepRunner):
@@ -60,10 +66,9 @@ class HashRunner(StepRunner):
         for offset, token in enumerate(chunk.token_ids):
             prefix = hash((prefix, token))
             self._cache[self._place(chunk, chunk.start + offset)] = prefix
-        generator = torch.Generator().manual_seed(prefix % 2**63)
         if chunk.sequence_id in self.non_finite and chunk.samples:
             return torch.full((VOCAB_SIZE,), math.nan)
-        return torch.randn(VOCAB_SIZE, generator=generator) * 2
+        return logits_of(prefix)
 
     def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
         return chunk.pages[position // PAGE_SIZE], position % PAGE_SIZE
@@ -141,6 +146,24 @@ def alone(request: SequenceRequest) -> list[int]:
     return Bench().run([request])[request.sequence_id]
 
 
+def plain_loop(request: SequenceRequest) -> list[int]:
+    """Return the tokens of a request as the slow twin of sampling draws them: by absolute position, one at a time."""
+    sampling, tokens, prefix = request.sampling, list(request.prompt_ids), 0
+    settings = SamplingSettings(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+    )
+    for token in tokens:
+        prefix = hash((prefix, token))
+    for _ in range(sampling.max_tokens):
+        token, _, _ = sample_row(logits_of(prefix).tolist(), settings, len(tokens), tokens)
+        tokens.append(token)
+        prefix = hash((prefix, token))
+    return tokens[len(request.prompt_ids) :]
+
+
 MIXED = [
     request_of(f"{kind}-{length}", sampling, length)
     for kind, sampling in (("greedy", GREEDY), ("seeded", SEEDED), ("penalised", PENALISED))
@@ -181,7 +204,7 @@ def test_a_stop_token_at_the_last_place_is_a_stop() -> None:
 @pytest.mark.parametrize("max_sequences", [1, 3, 9])
 def test_tokens_do_not_depend_on_the_batch(max_batch_tokens: int, max_sequences: int) -> None:
     bench = Bench(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
-    assert bench.run(MIXED) == {request.sequence_id: alone(request) for request in MIXED}
+    assert bench.run(MIXED) == {request.sequence_id: plain_loop(request) for request in MIXED}
     for request in MIXED:
         assert [event.index for event in bench.of(request.sequence_id)] == list(range(12))
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,6 @@ class Gate:
         self._open = threading.Event()
         self._run: Callable[..., Tensor] = server.slots.run
         self.num_rows: list[int] = []
-        self.threads: list[str] = []
         monkeypatch.setattr(server.slots, "run", self._wait_and_run)
 
     def open_when_waiting(self, count: int) -> None:
@@ -241,14 +241,11 @@ def test_a_broken_link_ends_serving(server: ShardServer) -> None:
 
 
 def test_a_packet_that_no_worker_sends_ends_serving(server: ShardServer) -> None:
-    damaged, parts = dispatch_packet(
-        torch.zeros(3, HIDDEN), Request(0, [0]).pairs, layer=1, generation=1, sequence=1, epoch=EPOCH
-    )
+    request = Request(0, [0])
+    sound, parts = dispatch_packet(request.rows_RH, request.pairs, layer=1, generation=1, sequence=1, epoch=EPOCH)
     answer = PacketHeader(kind=PacketKind.COMBINE, generation=1, sequence=1, epoch=EPOCH)
-    short = PacketHeader(
-        kind=PacketKind.DISPATCH, generation=1, sequence=1, epoch=EPOCH, payload_bytes=damaged.payload_bytes
-    )
-    for header, payload in ((answer, []), (short, parts)):
+    damaged = replace(sound, num_pairs=sound.num_pairs + 1)
+    for header, payload in ((answer, []), (damaged, parts)):
         with link_pair() as (worker_end, shard_end):
             thread = threading.Thread(target=server.serve, args=(shard_end,))
             thread.start()
@@ -288,13 +285,13 @@ def test_a_worker_that_takes_no_answer_holds_up_nobody(server: ShardServer, weig
         deaf.check_answer(links[0], weights)
 
 
-def test_an_answer_is_in_the_dtype_of_its_request(server: ShardServer, tmp_path: Path) -> None:
+def test_an_answer_is_in_the_dtype_of_its_request(tmp_path: Path) -> None:
     write_checkpoint("mixtral", tmp_path)
     half = CheckpointWeights(open_architecture(tmp_path, "bfloat16"))
-    half_server = ShardServer(ExpertSlots(half, [ExpertKey(1, expert) for expert in HERE], CPU), EPOCH)
+    server = ShardServer(ExpertSlots(half, [ExpertKey(1, expert) for expert in HERE], CPU), EPOCH)
     request = Request(0, [0, 1, 2])
     request.rows_RH = request.rows_RH.to(torch.bfloat16)
-    with served_link(half_server) as link:
+    with served_link(server) as link:
         request.send(link)
         header, payload = link.recv(3.0)
         assert header.kind is PacketKind.COMBINE
