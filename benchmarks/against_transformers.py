@@ -109,7 +109,9 @@ def _peer(arguments: argparse.Namespace) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype="auto", experts_implementation="grouped_mm").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.checkpoint, dtype="auto", experts_implementation="grouped_mm"
+    ).eval()
     for line in sys.stdin:
         what = json.loads(line)
         if what is None:

@@ -59,8 +59,12 @@ def main() -> int:
     rows = []
     for batch in batches:
         alone, apart = (statistics.median(rates[batch][name]) for name in engines)
-        rows.append({"batch": batch, "in_process_tokens_per_s": alone, "shards_tokens_per_s": apart, "ratio": apart / alone})
-        print(f"batch {batch}: in process {alone:.1f}, {arguments.shards} shards {apart:.1f} tokens/s, ratio {apart / alone:.2f}")
+        rows.append(
+            {"batch": batch, "in_process_tokens_per_s": alone, "shards_tokens_per_s": apart, "ratio": apart / alone}
+        )
+        print(
+            f"batch {batch}: in process {alone:.1f}, {arguments.shards} shards {apart:.1f} tokens/s, ratio {apart / alone:.2f}"
+        )
     if arguments.keep:
         settings = {name: getattr(arguments, name) for name in ("shards", "rounds", "worker_threads", "shard_threads")}
         print(f"kept in {keep('distribution', {**settings, 'rows': rows})}")
@@ -135,9 +139,7 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int]) 
     runner.allocate(1024)
     config = SchedulerConfig(max_batch_tokens=2048, max_sequences=256, num_pages=1024, page_size=16, max_context=1024)
     events: list[TokenEvent] = []
-    engine = Engine(
-        Scheduler(config), runner, max_queue=256, begin_step=dispatcher.begin_step, on_events=events.extend
-    )
+    engine = Engine(Scheduler(config), runner, max_queue=256, begin_step=dispatcher.begin_step, on_events=events.extend)
     pipe.send("ready")
     while True:
         batch, seed = pipe.recv()

@@ -33,7 +33,9 @@ console = Console(highlight=False)
 
 def main() -> int:
     """Run the demo and return an exit code."""
-    console.print("[bold]ExpertMesh demo[/]: a small MoE model on 2 expert shards and 1 attention worker, on this machine")
+    console.print(
+        "[bold]ExpertMesh demo[/]: a small MoE model on 2 expert shards and 1 attention worker, on this machine"
+    )
     started_s = time.monotonic()
     try:
         with child_server(MODEL, ["--shards", "2", "--workers", "1"]) as address:
@@ -101,7 +103,9 @@ def show_fleet(channel: grpc.Channel) -> None:
     status = AdminStub(channel).GetStatus(GetStatusRequest(), timeout=10)
     console.rule("[bold]the fleet")
     for shard in status.shards:
-        console.print(f"{shard.id}: {shard.num_slots} expert slots, {shard.weight_bytes / 2**20:.2f} MiB, process {shard.pid}")
+        console.print(
+            f"{shard.id}: {shard.num_slots} expert slots, {shard.weight_bytes / 2**20:.2f} MiB, process {shard.pid}"
+        )
     for worker in status.workers:
         console.print(f"{worker.id}: dense half of {worker.dense_bytes / 2**20:.2f} MiB, process {worker.pid}")
     console.print(f"balancedness {status.balancedness:.2f}, placement epoch {status.epoch}")

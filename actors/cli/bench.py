@@ -94,7 +94,9 @@ async def measure(address: str, batches: list[int], prompt: int, new: int, round
     async with grpc.aio.insecure_channel(address) as channel:
         status = await AdminStub(channel).GetStatus(GetStatusRequest(), timeout=30)
         if prompt + new > status.model.max_context:
-            raise InputError(f"--prompt {prompt} and --new {new} exceed the model's context of {status.model.max_context}")
+            raise InputError(
+                f"--prompt {prompt} and --new {new} exceed the model's context of {status.model.max_context}"
+            )
         figures: dict[int, list[dict[str, float]]] = {b: [] for b in batches}
         for number in range(rounds + 1):
             for batch in batches:

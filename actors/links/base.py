@@ -44,14 +44,14 @@ class Link(ABC):
 
     @abstractmethod
     def send(self, header: PacketHeader, parts: Sequence[Tensor] = ()) -> None:
-        """Send one message: the header and the parts, one after another.
+        """Send one message: the header and the parts, one after another. May return before it has arrived.
 
         Args:
             header: its payload_bytes is the sum of the parts' bytes.
             parts: contiguous tensors.
 
         Raises:
-            LinkError: the peer is gone or the deadline passed.
+            LinkError: the peer is gone, or the deadline passed, for this message or the one before.
         """
 
     @abstractmethod

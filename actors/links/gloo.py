@@ -37,10 +37,12 @@ class GlooLink(Link):
         self._group = gloo_group(address)
         self._send_buffer = torch.empty(HEADER_BYTES + INLINE_BYTES, dtype=torch.uint8)
         self._recv_buffer = torch.empty(HEADER_BYTES + INLINE_BYTES, dtype=torch.uint8)
+        self._sending: list[tuple[dist.Work, Tensor]] = []
 
     def send(self, header: PacketHeader, parts: Sequence[Tensor] = ()) -> None:
         """See Link.send."""
-        self._send_buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
+        self._finish_sending()
+        self._write_header(header)
         inline = header.payload_bytes <= INLINE_BYTES
         size = header.payload_bytes
         body = self._send_buffer[HEADER_BYTES:] if inline else torch.empty(size, dtype=torch.uint8)
@@ -53,7 +55,7 @@ class GlooLink(Link):
         if inline:
             self._send_tensor(self._send_buffer[: HEADER_BYTES + size])
         else:
-            self.send_header(header)
+            self._send_tensor(self._send_buffer[:HEADER_BYTES])
             self._send_tensor(body)
 
     def recv(self, timeout_s: float | None = None) -> tuple[PacketHeader, Tensor]:
@@ -68,7 +70,8 @@ class GlooLink(Link):
 
     def send_header(self, header: PacketHeader) -> None:
         """Send a header alone, whatever payload_bytes says: the payload takes another way."""
-        self._send_buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
+        self._finish_sending()
+        self._write_header(header)
         self._send_tensor(self._send_buffer[:HEADER_BYTES])
 
     def recv_header(self, timeout_s: float | None = None) -> PacketHeader:
@@ -87,12 +90,25 @@ class GlooLink(Link):
         try:
             self._timeout_s = min(self._timeout_s, _CLOSE_S)
             self.send(header)
+            self._finish_sending()
         except LinkError:
             return  # the peer is gone already, which is what closing is for
 
+    def _write_header(self, header: PacketHeader) -> None:
+        self._send_buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
+
     def _send_tensor(self, tensor: Tensor) -> None:
+        """Begin to send. The end is waited for before the next send: till then the caller can go on with other links."""
         try:
-            self._group.send([tensor], self._peer, 0).wait(timedelta(seconds=self._timeout_s))
+            self._sending.append((self._group.send([tensor], self._peer, 0), tensor))
+        except RuntimeError as error:
+            raise LinkError(f"link {self._name}: send failed: {_reason(error)}") from error
+
+    def _finish_sending(self) -> None:
+        """Wait until what was sent has left the buffers, which are then free for the next message."""
+        try:
+            while self._sending:
+                self._sending.pop()[0].wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             raise LinkError(f"link {self._name}: send failed: {_reason(error)}") from error
 

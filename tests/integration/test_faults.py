@@ -45,7 +45,9 @@ def _serving(server: Server) -> bool:
 
 @pytest.fixture
 def server(tmp_path: Path):  # type: ignore[no-untyped-def]  # a generator fixture of a context manager
-    with serving(POCKET, tmp_path, "--shards", "2", "--replicas", "2", "--workers", "2", "--dtype", "float32") as started:
+    with serving(
+        POCKET, tmp_path, "--shards", "2", "--replicas", "2", "--workers", "2", "--dtype", "float32"
+    ) as started:
         yield started
 
 

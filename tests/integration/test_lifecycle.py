@@ -27,7 +27,9 @@ def _last_line(result: subprocess.CompletedProcess[str]) -> str:
 
 def test_a_checkpoint_without_tokenizer_is_served_by_token_ids(tiny: Path, tmp_path: Path) -> None:
     with serving(tiny, tmp_path, "--shards", "3") as server:
-        answer = _run(tmp_path, "generate", "--token-ids", "5,6,7", "--url", server.address, "--max-tokens", "6", "--json")
+        answer = _run(
+            tmp_path, "generate", "--token-ids", "5,6,7", "--url", server.address, "--max-tokens", "6", "--json"
+        )
         assert len(json.loads(answer.stdout)["token_ids"]) == 6, answer.stderr
         refused = _run(tmp_path, "generate", "some text", "--url", server.address)
         assert refused.returncode == 2
@@ -61,7 +63,11 @@ def test_detached_server_is_found_and_stopped(tiny: Path, tmp_path: Path) -> Non
 def test_interrupted_start_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     env = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [*CLI, "serve", str(tiny), "--grpc-port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [*CLI, "serve", str(tiny), "--grpc-port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
     )
     assert process.stderr is not None
     for line in process.stderr:

@@ -82,7 +82,9 @@ def test_seeded_sampling_does_not_depend_on_worker_or_company(pocket: Server) ->
 
 
 def test_generate_once_with_samples_stop_and_logprobs(pocket: Server) -> None:
-    request = GenerateRequest(text="def main():", max_tokens=12, n=3, temperature=0.8, seed=3, logprobs=2, ignore_eos=True)
+    request = GenerateRequest(
+        text="def main():", max_tokens=12, n=3, temperature=0.8, seed=3, logprobs=2, ignore_eos=True
+    )
     with pocket.channel() as channel:
         response = InferenceStub(channel).GenerateOnce(request, timeout=60)
         text = response.outputs[0].text
@@ -144,7 +146,9 @@ def test_bad_input_is_refused_and_disturbs_nobody(pocket: Server) -> None:
 def test_health_and_reflection(pocket: Server) -> None:
     with pocket.channel() as channel:
         for service in ("", "expertmesh.v1.Inference"):
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=10
+            )
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         requests = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         answer = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(requests, timeout=10))
