@@ -1,4 +1,4 @@
-"""The controller: starts shards and workers, publishes placements, watches over both, and can be away without a token lost.
+"""The controller: starts shards and workers, publishes placements, watches over both. Its absence loses no token.
 
 `start` is idempotent: actors are named and detached, so a controller that Ray restarts finds them again and goes on.
 """
@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -29,6 +29,7 @@ from expertmesh.cluster.settings import ServeSettings
 _log = logging.getLogger(__name__)
 _WATCH_PERIOD_S = 0.5
 _CALL_TIMEOUT_S = 5.0
+_Id = TypeVar("_Id", bound=str)  # ShardId or WorkerId
 
 
 class Controller:
@@ -100,7 +101,7 @@ class Controller:
         return self._progress[after:]
 
     def gateway_view(self) -> dict[str, Any]:
-        """Return what a gateway needs: worker actors that can take requests, and whether every expert has a live replica."""
+        """Return what a gateway needs: workers that can take requests, and whether each expert has a live replica."""
         reason = self._not_ready_reason()
         ready = {w: self._workers[w] for w, facts in self._worker_facts.items() if facts["state"] == "ready"}
         return {"started": self._started, "workers": ready, "ready": not reason, "reason": reason}
@@ -193,21 +194,13 @@ class Controller:
         while not self._stopping.wait(_WATCH_PERIOD_S):
             try:
                 self._watch_once()
-            except Exception:
+            except Exception:  # noqa: BLE001  whatever went wrong is logged, and the watch goes on
                 _log.exception("watching failed; the next round is in %.1f s", _WATCH_PERIOD_S)
 
     def _watch_once(self) -> None:
         """Ask every shard and worker how it is; one that does not answer in time is named so."""
-        for actors, facts in ((self._shards, self._shard_facts), (self._workers, self._worker_facts)):
-            asked = {actor_id: handle.describe.remote() for actor_id, handle in actors.items()}
-            deadline_s = time.monotonic() + _CALL_TIMEOUT_S
-            for actor_id, reference in asked.items():
-                try:
-                    facts[actor_id] = ray.get(reference, timeout=max(0.01, deadline_s - time.monotonic()))
-                except ray.exceptions.GetTimeoutError:
-                    facts[actor_id] = {**facts.get(actor_id, {"id": actor_id}), "state": "unresponsive"}
-                except RayError:
-                    facts[actor_id] = {**facts.get(actor_id, {"id": actor_id}), "state": "dead"}
+        _ask_all(self._shards, self._shard_facts)
+        _ask_all(self._workers, self._worker_facts)
 
     def _not_ready_reason(self) -> str:
         if not self._started or self._placement is None:
@@ -274,6 +267,19 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
         )
         .remote(settings, model, str(state_dir))
     )
+
+
+def _ask_all(handles: dict[_Id, Any], facts: dict[_Id, dict[str, Any]]) -> None:
+    """Ask the actors of one tier how they are and put their answers into facts."""
+    asked = {actor_id: handle.describe.remote() for actor_id, handle in handles.items()}
+    deadline_s = time.monotonic() + _CALL_TIMEOUT_S
+    for actor_id, reference in asked.items():
+        try:
+            facts[actor_id] = ray.get(reference, timeout=max(0.01, deadline_s - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            facts[actor_id] = {**facts.get(actor_id, {"id": actor_id}), "state": "unresponsive"}
+        except RayError:
+            facts[actor_id] = {**facts.get(actor_id, {"id": actor_id}), "state": "dead"}
 
 
 def _was_restarted() -> bool:

@@ -26,7 +26,7 @@ _DRAIN_S = 5.0
 
 
 class Deployment:
-    """A served model. `start` blocks until it is ready; `stop` leaves no process of ours behind, however far start came."""
+    """A served model. `start` blocks until it is ready; `stop` leaves none of our processes, however far start came."""
 
     def __init__(
         self,
@@ -41,7 +41,8 @@ class Deployment:
             settings: what to serve and how.
             ray_address: of a running cluster; None starts one of our own on loopback.
             say: told each step in a line.
-            on_ray: called when Ray runs; Ray's start takes over the process's signal handlers, and they can be set anew.
+            on_ray: called when Ray runs; Ray's start takes over the process's signal handlers, and they can be set
+                anew.
         """
         # Our own Ray is for this machine alone, and so are its links.
         own = {} if ray_address else {"link_host": "127.0.0.1"}
@@ -147,15 +148,17 @@ class Deployment:
         free = psutil.virtual_memory().available
         if experts + dense > free:
             raise CapacityError(
-                f"{settings.model}: {experts / 2**30:.2f} GiB of experts and {dense / 2**30:.2f} GiB of dense halves do not "
-                f"fit in the {free / 2**30:.2f} GiB that are free"
+                f"{settings.model}: {experts / 2**30:.2f} GiB of experts and {dense / 2**30:.2f} GiB of dense halves "
+                f"do not fit in the {free / 2**30:.2f} GiB that are free"
             )
 
 
 def _inspect(settings: ServeSettings) -> tuple[Any, ExpertMeshError | None]:
     """Run in a process of its own: open the checkpoint, return its facts or why it cannot be served."""
+    from expertmesh.kernels.cpu.build import load_library
     from expertmesh.models.describe import inspect_checkpoint
 
+    load_library()  # compiled once here, so that shards and workers find it ready
     try:
         return inspect_checkpoint(settings.model, settings.dtype, settings.max_context), None
     except ExpertMeshError as error:

@@ -1,6 +1,5 @@
 """Ray as ExpertMesh uses it: names, the environment of the actors, a local cluster of our own."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,12 @@ GATEWAY_APP = "expertmesh"
 def actor_env(threads: int) -> dict[str, str]:
     """Return the environment of a computing process.
 
-    Threads that spin after a parallel region steal the cores that the other processes of the machine need, hence PASSIVE.
+    Threads that spin after a parallel region steal the cores that the machine's other processes need, hence PASSIVE.
     """
     return {
+        # A step's large temporaries come from the heap again and again, not from fresh pages that must be cleared.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
@@ -81,11 +83,3 @@ def node_address() -> str:
     """Return the address by which this node is known in the Ray cluster."""
     node_id = ray.get_runtime_context().get_node_id()
     return str(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id))
-
-
-def listen_on(host: str) -> socket.socket:
-    """Return a socket that listens on a free port of one interface."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((host, 0))
-    listener.listen()
-    return listener

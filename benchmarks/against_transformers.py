@@ -1,4 +1,4 @@
-"""ExpertMesh through its gRPC front beside transformers' own generate, on one machine, interleaved, sampled at temperature 1.
+"""ExpertMesh through its gRPC front beside transformers' own generate: one machine, interleaved, temperature 1.
 
 usage: python benchmarks/against_transformers.py CHECKPOINT [--batch 1,8,32] [--rounds 3] [--keep]
 """
@@ -25,6 +25,7 @@ FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s")
 
 
 def main() -> int:
+    """Run the comparison and print its figures; with --peer, be the transformers side of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--batch", default="1,8,32")
@@ -105,7 +106,10 @@ def _ask(peer: subprocess.Popen[str], what: object) -> dict[str, float]:
 
 
 def _peer(arguments: argparse.Namespace) -> int:
-    """Answer each line of stdin with figures of transformers' generate, all cores, grouped_mm experts (its fastest here)."""
+    """Answer each line of stdin with figures of transformers' generate.
+
+    It has all cores and grouped_mm experts, its fastest here.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,7 @@
-"""The price of being distributed: one engine with its experts in process, the same engine with them on shard processes.
+"""The price of being distributed: one engine with its experts in process, the same with them on shard processes.
 
-No Ray and no gateway on either side: only the place of the experts differs. Interleaved rounds, sampled at temperature 1.
+No Ray and no gateway on either side: only the place of the experts differs. Interleaved rounds, sampled at
+temperature 1.
 
 usage: python benchmarks/distribution.py CHECKPOINT [--batch 8,32] [--shards 2] [--rounds 3] [--keep]
 """
@@ -13,6 +14,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,6 +25,7 @@ HOST = "127.0.0.1"
 
 
 def main() -> int:
+    """Time both engines in turns and print the ratio of their rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--batch", default="1,8,32")
@@ -63,7 +66,8 @@ def main() -> int:
             {"batch": batch, "in_process_tokens_per_s": alone, "shards_tokens_per_s": apart, "ratio": apart / alone}
         )
         print(
-            f"batch {batch}: in process {alone:.1f}, {arguments.shards} shards {apart:.1f} tokens/s, ratio {apart / alone:.2f}"
+            f"batch {batch}: in process {alone:.1f}, {arguments.shards} shards {apart:.1f} tokens/s,"
+            f" ratio {apart / alone:.2f}"
         )
     if arguments.keep:
         settings = {name: getattr(arguments, name) for name in ("shards", "rounds", "worker_threads", "shard_threads")}
@@ -77,6 +81,8 @@ def _start(target, threads: int, *values, policy: str) -> Connection:  # type: i
     ours, theirs = context.Pipe()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TQDM_DISABLE"] = "1"
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(32 << 20)
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = str(1 << 30)
     os.environ["OMP_WAIT_POLICY"] = policy
     if policy == "ACTIVE":
         del os.environ["OMP_WAIT_POLICY"]
@@ -87,18 +93,19 @@ def _start(target, threads: int, *values, policy: str) -> Connection:  # type: i
 def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_shards: int) -> None:
     """One shard process: serves one link after another."""
     import torch
-    import torch.distributed as dist
 
     from expertmesh.actors.links.base import SHARD_RANK, open_link
+    from expertmesh.actors.links.rendezvous import RendezvousServer
     from expertmesh.actors.shard.server import ShardServer
     from expertmesh.models.expert_slots import ExpertSlots
 
     torch.set_num_threads(threads)
     weights, placement = _open(checkpoint, num_shards)
     slots = ExpertSlots(weights, placement.shards[index].experts, torch.device("cpu"))
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    pipe.send(store.port)
-    ShardServer(slots, placement.epoch).serve(open_link("gloo", _address(store.port, SHARD_RANK), torch.device("cpu")))
+    rendezvous = RendezvousServer(HOST)
+    pipe.send(rendezvous.port)
+    link = open_link("gloo", _address(rendezvous.port, SHARD_RANK), torch.device("cpu"))
+    ShardServer(slots, placement.epoch).serve(link)
 
 
 def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int]) -> None:
@@ -124,14 +131,16 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int]) 
             slots.shard: open_link("gloo", _address(port, WORKER_RANK), cpu)
             for slots, port in zip(placement.shards, ports, strict=True)
         }
-        run = dispatcher.run
+        run: Callable[..., torch.Tensor] = dispatcher.run
         dispatcher.set_fleet(Fleet(placement, links))
     else:
         local = ExpertSlots(weights, placement.shards[0].experts, cpu)
 
-        def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        def run_here(layer: int, hidden: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
             rows = torch.arange(ids.shape[0]).repeat_interleave(ids.shape[1])
             return local.run(layer, hidden, rows, ids.flatten(), topk_weights.flatten().float()).to(hidden.dtype)
+
+        run = run_here
 
     model = weights.load_dense(cpu)
     hooks.attach_experts(architecture.experts_by_layer, run)

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.record import keep
 from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddress, open_link
+from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.ray_env import secure_local_ray
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind
@@ -27,6 +27,7 @@ SIZES = (4 << 10, 64 << 10, 1 << 20)
 
 
 def main() -> int:
+    """Time the three side by side and print a row for each size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")
@@ -36,9 +37,13 @@ def main() -> int:
     peer = context.Process(target=_peer, args=(theirs,), daemon=True)
     peer.start()
     bare_port: int = ours.recv()
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    ours.send(store.port)
-    calls = {"link (Gloo)": _link_call(store.port), "bare socket": _socket_call(bare_port), "Ray actor": _ray_call()}
+    rendezvous = RendezvousServer(HOST)
+    ours.send(rendezvous.port)
+    calls = {
+        "link (Gloo)": _link_call(rendezvous.port),
+        "bare socket": _socket_call(bare_port),
+        "Ray actor": _ray_call(),
+    }
     rows = []
     print(f"{'round trip, us':>16} | " + " | ".join(f"{name:>22}" for name in calls))
     for size in SIZES:
@@ -82,7 +87,7 @@ def _socket_call(port: int) -> Callable[[torch.Tensor], None]:
     def call(payload: torch.Tensor) -> None:
         size = payload.numel()
         connection.sendall(size.to_bytes(8, "little"))
-        connection.sendall(memoryview(payload.numpy()))
+        connection.sendall(payload.numpy().data)
         _read(connection, memoryview(buffer)[:size])
 
     return call

@@ -27,6 +27,7 @@ SMALL = {**SIZES, "num_hidden_layers": 4, "vocab_size": 4096}
 
 
 def main() -> int:
+    """Make the model and write it to the directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--small", action="store_true", help="4 layers and 4,096 tokens, to try a benchmark out")

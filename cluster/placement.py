@@ -29,8 +29,8 @@ _VERSION = 1
 class ReplicaTable(NamedTuple):
     """A placement as arrays, read-only. An expert's replicas are in the order of the shards; the rest is padding."""
 
-    shard_LER: npt.NDArray[np.int32]  # noqa: N815 -- -1 is padding
-    weight_LER: npt.NDArray[np.int64]  # noqa: N815 -- 0 in the padding
+    shard_LER: npt.NDArray[np.int32]  # -1 is padding
+    weight_LER: npt.NDArray[np.int64]  # 0 in the padding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

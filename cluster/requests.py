@@ -59,9 +59,9 @@ class TokenLogprob:
 class TokenEvent:
     """One new token of one sequence, or its end without one.
 
-    index counts generated tokens from 0 (a resumed sequence goes on counting). token_id is None only when a sequence ends
-    without a new token; finish_reason is None while it goes on. error is set with FinishReason.ERROR;
-    unavailable says that a part was away and that trying again may help.
+    index counts generated tokens from 0 (a resumed sequence goes on counting). token_id is None only when a sequence
+    ends without a new token; finish_reason is None while it goes on. error is set with FinishReason.ERROR; unavailable
+    says that a part was away and that trying again may help.
     """
 
     sequence_id: str

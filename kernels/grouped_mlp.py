@@ -1,7 +1,7 @@
 """Grouped expert MLP: many experts, each over its own rows, in one call.
 
-Shape suffixes: T rows (tokens), H hidden, P (token, expert) pairs, W expert width, U up-projection width (2W with a gate, W without),
-S slots.
+Shape suffixes: T rows (tokens), H hidden, P (token, expert) pairs, W expert width, U up-projection width (2W with a
+gate, W without), S slots.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from expertmesh.kernels.cpu.grouped_linear import grouped_linear, is_supported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +80,13 @@ def _project(x_PI: Tensor, weight_SOI: Tensor, counts_S: Tensor, is_transposed: 
     weight_SIO = weight_SOI if is_transposed else weight_SOI.transpose(1, 2)
     if x_PI.dtype == torch.bfloat16 and x_PI.is_cuda:
         return F.grouped_mm(x_PI, weight_SIO, offs=counts_S.cumsum(0).to(torch.int32))
+    counts = counts_S.tolist()
+    if not is_transposed and is_supported(x_PI, weight_SOI, max(counts, default=0)):
+        return grouped_linear(x_PI, weight_SOI, counts)
     # Measured on CPU: one matrix product a touched slot is as fast as grouped_mm, and works for every dtype.
     out_PO = x_PI.new_empty((x_PI.shape[0], weight_SIO.shape[2]))
     start = 0
-    for slot, count in enumerate(counts_S.tolist()):
+    for slot, count in enumerate(counts):
         if count:
             torch.mm(x_PI[start : start + count], weight_SIO[slot], out=out_PO[start : start + count])
             start += count

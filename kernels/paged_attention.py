@@ -1,7 +1,7 @@
 """Paged KV cache and attention over a flattened batch of sequences of unlike lengths.
 
-Shape suffixes: T tokens of a step (all sequences one after another), N sequences, Q a sequence's new tokens, L a context's
-length, A attention heads, G KV heads, D key size, V value size, C cache rows (pages times page size).
+Shape suffixes: T tokens of a step (all sequences one after another), N sequences, Q a sequence's new tokens, L a
+context's length, A attention heads, G KV heads, D key size, V value size, C cache rows (pages times page size).
 """
 
 from dataclasses import dataclass, field
@@ -41,10 +41,11 @@ class ChunkSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class StepLayout:
-    """Where each token of a step goes in the cache, and what each sequence may look at. Made once a step, used by all layers.
+    """Where each token of a step goes in the cache, and what each sequence may look at.
 
-    write_T: cache row of each token. decode_*: sequences with one new token, taken together: their rows in the batch, their
-    cache rows padded to the longest [N, L], and which of those are real. prefill: the others, with their cache rows [L].
+    Made once a step, used by all layers. write_T: cache row of each token. decode_*: sequences with one new token,
+    taken together: their rows in the batch, their cache rows padded to the longest [N, L], and which of those are real.
+    prefill: the others, with their cache rows [L].
     """
 
     write_T: Tensor
@@ -80,7 +81,7 @@ def step_layout(spans: tuple[ChunkSpan, ...], page_size: int, device: torch.devi
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """How a layer attends: softmax scale, window in tokens (None: all), logit soft cap, and a sink logit per head [A]."""
+    """How a layer attends: softmax scale, window in tokens (None: all), logit soft cap, a sink logit per head [A]."""
 
     scale: float
     window: int | None = None
@@ -92,8 +93,8 @@ class AttentionOptions:
 class PagedKVCache:
     """The KV cache of all layers of one model.
 
-    Before `allocate` it is in probe mode: attention runs over the new tokens alone and notes each layer's shapes, so that no
-    family's head layout need be known in advance.
+    Before `allocate` it is in probe mode: attention runs over the new tokens alone and notes each layer's shapes, so
+    that no family's head layout need be known in advance.
     """
 
     page_size: int
@@ -137,20 +138,25 @@ class PagedKVCache:
             return _attend_chunk(query_TAD, key_TGD, value_TGV, 0, options).unsqueeze(0)
         assert self.layout is not None, "attend() without a step layout"
         layout, keys_CGD, values_CGV = self.layout, self._keys[layer], self._values[layer]
-        keys_CGD[layout.write_T] = key_TGD.to(keys_CGD.dtype)
-        values_CGV[layout.write_T] = value_TGV
+        keys_CGD.index_copy_(0, layout.write_T, key_TGD.to(keys_CGD.dtype))
+        values_CGV.index_copy_(0, layout.write_T, value_TGV)
         out_TAV = query_TAD.new_empty((query_TAD.shape[0], query_TAD.shape[1], value_TGV.shape[2]))
         if layout.decode_rows_N.numel():
             rows_N, read_NL = layout.decode_rows_N, layout.decode_read_NL
             out_TAV[rows_N] = _attend_decode(
-                query_TAD[rows_N], keys_CGD[read_NL], values_CGV[read_NL], layout.decode_length_N, options
+                query_TAD[rows_N], _gather(keys_CGD, read_NL), _gather(values_CGV, read_NL), layout.decode_length_N, options
             )
         for span, read_L in layout.prefill:
             end = span.start + span.length
             out_TAV[span.start : end] = _attend_chunk(
-                query_TAD[span.start : end], keys_CGD[read_L], values_CGV[read_L], span.context, options
+                query_TAD[span.start : end], _gather(keys_CGD, read_L), _gather(values_CGV, read_L), span.context, options
             )
         return out_TAV.unsqueeze(0)
+
+
+def _gather(cache_CGX: Tensor, rows: Tensor) -> Tensor:
+    """Return the cache rows of an index of any shape. On CPU index_select copies whole rows, cache[rows] elements."""
+    return cache_CGX.flatten(1).index_select(0, rows.flatten()).view(*rows.shape, *cache_CGX.shape[1:])
 
 
 def _attend_chunk(

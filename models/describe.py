@@ -20,7 +20,7 @@ _TOP_K_NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:
-    """A checkpoint that can be served, and what it takes: bytes of the dense half and of one expert, in the serving dtype."""
+    """A checkpoint that can be served, and the bytes of its dense half and of one expert in the serving dtype."""
 
     info: ModelInfo
     dense_bytes: int

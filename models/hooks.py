@@ -1,6 +1,7 @@
 """The two functions through which every transformers family runs on ExpertMesh: one for experts, one for attention.
 
-They keep no state of their own: what a layer needs hangs on its module, put there by `attach_experts` and `attach_cache`.
+They keep no state of their own: what a layer needs hangs on its module, put there by `attach_experts` and
+`attach_cache`.
 """
 
 from collections.abc import Callable, Mapping

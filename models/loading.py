@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from expertmesh.cluster.errors import CorruptCheckpointError, InputError
 from expertmesh.cluster.ids import ExpertKey
 from expertmesh.models.architecture import Architecture, expert_count
+from expertmesh.models.cpu_linears import speed_up_linears
 from expertmesh.models.tensor_files import TensorFiles
 
 
@@ -75,6 +76,7 @@ class CheckpointWeights:
         model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), config.device_map, None, None)
         model._initialize_missing_keys(False)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        speed_up_linears(model)
         return model.requires_grad_(False).eval()
 
     def load_expert(self, key: ExpertKey) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
-"""Running one step of the dense half: all sequences of a step flattened into one batch over the paged cache, or, for families
-that keep transformers' own cache, one sequence a step.
+"""Running one step of the dense half.
+
+All sequences of a step are flattened into one batch over the paged cache; families that keep transformers' own cache
+run one sequence a step.
 """
 
 from abc import ABC, abstractmethod
@@ -95,7 +97,7 @@ class PagedRunner(StepRunner):
 
 
 class OwnCacheRunner(StepRunner):
-    """Runs a model of a family with linear, state-space or indexed attention: each sequence has a cache of transformers."""
+    """Runs a family with linear, state-space or indexed attention: each sequence has a cache of transformers."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self._model = model

@@ -1,7 +1,7 @@
 """Tiny random checkpoints of the families that must be served, written by transformers' own save_pretrained.
 
-A family's sizes are chosen so that its own features are in play: groups, shared experts, windows shorter than the sequences,
-head sizes that differ between keys and values, dense layers before the first MoE layer.
+A family's sizes are chosen so that its own features are in play: groups, shared experts, windows shorter than the
+sequences, head sizes that differ between keys and values, dense layers before the first MoE layer.
 """
 
 from pathlib import Path
@@ -117,8 +117,8 @@ FAMILIES = BATCHED | OWN_CACHE
 def write_checkpoint(family: str, directory: Path, *, seed: int = 0, max_shard_size: str = "50GB") -> PreTrainedModel:
     """Write a random float32 checkpoint of a family and return the model that was written.
 
-    Weights are far larger than trained ones, so that experts and positions matter and greedy output does not settle on one
-    token.
+    Weights are far larger than trained ones, so that experts and positions matter and greedy output does not settle on
+    one token.
     """
     config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
     generator = torch.Generator().manual_seed(seed)

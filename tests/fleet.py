@@ -2,16 +2,13 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddress, open_link
+from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.shard.server import ShardServer
 from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
 from expertmesh.actors.worker.engine import Engine
@@ -30,20 +27,8 @@ HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 
 
-@contextmanager
-def store_in_memory(timeout_s: float) -> Iterator[None]:
-    """Let ends of links that are formed within this process meet without a server.
-
-    TCPStore asks the DNS for the name of each peer's address, so that a test would hang on a resolver's bad day.
-    """
-    store = HashStore()
-    store.set_timeout(timedelta(seconds=timeout_s))
-    with patch.object(dist, "TCPStore", lambda *_args, **_kwargs: store):
-        yield
-
-
 def link_address(name: str, rank: int, *, port: int = 0, generation: int = 1, timeout_s: float = 5.0) -> LinkAddress:
-    """Return the address of one end on loopback; the port is that of a TCPStore, if there is one."""
+    """Return the address of one end on loopback; the port is that of a RendezvousServer."""
     return LinkAddress(
         host=HOST, port=port, name=name, generation=generation, rank=rank, interface=HOST, timeout_s=timeout_s
     )
@@ -55,9 +40,10 @@ def link_pair(name: str = "pair", generation: int = 1, timeout_s: float = 5.0) -
     ends: dict[int, Link] = {}
 
     def form(rank: int) -> None:
-        ends[rank] = open_link("gloo", link_address(name, rank, generation=generation, timeout_s=timeout_s), CPU)
+        address = link_address(name, rank, port=server.port, generation=generation, timeout_s=timeout_s)
+        ends[rank] = open_link("gloo", address, CPU)
 
-    with store_in_memory(timeout_s):
+    with closing(RendezvousServer(HOST)) as server:
         other = threading.Thread(target=form, args=(SHARD_RANK,))
         other.start()
         form(WORKER_RANK)

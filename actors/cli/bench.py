@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +80,7 @@ class Round:
         all_started_s = max(firsts)
         end_s = max(times[-1] for times in self.token_times_s)
         decoded = sum(1 for times in self.token_times_s for t in times if t > all_started_s)
-        gaps = sorted(b - a for times in self.token_times_s for a, b in zip(times, times[1:], strict=False))
+        gaps = sorted(b - a for times in self.token_times_s for a, b in pairwise(times))
         return {
             "prefill_tokens_per_s": self.prompt_tokens / all_started_s,
             "decode_tokens_per_s": decoded / (end_s - all_started_s),
@@ -143,7 +144,8 @@ async def run_round(channel: grpc.aio.Channel, vocab_size: int, batch: int, prom
 def peak_memory(status: StatusResponse) -> dict[str, int]:
     """Return the peak resident bytes of each process of a server on this machine, by its role."""
     pids = {"controller": status.controller.pid}
-    pids |= {part.id: part.pid for part in (*status.shards, *status.workers)}
+    pids |= {shard.id: shard.pid for shard in status.shards}
+    pids |= {worker.id: worker.pid for worker in status.workers}
     return {role: _peak_bytes(pid) for role, pid in pids.items()}
 
 
@@ -157,8 +159,8 @@ def _peak_bytes(pid: int) -> int:
 def _print(result: dict[str, Any]) -> None:
     console = Console()
     console.print(
-        f"{result['model']}: {result['plan']}; prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new, "
-        f"medians of {result['rounds']} rounds"
+        f"{result['model']}: {result['plan']}; prompts of {result['prompt_tokens']} tokens, "
+        f"{result['new_tokens']} new, medians of {result['rounds']} rounds"
     )
     table = Table("batch", "prefill tokens/s", "decode tokens/s", "first token ms", "gap p50 ms", "gap p99 ms")
     for row in result["batches"]:

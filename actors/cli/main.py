@@ -21,7 +21,7 @@ COMMANDS = {
 }
 
 # The base of all complaints about how a command was written; typer keeps its copy of click to itself.
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class LazyGroup(TyperGroup):

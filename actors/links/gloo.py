@@ -1,6 +1,7 @@
 """A link over a Gloo process group of two ranks. Payloads of GPU tensors pass through host memory."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import timedelta
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expertmesh.actors.links.base import Link, LinkAddress
+from expertmesh.actors.links.rendezvous import RendezvousStore
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind
 
@@ -98,9 +100,10 @@ class GlooLink(Link):
         self._send_buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
 
     def _send_tensor(self, tensor: Tensor) -> None:
-        """Begin to send. The end is waited for before the next send: till then the caller can go on with other links."""
+        """Begin to send. The end is waited for before the next send; till then the caller goes on with other links."""
         try:
-            self._sending.append((self._group.send([tensor], self._peer, 0), tensor))
+            work = self._group.send([tensor], self._peer, 0)  # type: ignore[attr-defined]  # torch's stubs leave it out
+            self._sending.append((work, tensor))
         except RuntimeError as error:
             raise LinkError(f"link {self._name}: send failed: {_reason(error)}") from error
 
@@ -114,7 +117,8 @@ class GlooLink(Link):
 
     def _recv_tensor(self, tensor: Tensor, timeout_s: float) -> None:
         try:
-            self._group.recv([tensor], self._peer, 0).wait(timedelta(seconds=timeout_s))
+            work = self._group.recv([tensor], self._peer, 0)  # type: ignore[attr-defined]  # torch's stubs leave it out
+            work.wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise LinkError(f"link {self._name}: receive failed: {_reason(error)}") from error
 
@@ -125,14 +129,15 @@ def gloo_group(address: LinkAddress) -> dist.ProcessGroupGloo:
     Raises:
         LinkError: the other end did not come within address.timeout_s.
     """
-    timeout = timedelta(seconds=address.timeout_s)
     try:
-        store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=timeout)
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address.interface)]
-        options._timeout = timeout
-        options._threads = 1
-        return dist.ProcessGroupGloo(dist.PrefixStore(address.name, store), address.rank, 2, options)
+        with closing(RendezvousStore(address.host, address.port, address.name, address.timeout_s)) as store:
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs leave it out
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address.interface)]
+            options._timeout = timedelta(seconds=address.timeout_s)
+            options._threads = 1
+            return dist.ProcessGroupGloo(store, address.rank, 2, options)
+    except LinkError as error:
+        raise LinkError(f"link {address.name}: the other end did not come: {error}") from error
     except RuntimeError as error:  # torch's DistError is one
         raise LinkError(f"link {address.name}: the other end did not come: {_reason(error)}") from error
 

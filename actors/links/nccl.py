@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertmesh.actors.links.base import Link, LinkAddress
 from expertmesh.actors.links.gloo import GlooLink
+from expertmesh.actors.links.rendezvous import RendezvousStore
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader
 
@@ -34,37 +35,40 @@ class NcclLink(Link):
         self._name = address.name
         self._device = device
         self._timeout_s = address.timeout_s
-        store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False)
-        options = dist.ProcessGroupNCCL.Options()
-        self._group = dist.ProcessGroupNCCL(dist.PrefixStore(f"{address.name}/nccl", store), address.rank, 2, options)
-        self._stream = torch.cuda.Stream(device)
+        # NCCL forms its communicator at the first payload, so the store stays as long as the group.
+        self._store = RendezvousStore(address.host, address.port, f"{address.name}/nccl", address.timeout_s)
+        self._group = dist.ProcessGroupNCCL(self._store, address.rank, 2, dist.ProcessGroupNCCL.Options())
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def send(self, header: PacketHeader, parts: Sequence[Tensor] = ()) -> None:
         """See Link.send."""
         payload = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]) if parts else None
         self._doorbell.send_header(header)
         if payload is not None:
-            self._wait(self._group.send([payload], self._peer, 0), payload)
+            work = self._group.send([payload], self._peer, 0)  # type: ignore[attr-defined]  # torch's stubs leave it out
+            self._wait(work, payload)
 
     def recv(self, timeout_s: float | None = None) -> tuple[PacketHeader, Tensor]:
         """See Link.recv."""
         header = self._doorbell.recv_header(timeout_s)
         payload = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
         if header.payload_bytes:
-            self._wait(self._group.recv([payload], self._peer, 0), payload)
+            work = self._group.recv([payload], self._peer, 0)  # type: ignore[attr-defined]  # torch's stubs leave it out
+            self._wait(work, payload)
         return header, payload
 
     def close(self) -> None:
         """See Link.close."""
         self._doorbell.close()
         self._group.abort()
+        self._store.close()
 
     def _wait(self, work: dist.Work, payload: Tensor) -> None:
         deadline_s = time.monotonic() + self._timeout_s
         work.block_current_stream()
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        while not event.query():
+        while not event.query():  # type: ignore[no-untyped-call]
             if time.monotonic() > deadline_s:
                 self._group.abort()
                 raise LinkError(f"link {self._name}: {payload.numel()} bytes not done in {self._timeout_s} s")

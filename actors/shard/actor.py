@@ -2,15 +2,14 @@
 
 import os
 import threading
-from datetime import timedelta
 from typing import Any
 
 import ray
 import torch
-import torch.distributed as dist
 
 from expertmesh.actors.links.base import SHARD_RANK, LinkAddress, open_link
-from expertmesh.actors.runtime import listen_on, node_address
+from expertmesh.actors.links.rendezvous import RendezvousServer
+from expertmesh.actors.runtime import node_address
 from expertmesh.actors.shard.server import ShardServer
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ExpertKey, ShardId
@@ -31,17 +30,8 @@ class ShardActor:
         self._host = settings.link_host or node_address()
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self._server: ShardServer | None = None
-        # Workers meet this shard at its own store: no other process takes part in forming a link.
-        listener = listen_on(self._host)
-        self._port = listener.getsockname()[1]
-        self._store = dist.TCPStore(
-            self._host,
-            self._port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-            timeout=timedelta(seconds=settings.link_timeout_s),
-        )
+        # Workers meet this shard here: no other process takes part in forming a link.
+        self._rendezvous = RendezvousServer(self._host)
 
     def load(self, placement_record: bytes) -> None:
         """Read the experts that a placement puts here. Asking again for the same epoch changes nothing.
@@ -60,7 +50,7 @@ class ShardActor:
         """Begin to form this end of a link, and return where the other end finds it."""
         address = LinkAddress(
             host=self._host,
-            port=self._port,
+            port=self._rendezvous.port,
             name=name,
             generation=generation,
             rank=SHARD_RANK,
@@ -68,7 +58,7 @@ class ShardActor:
             timeout_s=self._settings.link_timeout_s,
         )
         threading.Thread(target=self._serve, args=(kind, address), name=name, daemon=True).start()
-        return self._host, self._port
+        return self._host, self._rendezvous.port
 
     def describe(self) -> dict[str, Any]:
         """Return what `status` shows of a shard."""

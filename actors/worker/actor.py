@@ -26,7 +26,7 @@ from expertmesh.models.architecture import Architecture, open_architecture
 from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _POLL_S = 10.0
 # Part of the memory that is free when the model is loaded which the KV cache takes, unless kv_tokens says otherwise.
 _KV_PART = {"cpu": 0.1, "cuda": 0.8}
@@ -234,9 +234,9 @@ class WorkerActor:
 
 
 def _run(engine: Engine) -> None:
-    """Run the engine. A defect that stops it ends the process: a worker that is gone is replaced, one that hangs is not."""
+    """Run the engine. A defect that stops it ends the process: what lives there goes on elsewhere, which a hang forbids."""
     try:
         engine.run_forever()
     except BaseException:
-        _log.exception("the engine stopped")
+        _logger.exception("the engine stopped")
         os._exit(1)

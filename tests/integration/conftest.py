@@ -1,4 +1,4 @@
-"""Servers for the integration tests: real processes on a Ray of their own, on loopback, ended even when a test fails."""
+"""Servers for the integration tests: real processes on their own Ray, on loopback, ended even when a test fails."""
 
 import os
 import signal

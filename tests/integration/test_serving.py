@@ -115,7 +115,7 @@ def test_cancel_and_deadline_free_the_request_at_once(pocket: Server) -> None:
     assert all(w.free_pages == w.num_pages for w in pocket.status().workers)
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "prompt longer than the context": {"token_ids": TokenIds(ids=[5] * 5000)},
     "max_tokens 0": {"text": "a", "max_tokens": 0},
     "max_tokens negative": {"text": "a", "max_tokens": -3},

@@ -1,7 +1,7 @@
 """Greedy tokens equal transformers' own generate, for every family that must be served.
 
-Each runs on two real shards over real links, three prompts of unlike lengths in one batch, prompts longer than a step's budget
-so that chunked prefill is in play.
+Each runs on two real shards over real links, three prompts of unlike lengths in one batch, prompts longer than a step's
+budget so that chunked prefill is in play.
 """
 
 from pathlib import Path

@@ -1,0 +1,74 @@
+"""Compiling the CPU kernels at first use: once for each source and compiler, kept in the user's cache."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_logger = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("grouped_linear.cpp")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+_TIMEOUT_S = 120.0
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Return the processor's features by their Linux names."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """Return the compiled kernels; None, with the reason logged once, where torch has to do their work."""
+    if not {"avx512_bf16", "amx_bf16"} & cpu_features():
+        _logger.info("the processor has neither AMX nor AVX-512 BF16: experts run on torch's kernels")
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        _logger.warning("no C++ compiler (apt-get install g++): experts run on torch's kernels, about half as fast")
+        return None
+    try:
+        path = _build(compiler)
+        _share_openmp()
+        return ctypes.CDLL(str(path))
+    except (subprocess.SubprocessError, OSError) as error:
+        detail = getattr(error, "stderr", "") or str(error)
+        _logger.warning("the CPU kernels cannot be built, experts run on torch's: %s", detail.strip()[-500:])
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """Compile unless it was done before. Several processes may do so at once: the last to finish wins, all are equal."""
+    version = _run([compiler, "--version"])
+    key = hashlib.blake2b(repr((_SOURCE.read_bytes(), _FLAGS, version)).encode(), digest_size=12).hexdigest()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
+    path = root / f"kernels-{key}.so"
+    if path.is_file():
+        return path
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        built = Path(folder) / "kernels.so"
+        _run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)])
+        built.rename(path)
+    return path
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)  # noqa: S603
+    return result.stdout
+
+
+def _share_openmp() -> None:
+    """Make torch's own OpenMP runtime the one that our kernels find: two runtimes would fight for the cores."""
+    for runtime in (Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*"):
+        ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
