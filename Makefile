@@ -2,14 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := cluster kernels models actors protos
 
-.PHONY: demo test setup lint unit integration protos clean
+.PHONY: demo test setup lint unit parity integration protos clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
 
-test: lint unit integration
+test: lint unit parity integration
 
 setup: $(VENV)/.ready
 
@@ -29,8 +28,11 @@ lint: $(VENV)/.ready
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/unit tests/ops
 
+parity: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/parity
+
 integration: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest --timeout 300 tests/integration
 
 protos: $(VENV)/.ready
 	$(BIN)/python tests/regenerate_protos.py

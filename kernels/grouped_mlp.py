@@ -19,7 +19,7 @@ class ExpertMath:
     """What one expert computes between its two matrices, the same for every expert of a model.
 
     activate maps the up projection [P, U] to the input of the down projection [P, W] (gate, activation, clamps).
-    is_transposed: weights are stored [in, out] instead of [out, in]. post_norm is applied to each expert's output [P, H].
+    is_transposed: weights are stored [in, out], not [out, in]. post_norm is applied to each expert's output [P, H].
     """
 
     activate: Callable[[Tensor], Tensor]
@@ -76,7 +76,7 @@ def grouped_mlp(
 
 
 def _project(x_PI: Tensor, weight_SOI: Tensor, counts_S: Tensor, is_transposed: bool) -> Tensor:
-    """Multiply each slot's run of rows with its matrix. Rows are sorted by slot; counts_S says how many each slot has."""
+    """Multiply each slot's run of rows with its matrix. Rows are sorted by slot, counts_S of them for each."""
     weight_SIO = weight_SOI if is_transposed else weight_SOI.transpose(1, 2)
     if x_PI.dtype == torch.bfloat16 and x_PI.is_cuda:
         return F.grouped_mm(x_PI, weight_SIO, offs=counts_S.cumsum(0).to(torch.int32))

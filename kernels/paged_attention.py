@@ -144,12 +144,20 @@ class PagedKVCache:
         if layout.decode_rows_N.numel():
             rows_N, read_NL = layout.decode_rows_N, layout.decode_read_NL
             out_TAV[rows_N] = _attend_decode(
-                query_TAD[rows_N], _gather(keys_CGD, read_NL), _gather(values_CGV, read_NL), layout.decode_length_N, options
+                query_TAD[rows_N],
+                _gather(keys_CGD, read_NL),
+                _gather(values_CGV, read_NL),
+                layout.decode_length_N,
+                options,
             )
         for span, read_L in layout.prefill:
             end = span.start + span.length
             out_TAV[span.start : end] = _attend_chunk(
-                query_TAD[span.start : end], _gather(keys_CGD, read_L), _gather(values_CGV, read_L), span.context, options
+                query_TAD[span.start : end],
+                _gather(keys_CGD, read_L),
+                _gather(values_CGV, read_L),
+                span.context,
+                options,
             )
         return out_TAV.unsqueeze(0)
 

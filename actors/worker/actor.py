@@ -234,7 +234,7 @@ class WorkerActor:
 
 
 def _run(engine: Engine) -> None:
-    """Run the engine. A defect that stops it ends the process: what lives there goes on elsewhere, which a hang forbids."""
+    """Run the engine. A defect that stops it ends the process, and its sequences go on elsewhere."""
     try:
         engine.run_forever()
     except BaseException:

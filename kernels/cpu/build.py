@@ -48,7 +48,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _build(compiler: str) -> Path:
-    """Compile unless it was done before. Several processes may do so at once: the last to finish wins, all are equal."""
+    """Compile unless it was done before. Several processes may do so at once: all builds are equal."""
     version = _run([compiler, "--version"])
     key = hashlib.blake2b(repr((_SOURCE.read_bytes(), _FLAGS, version)).encode(), digest_size=12).hexdigest()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
