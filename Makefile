@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml
 	@echo "setting up $(VENV) (a few minutes the first time) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "python venv failed; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable '.[dev]' | grep -vE '^(Requirement already|WARNING: Location)' || true
+	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable '.[dev]'
 	@$(BIN)/python -c 'import expertmesh.actors.cli.main' || { echo "set-up failed: the package does not import" >&2; exit 1; }
 	@touch $@
 

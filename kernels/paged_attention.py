@@ -113,11 +113,12 @@ class PagedKVCache:
         """Take memory for num_pages pages in every layer that the probe saw."""
         assert self.shapes, "allocate() before any probe forward"
         rows = num_pages * self.page_size
+        # Not cleared: a row is written before it is read, and memory that no sequence ever used is never taken.
         for layer, shape in self.shapes.items():
             key_size = (rows, shape.num_heads, shape.key_size)
             value_size = (rows, shape.num_heads, shape.value_size)
-            self._keys[layer] = torch.zeros(key_size, dtype=shape.dtype, device=self.device)
-            self._values[layer] = torch.zeros(value_size, dtype=shape.dtype, device=self.device)
+            self._keys[layer] = torch.empty(key_size, dtype=shape.dtype, device=self.device)
+            self._values[layer] = torch.empty(value_size, dtype=shape.dtype, device=self.device)
 
     def attend(
         self, layer: int, query_1ATD: Tensor, key_1GTD: Tensor, value_1GTV: Tensor, options: AttentionOptions
