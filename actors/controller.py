@@ -70,10 +70,11 @@ class Controller:
         shard_ids = [ShardId(f"shard-{i}") for i in range(settings.shards)]
         worker_ids = [WorkerId(f"worker-{i}") for i in range(settings.workers)]
         self._note(f"starting {len(shard_ids)} expert shards and {len(worker_ids)} attention workers")
-        # Shards of a step compute at the same time, so they share the cores; they and their worker take turns.
+        # Shards of a step compute at the same time, so they share the cores. A worker takes turns with them; half of
+        # the cores measured best: threads that wait passively cost more to wake than they gain on a small layer.
         cores = psutil.cpu_count() or 1
         shard_threads = settings.shard_threads or max(1, cores // len(shard_ids))
-        worker_threads = settings.worker_threads or max(1, cores // len(worker_ids))
+        worker_threads = settings.worker_threads or max(1, cores // (2 * len(worker_ids)))
         self._shards = {s: self._actor(ShardActor, s, shard_threads) for s in shard_ids}
         self._workers = {w: self._actor(WorkerActor, w, worker_threads) for w in worker_ids}
         placement = self._first_placement(shard_ids)
