@@ -89,8 +89,8 @@ class Controller:
         self._shard_facts = dict(
             zip(shard_ids, self._wait([s.describe.remote() for s in self._shards.values()]), strict=True)
         )
-        devices = {shard: facts["device"] for shard, facts in self._shard_facts.items()}
-        self._wait([w.set_fleet.remote(record, self._shards, devices) for w in self._workers.values()])
+        ends = {shard: facts["link_end"] for shard, facts in self._shard_facts.items()}
+        self._wait([w.set_fleet.remote(record, self._shards, ends) for w in self._workers.values()])
         self._wait([w.start.remote() for w in self._workers.values()])
         self._started = True
         self._watch_once()
@@ -115,7 +115,7 @@ class Controller:
             "epoch": self._placement.epoch if self._placement else 0,
             "balancedness": self._balancedness(),
             "controller": {"pid": os.getpid(), "node": self._host},
-            "shards": [_without(f, "device") for f in self._shard_facts.values()],
+            "shards": [_without(f, "link_end") for f in self._shard_facts.values()],
             "workers": [_without(f, "lost_shards") for f in self._worker_facts.values()],
             "layer_traffic": self._traffic(),
             "ready": not reason,

@@ -7,6 +7,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from expertmesh.actors.links.base import LinkEnd
 from expertmesh.cluster.errors import CapacityError
 
 NAMESPACE = "expertmesh"
@@ -83,3 +84,9 @@ def node_address() -> str:
     """Return the address by which this node is known in the Ray cluster."""
     node_id = ray.get_runtime_context().get_node_id()
     return str(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id))
+
+
+def link_end() -> LinkEnd:
+    """Return where the calling actor's tensors live."""
+    gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
+    return LinkEnd(node=ray.get_runtime_context().get_node_id(), gpu=gpus[0] if gpus else "")

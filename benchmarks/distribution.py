@@ -3,7 +3,7 @@
 No Ray and no gateway on either side: only the place of the experts differs. Interleaved rounds, sampled at
 temperature 1.
 
-usage: python benchmarks/distribution.py CHECKPOINT [--batch 8,32] [--shards 2] [--rounds 3] [--keep]
+usage: python benchmarks/distribution.py CHECKPOINT [--batch 8,32] [--shards 2] [--rounds 3] [--breakdown] [--keep]
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from benchmarks.breakdown import report, watch_worker
 from benchmarks.record import keep
 
 PROMPT, NEW = 32, 64
@@ -31,21 +32,39 @@ def main() -> int:
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker-threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--worker-threads", type=int, default=max(1, (os.cpu_count() or 1) // 2))
     parser.add_argument("--shard-threads", type=int, default=1)
+    parser.add_argument("--link", default="local", help="kind of link, local or gloo")
+    parser.add_argument("--no-pin", action="store_true", help="leave the shards' cores to the kernel")
+    parser.add_argument("--breakdown", action="store_true", help="say where the shards engine's time goes; slows it")
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")
     arguments = parser.parse_args()
     batches = [int(part) for part in arguments.batch.split(",")]
     shards = [
-        _start(_shard, arguments.shard_threads, arguments.checkpoint, index, arguments.shards, policy="PASSIVE")
+        _start(
+            _shard,
+            arguments.shard_threads,
+            arguments.checkpoint,
+            index,
+            arguments.shards,
+            arguments.link,
+            not arguments.no_pin,
+            policy="PASSIVE",
+        )
         for index in range(arguments.shards)
     ]
     ports = [pipe.recv() for pipe in shards]
     engines = {
         # A process that has the cores to itself is fastest when its threads spin, which is OpenMP's default.
-        "in process": _start(_engine, os.cpu_count() or 1, arguments.checkpoint, [], policy="ACTIVE"),
+        "in process": _start(_engine, os.cpu_count() or 1, arguments.checkpoint, [], "", False, policy="ACTIVE"),
         f"{arguments.shards} shards": _start(
-            _engine, arguments.worker_threads, arguments.checkpoint, ports, policy="PASSIVE"
+            _engine,
+            arguments.worker_threads,
+            arguments.checkpoint,
+            ports,
+            arguments.link,
+            arguments.breakdown,
+            policy="PASSIVE",
         ),
     }
     for pipe in engines.values():
@@ -70,7 +89,10 @@ def main() -> int:
             f" ratio {apart / alone:.2f}"
         )
     if arguments.keep:
-        settings = {name: getattr(arguments, name) for name in ("shards", "rounds", "worker_threads", "shard_threads")}
+        settings = {
+            name: getattr(arguments, name)
+            for name in ("shards", "rounds", "worker_threads", "shard_threads", "link", "no_pin")
+        }
         print(f"kept in {keep('distribution', {**settings, 'rows': rows})}")
     return 0
 
@@ -90,25 +112,29 @@ def _start(target, threads: int, *values, policy: str) -> Connection:  # type: i
     return ours
 
 
-def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_shards: int) -> None:
+def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_shards: int, kind: str, pin: bool) -> None:
     """One shard process: serves one link after another."""
     import torch
 
+    from expertmesh.actors.cores import claim_cores, use_cores
     from expertmesh.actors.links.base import SHARD_RANK, open_link
     from expertmesh.actors.links.rendezvous import RendezvousServer
     from expertmesh.actors.shard.server import ShardServer
     from expertmesh.models.expert_slots import ExpertSlots
 
     torch.set_num_threads(threads)
+    cores = claim_cores(threads) if pin else None  # held as long as the process lives
+    if pin:
+        use_cores(cores)
     weights, placement = _open(checkpoint, num_shards)
     slots = ExpertSlots(weights, placement.shards[index].experts, torch.device("cpu"))
     rendezvous = RendezvousServer(HOST)
     pipe.send(rendezvous.port)
-    link = open_link("gloo", _address(rendezvous.port, SHARD_RANK), torch.device("cpu"))
+    link = open_link(kind, _address(rendezvous.port, SHARD_RANK), torch.device("cpu"))
     ShardServer(slots, placement.epoch).serve(link)
 
 
-def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int]) -> None:
+def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], kind: str, breakdown: bool) -> None:
     """One engine process: runs batches that the pipe asks for, and answers with decoded tokens per second."""
     import torch
 
@@ -122,13 +148,14 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int]) 
     from expertmesh.models.runners import PagedRunner
 
     torch.set_num_threads(threads)
+    timers = watch_worker(kind) if breakdown else None
     cpu = torch.device("cpu")
     weights, placement = _open(checkpoint, max(1, len(ports)))
     architecture = weights.architecture
     dispatcher = Dispatcher(architecture.moe_layers, architecture.num_experts, recovery_s=0)
     if ports:
         links = {
-            slots.shard: open_link("gloo", _address(port, WORKER_RANK), cpu)
+            slots.shard: open_link(kind, _address(port, WORKER_RANK), cpu)
             for slots, port in zip(placement.shards, ports, strict=True)
         }
         run: Callable[..., torch.Tensor] = dispatcher.run
@@ -165,10 +192,16 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int]) 
             ]
         )
         engine.step()
-        started_s, first = time.perf_counter(), len(events)
+        if timers:
+            timers.take()
+        started_s, first, steps = time.perf_counter(), len(events), 0
         while engine.num_running or engine.num_waiting:
             engine.step()
-        pipe.send((len(events) - first) / (time.perf_counter() - started_s))
+            steps += 1
+        wall_s = time.perf_counter() - started_s
+        if timers:
+            print(report(timers.take(), steps=steps, layers=len(architecture.moe_layers), step_s=wall_s / steps))
+        pipe.send((len(events) - first) / wall_s)
         events.clear()
 
 

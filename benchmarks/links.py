@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from benchmarks.record import keep
-from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddress, open_link
+from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, LinkAddress, open_link
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.ray_env import secure_local_ray
 from expertmesh.cluster.errors import LinkError
@@ -40,7 +40,8 @@ def main() -> int:
     rendezvous = RendezvousServer(HOST)
     ours.send(rendezvous.port)
     calls = {
-        "link (Gloo)": _link_call(rendezvous.port),
+        "link (Gloo)": _link_call("gloo", rendezvous.port),
+        "link (local)": _link_call("local", rendezvous.port),
         "bare socket": _socket_call(bare_port),
         "Ray actor": _ray_call(),
     }
@@ -64,13 +65,13 @@ def main() -> int:
     return 0
 
 
-def _address(port: int, rank: int) -> LinkAddress:
-    return LinkAddress(host=HOST, port=port, name="bench", generation=1, rank=rank, interface=HOST, timeout_s=30)
+def _address(kind: str, port: int, rank: int) -> LinkAddress:
+    return LinkAddress(host=HOST, port=port, name=kind, generation=1, rank=rank, interface=HOST, timeout_s=30)
 
 
-def _link_call(port: int) -> Callable[[torch.Tensor], None]:
+def _link_call(kind: str, port: int) -> Callable[[torch.Tensor], None]:
     torch.set_num_threads(1)
-    link = open_link("gloo", _address(port, WORKER_RANK), torch.device("cpu"))
+    link = open_link(kind, _address(kind, port, WORKER_RANK), torch.device("cpu"))
 
     def call(payload: torch.Tensor) -> None:
         link.send(_header(payload.numel()), [payload])
@@ -112,18 +113,20 @@ def _ray_call() -> Callable[[torch.Tensor], None]:
 
 
 def _peer(pipe: Connection) -> None:
-    """The other process: echoes on a socket on one thread, on a link on another."""
+    """The other process: echoes on a socket and on a link of each kind, a thread each."""
     import threading
 
     listener = socket.create_server((HOST, 0))
     pipe.send(listener.getsockname()[1])
     torch.set_num_threads(1)
-    link = open_link("gloo", _address(pipe.recv(), SHARD_RANK), torch.device("cpu"))
+    port: int = pipe.recv()
     threading.Thread(target=_echo_socket, args=(listener,), daemon=True).start()
-    _echo_link(link)
+    threading.Thread(target=_echo_link, args=("gloo", port), daemon=True).start()
+    _echo_link("local", port)
 
 
-def _echo_link(link: Link) -> None:
+def _echo_link(kind: str, port: int) -> None:
+    link = open_link(kind, _address(kind, port, SHARD_RANK), torch.device("cpu"))
     with contextlib.suppress(LinkError):  # the benchmark is over
         while True:
             header, payload = link.recv(3600)

@@ -31,6 +31,11 @@ class ServeSettings(BaseModel):
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
     link_host: str = Field(default="", description="interface that links listen on; empty: the node's address in Ray")
+    links: Literal["auto", "gloo"] = Field(
+        default="auto",
+        description="auto: NCCL between GPUs, a Unix socket within a node, Gloo between nodes; gloo: Gloo everywhere",
+    )
+    pin_cores: bool = Field(default=True, description="CPU shards keep to cores of their own where there are enough")
     shard_threads: int = Field(default=0, ge=0, description="CPU threads a shard computes with; 0: chosen by cores")
     worker_threads: int = Field(default=0, ge=0, description="CPU threads a worker computes with; 0: chosen by cores")
     link_timeout_s: float = Field(default=20.0, gt=0, description="longest wait for one packet's answer")

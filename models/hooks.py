@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from expertmesh.cluster.errors import UnsupportedModelError
 from expertmesh.kernels.paged_attention import AttentionOptions, PagedKVCache
 
 IMPLEMENTATION = "expertmesh"
@@ -60,8 +61,17 @@ def _attention_forward(
     s_aux: Tensor | None = None,
     **_other: object,
 ) -> tuple[Tensor, None]:
-    """Attend over the paged cache. Arguments are those that transformers passes to every attention function."""
+    """Attend over the paged cache. Arguments are those that transformers passes to every attention function.
+
+    Raises:
+        UnsupportedModelError: the layer is a sliding one by the config, and its family does not say so here.
+    """
     assert attention_mask is None, "the paged engine masks by sequence itself"
+    if sliding_window is None and _slides(module):
+        raise UnsupportedModelError(
+            f"layer {module.layer_idx} is of sliding attention, but {type(module).__name__} passes no sliding_window:"
+            " it would attend to everything"
+        )
     options = AttentionOptions(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         window=sliding_window,
@@ -69,6 +79,11 @@ def _attention_forward(
         sinks_A=s_aux,
     )
     return module.expertmesh_cache.attend(module.layer_idx, query, key, value, options), None
+
+
+def _slides(module: Any) -> bool:
+    layer_types: list[str] = getattr(getattr(module, "config", None), "layer_types", None) or []
+    return bool(layer_types) and layer_types[module.layer_idx] == "sliding_attention"
 
 
 def _no_mask(*_args: object, **_kwargs: object) -> torch.Tensor | None:

@@ -35,13 +35,15 @@ def link_address(name: str, rank: int, *, port: int = 0, generation: int = 1, ti
 
 
 @contextmanager
-def link_pair(name: str = "pair", generation: int = 1, timeout_s: float = 5.0) -> Iterator[tuple[Link, Link]]:
-    """Yield the worker's and the shard's end of a Gloo link within this process."""
+def link_pair(
+    name: str = "pair", generation: int = 1, timeout_s: float = 5.0, *, kind: str = "gloo"
+) -> Iterator[tuple[Link, Link]]:
+    """Yield the worker's and the shard's end of a link within this process."""
     ends: dict[int, Link] = {}
 
     def form(rank: int) -> None:
         address = link_address(name, rank, port=server.port, generation=generation, timeout_s=timeout_s)
-        ends[rank] = open_link("gloo", address, CPU)
+        ends[rank] = open_link(kind, address, CPU)
 
     with closing(RendezvousServer(HOST)) as server:
         other = threading.Thread(target=form, args=(SHARD_RANK,))

@@ -13,6 +13,16 @@ from expertmesh.cluster.packets import PacketHeader
 
 WORKER_RANK = 0
 SHARD_RANK = 1
+# An idle link is no error: a reader waits this long for the next request, and again.
+IDLE_S = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkEnd:
+    """Where one end's tensors live: the node's id in Ray, and the id of the GPU on that node ("" on a CPU)."""
+
+    node: str
+    gpu: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +54,9 @@ class Link(ABC):
 
     @abstractmethod
     def send(self, header: PacketHeader, parts: Sequence[Tensor] = ()) -> None:
-        """Send one message: the header and the parts, one after another. May return before it has arrived.
+        """Send one message: the header and the parts, one after another.
+
+        May return before it has arrived, and may wait until the peer takes what no buffer on the way holds.
 
         Args:
             header: its payload_bytes is the sum of the parts' bytes.
@@ -73,7 +85,11 @@ class Link(ABC):
         """Tell the peer, if it still listens, and let go."""
 
 
-_KINDS = {"gloo": "expertmesh.actors.links.gloo:GlooLink", "nccl": "expertmesh.actors.links.nccl:NcclLink"}
+_KINDS = {
+    "gloo": "expertmesh.actors.links.gloo:GlooLink",
+    "local": "expertmesh.actors.links.local:LocalLink",
+    "nccl": "expertmesh.actors.links.nccl:NcclLink",
+}
 
 
 def open_link(kind: str, address: LinkAddress, device: torch.device) -> Link:
@@ -90,6 +106,9 @@ def open_link(kind: str, address: LinkAddress, device: torch.device) -> Link:
     return link
 
 
-def link_kind(worker: torch.device, shard: torch.device, *, share_gpu: bool) -> str:
-    """Choose the kind for two ends: NCCL between two GPUs, Gloo otherwise (NCCL refuses two ranks on one GPU)."""
-    return "nccl" if worker.type == shard.type == "cuda" and not share_gpu else "gloo"
+def link_kind(worker: LinkEnd, shard: LinkEnd) -> str:
+    """Choose the kind for two ends: NCCL between two GPUs (it refuses two ranks on one), a local socket, else Gloo."""
+    same_node = worker.node == shard.node
+    if worker.gpu and shard.gpu and not (same_node and worker.gpu == shard.gpu):
+        return "nccl"
+    return "local" if same_node else "gloo"

@@ -16,8 +16,6 @@ from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind
 # Payloads up to this size travel in one message with their header: Gloo lets a shorter message fill part of a longer
 # buffer, so the receiver need not know the size. A larger one follows in a message of its own exact size.
 INLINE_BYTES = 4 << 20
-# An idle link is no error: a reader waits this long for the next request, and again.
-IDLE_S = 7 * 24 * 3600.0
 # A send ends only when the peer receives: one that is busy for longer than this sees a broken link instead of CLOSE.
 _CLOSE_S = 1.0
 

@@ -7,9 +7,10 @@ from typing import Any
 import ray
 import torch
 
+from expertmesh.actors.cores import claim_cores, use_cores
 from expertmesh.actors.links.base import SHARD_RANK, LinkAddress, open_link
 from expertmesh.actors.links.rendezvous import RendezvousServer
-from expertmesh.actors.runtime import node_address
+from expertmesh.actors.runtime import link_end, node_address
 from expertmesh.actors.shard.server import ShardServer
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ExpertKey, ShardId
@@ -29,6 +30,9 @@ class ShardActor:
         self._settings = settings
         self._host = settings.link_host or node_address()
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        # Kept: the claim ends with it. Every thread that computes is started after this.
+        self._cores = claim_cores(threads) if settings.pin_cores and self._device.type == "cpu" else None
+        use_cores(self._cores)
         self._server: ShardServer | None = None
         # Workers meet this shard here: no other process takes part in forming a link.
         self._rendezvous = RendezvousServer(self._host)
@@ -70,7 +74,7 @@ class ShardActor:
             "state": "ready" if slots else "loading",
             "num_slots": slots.num_slots if slots else 0,
             "weight_bytes": slots.weight_bytes if slots else 0,
-            "device": str(self._device),
+            "link_end": link_end(),
         }
 
     def _serve(self, kind: str, address: LinkAddress) -> None:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertmesh.actors.links.base import Link
-from expertmesh.actors.links.gloo import IDLE_S
+from expertmesh.actors.links.base import IDLE_S, Link
 from expertmesh.actors.wire import Dispatch, combine_packet, read_dispatch
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind

@@ -10,8 +10,8 @@ import psutil
 import ray
 import torch
 
-from expertmesh.actors.links.base import WORKER_RANK, Link, LinkAddress, link_kind, open_link
-from expertmesh.actors.runtime import node_address
+from expertmesh.actors.links.base import WORKER_RANK, Link, LinkAddress, LinkEnd, link_kind, open_link
+from expertmesh.actors.runtime import link_end, node_address
 from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
 from expertmesh.actors.worker.engine import Engine
 from expertmesh.actors.worker.outbox import Outbox
@@ -61,13 +61,13 @@ class WorkerActor:
         if self._architecture is None:
             await asyncio.to_thread(self._load)
 
-    async def set_fleet(self, placement_record: bytes, shards: dict[ShardId, Any], devices: dict[ShardId, str]) -> int:
+    async def set_fleet(self, placement_record: bytes, shards: dict[ShardId, Any], ends: dict[ShardId, LinkEnd]) -> int:
         """Join the shards of a placement and use it from the next layer on.
 
         Args:
             placement_record: the placement.
             shards: the actor of each live shard.
-            devices: each shard's torch device.
+            ends: where each shard's tensors live.
 
         Returns:
             The epoch now in use.
@@ -78,7 +78,7 @@ class WorkerActor:
             del self._links[shard]
         for shard, handle in shards.items():
             if shard not in self._links:
-                self._links[shard] = await self._join(shard, handle, torch.device(devices[shard]))
+                self._links[shard] = await self._join(shard, handle, ends[shard])
         self._dispatcher.set_fleet(Fleet(placement, self._links))
         return placement.epoch
 
@@ -150,11 +150,11 @@ class WorkerActor:
         hooks.attach_experts(architecture.experts_by_layer, self._dispatcher.run)
         self._architecture = architecture
 
-    async def _join(self, shard: ShardId, handle: Any, device: torch.device) -> Link:
+    async def _join(self, shard: ShardId, handle: Any, end: LinkEnd) -> Link:
         self._generation += 1
         # The process id keeps a restarted worker from meeting a shard's end of its former life.
         name = f"{self._id}.{os.getpid()}/{shard}/{self._generation}"
-        kind = link_kind(self._device, device, share_gpu=False)
+        kind = link_kind(link_end(), end) if self._settings.links == "auto" else self._settings.links
         host, port = await handle.accept_link.remote(name, self._generation, kind)
         address = LinkAddress(
             host=host,

@@ -1,6 +1,6 @@
-"""Gloo links: two ends in one process, and ends in other processes that are killed or stopped.
+"""Gloo and local links: two ends in one process, and ends in other processes that are killed or stopped.
 
-All are real process groups over loopback; a wait that should fail is given less than two seconds.
+All are real links over loopback and Unix sockets; a wait that should fail is given less than two seconds.
 """
 
 import os
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, link_kind, open_link
+from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkEnd, link_kind, open_link
 from expertmesh.actors.links.gloo import INLINE_BYTES
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.cluster.errors import LinkError, UnknownNameError
@@ -35,13 +35,19 @@ address = LinkAddress(
     timeout_s=60.0,
 )
 try:
-    link = open_link("gloo", address, torch.device("cpu"))
+    link = open_link(sys.argv[3], address, torch.device("cpu"))
     while True:
         header, payload = link.recv()
         link.send(header, [payload])
 except LinkError:
     sys.exit(0)
 """
+
+
+@pytest.fixture(params=["gloo", "local"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The kind of the link under test."""
+    return str(request.param)
 
 
 def header_of(payload_bytes: int = 0, *, generation: int = 1, sequence: int = 7) -> PacketHeader:
@@ -57,8 +63,12 @@ def random_bytes(size: int) -> Tensor:
 def pass_on(sender: Link, receiver: Link, parts: list[Tensor], *, sequence: int = 7) -> Tensor:
     """Send and receive one message; return a copy of the payload."""
     size = sum(part.numel() * part.element_size() for part in parts)
-    sender.send(header_of(size, sequence=sequence), parts)
+    # A link may wait with a large message until the peer takes it.
+    sending = threading.Thread(target=sender.send, args=(header_of(size, sequence=sequence), parts))
+    sending.start()
     header, payload = receiver.recv(timeout_s=2.0)
+    sending.join(timeout=2.0)
+    assert not sending.is_alive()
     assert header == header_of(size, sequence=sequence)
     return payload.clone()
 
@@ -71,14 +81,14 @@ def seconds_to_break(call: Callable[[], object], match: str | None = None) -> fl
 
 
 @contextmanager
-def echo_process(timeout_s: float = 30.0) -> Iterator[tuple[Link, subprocess.Popen[bytes]]]:
+def echo_process(kind: str, timeout_s: float = 30.0) -> Iterator[tuple[Link, subprocess.Popen[bytes]]]:
     """Yield a link to a process that echoes, and that process; both are proved to work."""
     with (
         closing(RendezvousServer(HOST)) as server,
-        subprocess.Popen([sys.executable, "-c", ECHO, HOST, str(server.port)]) as process,
+        subprocess.Popen([sys.executable, "-c", ECHO, HOST, str(server.port), kind]) as process,
     ):
         try:
-            link = open_link("gloo", link_address("echo", WORKER_RANK, port=server.port, timeout_s=timeout_s), CPU)
+            link = open_link(kind, link_address("echo", WORKER_RANK, port=server.port, timeout_s=timeout_s), CPU)
             link.send(header_of(3), [random_bytes(3)])
             assert torch.equal(link.recv()[1], random_bytes(3))
             yield link, process
@@ -88,9 +98,9 @@ def echo_process(timeout_s: float = 30.0) -> Iterator[tuple[Link, subprocess.Pop
 
 
 @contextmanager
-def undisturbed_traffic() -> Iterator[None]:
+def undisturbed_traffic(kind: str) -> Iterator[None]:
     """Pass messages over another link of this process all the while, and check that they went on to the end."""
-    with link_pair("bystander") as (sender, receiver):
+    with link_pair("bystander", kind=kind) as (sender, receiver):
         done, numbers = threading.Event(), list[int]()
         errors: list[LinkError] = []
 
@@ -117,31 +127,31 @@ def undisturbed_traffic() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [0, 1, INLINE_BYTES - 1, INLINE_BYTES, INLINE_BYTES + 1, 2 * INLINE_BYTES + 3])
-def test_the_very_bytes_arrive(size: int) -> None:
-    with link_pair() as (worker, shard):
+def test_the_very_bytes_arrive(kind: str, size: int) -> None:
+    with link_pair(kind=kind) as (worker, shard):
         sent = random_bytes(size)
         assert torch.equal(pass_on(worker, shard, [sent]), sent)
         assert torch.equal(pass_on(shard, worker, [sent]), sent)
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_several_parts_arrive_as_one_payload(large: bool) -> None:
+def test_several_parts_arrive_as_one_payload(kind: str, large: bool) -> None:
     rows = torch.randn(3, INLINE_BYTES // 8 if large else 5)
     parts = [rows.to(torch.bfloat16), random_bytes(7), rows, torch.zeros(0), torch.arange(4)]
     expected = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
-    with link_pair() as (worker, shard):
+    with link_pair(kind=kind) as (worker, shard):
         assert torch.equal(pass_on(worker, shard, parts), expected)
 
 
-def test_a_message_holds_nothing_of_the_one_before() -> None:
-    with link_pair() as (worker, shard):
+def test_a_message_holds_nothing_of_the_one_before(kind: str) -> None:
+    with link_pair(kind=kind) as (worker, shard):
         for sequence, size in enumerate([5000, 10, INLINE_BYTES + 9, 0, 11]):
             sent = random_bytes(size)
             assert torch.equal(pass_on(worker, shard, [sent], sequence=sequence), sent)
 
 
-def test_a_deadline_breaks_this_link_and_no_other() -> None:
-    with undisturbed_traffic(), link_pair() as (worker, shard):
+def test_a_deadline_breaks_this_link_and_no_other(kind: str) -> None:
+    with undisturbed_traffic(kind), link_pair(kind=kind) as (worker, shard):
         assert 0.2 <= seconds_to_break(lambda: worker.recv(timeout_s=0.2), "receive failed") < 1.5
         assert seconds_to_break(lambda: worker.recv(timeout_s=5.0)) < 1.0
         assert seconds_to_break(lambda: worker.send(header_of())) < 1.0
@@ -150,31 +160,36 @@ def test_a_deadline_breaks_this_link_and_no_other() -> None:
         shard.close()
 
 
-@pytest.mark.parametrize("size", [0, INLINE_BYTES + 1])
-def test_a_message_that_nobody_takes_ends_the_next_send_at_the_deadline(size: int) -> None:
-    with link_pair(timeout_s=0.3) as (worker, shard):
+@pytest.mark.parametrize("size", [1 << 20, INLINE_BYTES + 1])
+def test_messages_that_nobody_takes_end_a_send_at_the_deadline(kind: str, size: int) -> None:
+    def send_on() -> None:
+        while True:
+            worker.send(header_of(size), parts)
+
+    def recv_on() -> None:
+        while True:
+            shard.recv(timeout_s=5.0)
+
+    with link_pair(timeout_s=0.3, kind=kind) as (worker, shard):
         parts = [random_bytes(size)]
-        started_s = time.monotonic()
-        worker.send(header_of(size), parts)
-        assert time.monotonic() - started_s < 0.2
-        assert 0.2 <= seconds_to_break(lambda: worker.send(header_of(size), parts), "link pair: send failed") < 1.5
-        assert seconds_to_break(lambda: shard.recv(timeout_s=5.0)) < 1.0
+        assert 0.2 <= seconds_to_break(send_on, "link pair: send failed") < 1.5
+        assert seconds_to_break(recv_on) < 1.0  # once it has taken what was on the way
 
 
-def test_a_packet_of_another_generation_is_refused() -> None:
-    with link_pair(generation=5) as (worker, shard):
+def test_a_packet_of_another_generation_is_refused(kind: str) -> None:
+    with link_pair(generation=5, kind=kind) as (worker, shard):
         worker.send(header_of(generation=4))
         with pytest.raises(LinkError, match="a packet of generation 4 on generation 5"):
             shard.recv(timeout_s=2.0)
 
 
-def test_a_payload_of_another_size_than_the_header_says_is_never_sent() -> None:
-    with link_pair(timeout_s=0.3) as (worker, _), pytest.raises(AssertionError, match="2 bytes of payload"):
+def test_a_payload_of_another_size_than_the_header_says_is_never_sent(kind: str) -> None:
+    with link_pair(timeout_s=0.3, kind=kind) as (worker, _), pytest.raises(AssertionError, match="2 bytes of payload"):
         worker.send(header_of(3), [random_bytes(2)])
 
 
-def test_close_tells_the_other_end() -> None:
-    with link_pair(generation=9) as (worker, shard):
+def test_close_tells_the_other_end(kind: str) -> None:
+    with link_pair(generation=9, kind=kind) as (worker, shard):
         thread = threading.Thread(target=worker.close)
         thread.start()
         header, payload = shard.recv(timeout_s=2.0)
@@ -183,40 +198,76 @@ def test_close_tells_the_other_end() -> None:
     assert (header.kind, header.generation, payload.numel()) == (PacketKind.CLOSE, 9, 0)
 
 
-def test_close_does_not_wait_long_for_a_busy_peer() -> None:
-    with link_pair(timeout_s=30.0) as (worker, shard):
+def test_close_does_not_wait_long_for_a_busy_peer(kind: str) -> None:
+    with link_pair(timeout_s=30.0, kind=kind) as (worker, shard):
         started_s = time.monotonic()
         worker.close()
         assert time.monotonic() - started_s < 2.0
-        assert seconds_to_break(lambda: shard.recv(timeout_s=5.0)) < 1.0
+        # CLOSE, if a buffer on the way took it, and then nothing more.
+        assert seconds_to_break(lambda: [shard.recv(timeout_s=5.0) for _ in range(2)]) < 1.0
 
 
 def test_the_kind_of_link_is_looked_up() -> None:
-    with pytest.raises(UnknownNameError, match="link kind 'pigeon' is not one of gloo, nccl"):
+    with pytest.raises(UnknownNameError, match="link kind 'pigeon' is not one of gloo, local, nccl"):
         open_link("pigeon", link_address("alone", WORKER_RANK), CPU)
-    cuda = torch.device("cuda", 0)
-    assert link_kind(cuda, cuda, share_gpu=False) == "nccl"
-    for worker, shard, share_gpu in [(CPU, CPU, False), (cuda, CPU, False), (CPU, cuda, False), (cuda, cuda, True)]:
-        assert link_kind(worker, shard, share_gpu=share_gpu) == "gloo"
+
+
+@pytest.mark.parametrize(
+    ("worker", "shard", "expected"),
+    [
+        (LinkEnd(node="a"), LinkEnd(node="a"), "local"),
+        (LinkEnd(node="a"), LinkEnd(node="b"), "gloo"),
+        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a", gpu="1"), "nccl"),
+        (LinkEnd(node="a", gpu="0"), LinkEnd(node="b", gpu="0"), "nccl"),
+        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a", gpu="0"), "local"),  # NCCL refuses two ranks on one GPU
+        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a"), "local"),
+        (LinkEnd(node="a"), LinkEnd(node="b", gpu="0"), "gloo"),
+    ],
+)
+def test_the_kind_follows_from_where_the_ends_are(worker: LinkEnd, shard: LinkEnd, expected: str) -> None:
+    assert link_kind(worker, shard) == expected
 
 
 @pytest.mark.parametrize("rank", [WORKER_RANK, SHARD_RANK])
-def test_the_other_end_never_comes(rank: int) -> None:
+def test_the_other_end_never_comes(kind: str, rank: int) -> None:
     with closing(RendezvousServer(HOST)) as server:
         address = link_address("alone", rank, port=server.port, timeout_s=0.3)
-        waited_s = seconds_to_break(lambda: open_link("gloo", address, CPU), "link alone: the other end did not come")
+        waited_s = seconds_to_break(lambda: open_link(kind, address, CPU), "link alone: the other end did not come")
     assert 0.2 <= waited_s < 2.0
 
 
-def test_nobody_listens_at_the_address() -> None:
+def test_nobody_listens_at_the_address(kind: str) -> None:
     with socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]
     address = link_address("alone", WORKER_RANK, port=port, timeout_s=0.3)
-    assert seconds_to_break(lambda: open_link("gloo", address, CPU), "link alone: the other end did not come") < 2.0
+    assert seconds_to_break(lambda: open_link(kind, address, CPU), "link alone: the other end did not come") < 2.0
 
 
-def test_a_killed_peer_breaks_its_link_at_once_and_no_other() -> None:
-    with undisturbed_traffic(), echo_process() as (link, process):
+def test_a_local_link_is_not_formed_with_another_users_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[str] = []
+
+    def form(rank: int) -> None:
+        address = link_address("pair", rank, port=server.port, timeout_s=0.5)
+        with pytest.raises(LinkError) as caught:
+            open_link("local", address, CPU)
+        errors.append(str(caught.value))
+
+    other_uid = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other_uid)
+    with closing(RendezvousServer(HOST)) as server:
+        threads = [threading.Thread(target=form, args=(rank,)) for rank in (WORKER_RANK, SHARD_RANK)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=5.0)
+    assert sorted(errors) == [
+        "link pair: the other end did not come: another user's process listens there",
+        "link pair: the other end did not come: timed out",
+    ]
+
+
+def test_a_killed_peer_breaks_its_link_at_once_and_no_other(kind: str) -> None:
+    with undisturbed_traffic(kind), echo_process(kind) as (link, process):
         killer = threading.Timer(0.2, process.kill)
         killer.start()
         assert seconds_to_break(link.recv) < 2.0
@@ -225,8 +276,8 @@ def test_a_killed_peer_breaks_its_link_at_once_and_no_other() -> None:
         assert seconds_to_break(lambda: link.send(header_of())) < 1.0
 
 
-def test_a_stopped_peer_breaks_its_link_at_the_deadline_and_no_other() -> None:
-    with undisturbed_traffic(), echo_process() as (link, process):
+def test_a_stopped_peer_breaks_its_link_at_the_deadline_and_no_other(kind: str) -> None:
+    with undisturbed_traffic(kind), echo_process(kind) as (link, process):
         os.kill(process.pid, signal.SIGSTOP)
         assert 0.5 <= seconds_to_break(lambda: link.recv(timeout_s=0.5)) < 2.0
         os.kill(process.pid, signal.SIGCONT)

@@ -1,0 +1,59 @@
+"""Cores of this machine for a computing process of a CPU shard.
+
+A shard that sleeps until a packet comes must start at once when it does. Left alone, the kernel wakes it on the core of
+the worker that sent the packet, where it takes the place of that worker, who still has packets for other shards to send
+(docs/performance.md has what each half of this is worth).
+"""
+
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ClaimedCores:
+    """Cores that no other claim on this machine holds, as long as this object lives."""
+
+    cores: tuple[int, ...]
+    _locks: tuple[socket.socket, ...]
+
+    def release(self) -> None:
+        """Let other processes claim the cores."""
+        for lock in self._locks:
+            lock.close()
+
+
+def claim_cores(count: int, realm: str = "expertmesh") -> ClaimedCores | None:
+    """Claim cores that this process may use; None when fewer than count are unclaimed.
+
+    A claim is an abstract Unix socket's name: the kernel grants it to one process and takes it back when that dies.
+    Claims of another realm are not seen.
+    """
+    locks: dict[int, socket.socket] = {}
+    for core in sorted(os.sched_getaffinity(0)):
+        if len(locks) == count:
+            break
+        lock = socket.socket(socket.AF_UNIX)
+        try:
+            lock.bind(f"\0{realm}-core-{core}")
+        except OSError:
+            lock.close()  # another process has it
+            continue
+        locks[core] = lock
+    claimed = ClaimedCores(tuple(locks), tuple(locks.values()))
+    if len(locks) == count:
+        return claimed
+    claimed.release()
+    return None
+
+
+def use_cores(claimed: ClaimedCores | None) -> None:
+    """Keep the threads that the calling thread starts from now on, and itself, on these cores; None: on any.
+
+    They never take a core from a running thread by waking up (SCHED_BATCH): their work is long, the worker's is short.
+    """
+    if claimed is not None:
+        os.sched_setaffinity(0, claimed.cores)
+    with suppress(PermissionError):  # a container may forbid it; it costs speed alone
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

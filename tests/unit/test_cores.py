@@ -1,0 +1,86 @@
+"""Claims of cores: none is claimed twice, not by another process either, and a claim ends with its holder."""
+
+import os
+import secrets
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from expertmesh.actors.cores import claim_cores, use_cores
+
+# A deployment that runs on this machine has claims of its own.
+REALM = f"test-{secrets.token_hex(8)}"
+CLAIM_ONE = """
+import sys
+from expertmesh.actors.cores import claim_cores
+claimed = claim_cores(1, sys.argv[1])
+print(claimed.cores[0] if claimed else "none", flush=True)
+sys.stdin.read()
+"""
+
+
+def usable() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def test_each_core_is_claimed_once() -> None:
+    claims = [claim_cores(1, REALM) for _ in usable()]
+    try:
+        assert [claim.cores[0] for claim in claims if claim] == usable()
+        assert claim_cores(1, REALM) is None
+        assert claims[0] is not None
+        claims[0].release()
+        claims[0] = claim_cores(1, REALM)
+        assert claims[0] is not None
+        assert claims[0].cores == (usable()[0],)
+    finally:
+        for claim in claims:
+            if claim:
+                claim.release()
+
+
+def test_too_many_are_refused_and_none_is_kept() -> None:
+    assert claim_cores(len(usable()) + 1, REALM) is None
+    claim = claim_cores(len(usable()), REALM)
+    assert claim is not None
+    claim.release()
+
+
+def test_a_killed_process_gives_its_core_back() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CLAIM_ONE, REALM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == str(usable()[0])
+        assert claim_cores(len(usable()), REALM) is None
+        other.kill()
+        other.wait(timeout=10)
+    claim = claim_cores(len(usable()), REALM)
+    assert claim is not None
+    claim.release()
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_threads_started_later_use_the_cores_and_do_not_preempt(pin: bool) -> None:
+    seen: list[tuple[set[int], int]] = []
+
+    def look() -> None:
+        seen.append((os.sched_getaffinity(0), os.sched_getscheduler(0)))
+
+    def start() -> None:
+        use_cores(claim)
+        later = threading.Thread(target=look)
+        later.start()
+        later.join()
+
+    claim = claim_cores(1, REALM) if pin else None
+    before = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert seen == [({usable()[0]} if pin else set(usable()), os.SCHED_BATCH)]
+    assert (os.sched_getaffinity(0), os.sched_getscheduler(0)) == before
+    if claim:
+        claim.release()
