@@ -14,7 +14,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from expertmesh.actors.controller import start_controller
+from expertmesh.actors.controller.actor import start_controller
 from expertmesh.actors.gateway.deployment import deploy_gateway
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray
 from expertmesh.actors.state import connect

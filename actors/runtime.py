@@ -56,15 +56,15 @@ def join_ray(address: str) -> None:
 
 
 def pinned_options(
-    name: str, *, num_cpus: float, num_gpus: float, env: dict[str, str], timeout_s: float
+    name: str, group_name: str, *, num_cpus: float, num_gpus: float, env: dict[str, str], timeout_s: float
 ) -> dict[str, Any]:
-    """Reserve an accelerator for a detached actor and return the actor's options.
+    """Reserve an accelerator, under group_name, for a detached actor and return the actor's options.
 
     Raises:
         CapacityError: the cluster has no room within timeout_s.
     """
     bundle = {"GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
-    group = placement_group([bundle], name=f"pg-{name}", lifetime="detached")
+    group = placement_group([bundle], name=group_name, lifetime="detached")
     if not group.wait(timeout_s):
         raise CapacityError(
             f"{name}: no node with {bundle} free within {timeout_s:.0f} s; Ray has {ray.available_resources()}"

@@ -165,7 +165,9 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
 
         def run_here(layer: int, hidden: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
             rows = torch.arange(ids.shape[0]).repeat_interleave(ids.shape[1])
-            return local.run(layer, hidden, rows, ids.flatten(), topk_weights.flatten().float()).to(hidden.dtype)
+            slots = local.layer(layer)
+            assert slots is not None
+            return slots.run(hidden, rows, ids.flatten(), topk_weights.flatten().float()).to(hidden.dtype)
 
         run = run_here
 

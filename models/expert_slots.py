@@ -3,7 +3,8 @@
 Shape suffixes: R rows, H hidden, P (row, expert) pairs, E experts of a layer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,12 +15,48 @@ from expertmesh.kernels.grouped_mlp import ExpertMath, SlotWeights, grouped_mlp
 from expertmesh.models.architecture import expert_math
 from expertmesh.models.loading import CheckpointWeights
 
-_UP, _UP_BIAS = ("gate_up_proj", "up_proj"), ("gate_up_proj_bias", "up_proj_bias")
-_DOWN, _DOWN_BIAS = ("down_proj",), ("down_proj_bias",)
+# The field of SlotWeights of each expert parameter of transformers.
+_STORED_AS = {
+    "gate_up_proj": "up_SUH",
+    "up_proj": "up_SUH",
+    "down_proj": "down_SHW",
+    "gate_up_proj_bias": "up_bias_SU",
+    "up_proj_bias": "up_bias_SU",
+    "down_proj_bias": "down_bias_SH",
+}
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """One layer's slots, never changed: a computation goes on with those that it began with.
+
+    experts names the expert of each slot; slot_E (int64) is the inverse, -1 where an expert has no slot.
+    """
+
+    experts: tuple[int, ...]
+    weights: SlotWeights
+    slot_E: Tensor
+    math: ExpertMath
+
+    def hosts(self, expert_P: Tensor) -> bool:
+        """Say whether every expert of expert_P (int64) has a slot here."""
+        return bool((self.slot_E[expert_P] >= 0).all())
+
+    def run(self, rows_RH: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor) -> Tensor:
+        """Run experts over pairs of rows and experts; see `grouped_mlp`. All experts must be hosted.
+
+        Returns:
+            float32 [R, H], each row's weighted sum.
+        """
+        slot_P = self.slot_E[expert_P]
+        return grouped_mlp(rows_RH, row_P=row_P, slot_P=slot_P, weight_P=weight_P, slots=self.weights, math=self.math)
 
 
 class ExpertSlots:
-    """Experts held by one process: nothing else of the model."""
+    """Experts held by one process: nothing else of the model.
+
+    One thread at a time may change them; others may compute meanwhile.
+    """
 
     def __init__(self, weights: CheckpointWeights, keys: Iterable[ExpertKey], device: torch.device) -> None:
         """Read the experts of all keys.
@@ -29,68 +66,100 @@ class ExpertSlots:
             CorruptCheckpointError: a tensor cannot be read.
         """
         self.device = device
-        by_layer: dict[int, list[int]] = {}
-        for key in keys:
-            by_layer.setdefault(key.layer, []).append(key.expert)
-        architecture = weights.architecture
-        self._math: dict[int, ExpertMath] = {}
-        self._slots: dict[int, SlotWeights] = {}
-        self._slot_of_expert: dict[int, Tensor] = {}
-        for layer, experts in sorted(by_layer.items()):
-            if len(set(experts)) < len(experts):
-                raise InputError(f"layer {layer}: an expert has two slots on one shard: {sorted(experts)}")
-            self._math[layer] = expert_math(architecture.experts_by_layer[layer])
-            self._slots[layer] = _load_layer(weights, layer, experts, device)
-            slot_E = torch.full((architecture.num_experts,), -1, dtype=torch.int64)
-            slot_E[experts] = torch.arange(len(experts))
-            self._slot_of_expert[layer] = slot_E.to(device)
+        self._architecture = weights.architecture
+        self._math = {layer: expert_math(experts) for layer, experts in weights.architecture.experts_by_layer.items()}
+        self._layers: dict[int, LayerSlots] = {}
+        for layer, experts in sorted(_by_layer(keys).items()):
+            self.add(layer, experts, weights.load_expert)
+
+    @property
+    def keys(self) -> frozenset[ExpertKey]:
+        """The experts held."""
+        return frozenset(ExpertKey(layer, e) for layer, held in self._layers.items() for e in held.experts)
+
+    def add(self, layer: int, experts: Sequence[int], read: Callable[[ExpertKey], dict[str, Tensor]]) -> None:
+        """Take experts of a layer that it does not hold yet. The layer is copied once: that much memory is needed more.
+
+        Args:
+            layer: index in the model.
+            experts: all different.
+            read: returns an expert's tensors by parameter name, as `CheckpointWeights.load_expert` does.
+
+        Raises:
+            InputError: an expert twice, or not of this model.
+            What `read` raises. Nothing has changed then.
+        """
+        old = self._layers.get(layer)
+        held = old.experts if old else ()
+        if layer not in self._math or len({*held, *experts}) < len(held) + len(experts):
+            raise InputError(f"layer {layer}: cannot add experts {sorted(experts)} to {sorted(held)}")
+        tensors = self._grow(_named(old.weights) if old else {}, layer, len(held), experts, read)
+        self._layers[layer] = self._build(layer, (*held, *experts), tensors)
+
+    def keep(self, keys: Collection[ExpertKey]) -> None:
+        """Let go of all experts but these. A layer that loses some is copied once."""
+        wanted = _by_layer(keys)
+        for layer, old in list(self._layers.items()):
+            stay = [slot for slot, expert in enumerate(old.experts) if expert in wanted.get(layer, ())]
+            if not stay:
+                del self._layers[layer]
+            elif len(stay) < len(old.experts):
+                index = torch.tensor(stay, device=self.device)
+                tensors = {name: t.index_select(0, index) for name, t in _named(old.weights).items()}
+                self._layers[layer] = self._build(layer, tuple(old.experts[slot] for slot in stay), tensors)
 
     @property
     def num_slots(self) -> int:
         """Number of (layer, expert) slots held."""
-        return sum(slots.up_SUH.shape[0] for slots in self._slots.values())
+        return sum(len(held.experts) for held in self._layers.values())
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights held."""
         return sum(
-            t.numel() * t.element_size()
-            for slots in self._slots.values()
-            for t in (slots.up_SUH, slots.down_SHW, slots.up_bias_SU, slots.down_bias_SH)
-            if t is not None
+            t.numel() * t.element_size() for held in self._layers.values() for t in _named(held.weights).values()
         )
 
-    def hosts(self, layer: int, expert_P: Tensor) -> bool:
-        """Say whether every expert of expert_P (int64) has a slot here."""
-        slot_E = self._slot_of_expert.get(layer)
-        return slot_E is not None and bool((slot_E[expert_P] >= 0).all())
+    def layer(self, layer: int) -> LayerSlots | None:
+        """Return the slots of a layer as they are now; None where it has none."""
+        return self._layers.get(layer)
 
-    def run(self, layer: int, rows_RH: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor) -> Tensor:
-        """Run the layer's experts over pairs of rows and experts; see `grouped_mlp`. All experts must be hosted.
+    def _grow(
+        self,
+        old: dict[str, Tensor],
+        layer: int,
+        num_held: int,
+        experts: Sequence[int],
+        read: Callable[[ExpertKey], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Return the stacked tensors with the new experts behind the old, read one at a time."""
+        stacked: dict[str, Tensor] = {}
+        for slot, expert in enumerate(experts, start=num_held):
+            for name, tensor in read(ExpertKey(layer, expert)).items():
+                field = _STORED_AS[name]
+                if field not in stacked:
+                    shape = (num_held + len(experts), *tensor.shape)
+                    stacked[field] = torch.empty(shape, dtype=tensor.dtype, device=self.device)
+                stacked[field][slot].copy_(tensor)
+        assert not old or old.keys() == stacked.keys(), f"layer {layer}: {sorted(stacked)} beside {sorted(old)}"
+        for name, tensor in old.items():
+            stacked[name][:num_held].copy_(tensor)
+        return stacked
 
-        Returns:
-            float32 [R, H], each row's weighted sum.
-        """
-        slot_P = self._slot_of_expert[layer][expert_P]
-        return grouped_mlp(
-            rows_RH, row_P=row_P, slot_P=slot_P, weight_P=weight_P, slots=self._slots[layer], math=self._math[layer]
-        )
+    def _build(self, layer: int, experts: tuple[int, ...], tensors: dict[str, Tensor]) -> LayerSlots:
+        slot_E = torch.full((self._architecture.num_experts,), -1, dtype=torch.int64)
+        slot_E[list(experts)] = torch.arange(len(experts))
+        return LayerSlots(experts, SlotWeights(**tensors), slot_E.to(self.device), self._math[layer])
 
 
-def _load_layer(weights: CheckpointWeights, layer: int, experts: list[int], device: torch.device) -> SlotWeights:
-    """Read one layer's experts into stacked tensors, one expert at a time, so that no second copy of a layer exists."""
-    stacked: dict[str, Tensor] = {}
-    for slot, expert in enumerate(experts):
-        for name, tensor in weights.load_expert(ExpertKey(layer, expert)).items():
-            if slot == 0:
-                stacked[name] = torch.empty((len(experts), *tensor.shape), dtype=tensor.dtype, device=device)
-            stacked[name][slot].copy_(tensor)
+def _by_layer(keys: Iterable[ExpertKey]) -> dict[int, list[int]]:
+    by_layer: dict[int, list[int]] = {}
+    for key in keys:
+        by_layer.setdefault(key.layer, []).append(key.expert)
+    return by_layer
 
-    def take(names: tuple[str, ...]) -> Tensor | None:
-        return next((stacked.pop(name) for name in names if name in stacked), None)
 
-    up, down, up_bias, down_bias = take(_UP), take(_DOWN), take(_UP_BIAS), take(_DOWN_BIAS)
-    assert up is not None, f"layer {layer}: no up projection"
-    assert down is not None, f"layer {layer}: no down projection"
-    assert not stacked, f"layer {layer}: unknown expert parameters {sorted(stacked)}"
-    return SlotWeights(up_SUH=up, down_SHW=down, up_bias_SU=up_bias, down_bias_SH=down_bias)
+def _named(slots: SlotWeights) -> dict[str, Tensor]:
+    """Return the tensors that are there, by field."""
+    named = {field.name: getattr(slots, field.name) for field in fields(slots)}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -14,7 +15,6 @@ from expertmesh.actors.runtime import link_end, node_address
 from expertmesh.actors.shard.server import ShardServer
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ExpertKey, ShardId
-from expertmesh.cluster.placement import Placement
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models.architecture import open_architecture
 from expertmesh.models.expert_slots import ExpertSlots
@@ -34,21 +34,47 @@ class ShardActor:
         self._cores = claim_cores(threads) if settings.pin_cores and self._device.type == "cpu" else None
         use_cores(self._cores)
         self._server: ShardServer | None = None
+        self._weights: CheckpointWeights | None = None
+        self._changing = threading.Lock()
         # Workers meet this shard here: no other process takes part in forming a link.
         self._rendezvous = RendezvousServer(self._host)
 
-    def load(self, placement_record: bytes) -> None:
-        """Read the experts that a placement puts here. Asking again for the same epoch changes nothing.
+    def open(self) -> None:
+        """Open the checkpoint; no expert is read. Asking again changes nothing.
+
+        Raises:
+            CheckpointError: it cannot be opened.
+        """
+        with self._changing:
+            if self._server is None:
+                self._weights = CheckpointWeights(open_architecture(self._settings.model, self._settings.dtype))
+                self._server = ShardServer(ExpertSlots(self._weights, (), self._device), epoch=0)
+
+    def host(self, keys: Sequence[ExpertKey]) -> None:
+        """Read those of these experts that are not here yet, layer by layer; what is here stays and is served.
 
         Raises:
             CheckpointError: they cannot be read.
         """
-        placement = Placement.from_bytes(placement_record)
-        if self._server is not None and self._server.epoch == placement.epoch:
-            return
-        keys: tuple[ExpertKey, ...] = next((s.experts for s in placement.shards if s.shard == self._id), ())
-        weights = CheckpointWeights(open_architecture(self._settings.model, self._settings.dtype))
-        self._server = ShardServer(ExpertSlots(weights, keys, self._device), placement.epoch)
+        with self._changing:
+            assert self._server is not None, "host() before open()"
+            assert self._weights is not None
+            slots = self._server.slots
+            new = sorted(set(keys) - slots.keys)
+            for layer in sorted({key.layer for key in new}):
+                slots.add(layer, [key.expert for key in new if key.layer == layer], self._weights.load_expert)
+
+    def settle(self, keys: Sequence[ExpertKey], epoch: int) -> None:
+        """Keep these experts alone: those of a placement. An older epoch than the last is passed over."""
+        with self._changing:
+            assert self._server is not None, "settle() before open()"
+            if epoch >= self._server.epoch:
+                self._server.epoch = epoch
+                self._server.slots.keep(keys)
+
+    def hosted(self) -> frozenset[ExpertKey]:
+        """Return the experts that are here."""
+        return self._server.slots.keys if self._server else frozenset()
 
     def accept_link(self, name: str, generation: int, kind: str) -> tuple[str, int]:
         """Begin to form this end of a link, and return where the other end finds it."""
@@ -74,11 +100,12 @@ class ShardActor:
             "state": "ready" if slots else "loading",
             "num_slots": slots.num_slots if slots else 0,
             "weight_bytes": slots.weight_bytes if slots else 0,
+            "epoch": self._server.epoch if self._server else 0,
             "link_end": link_end(),
         }
 
     def _serve(self, kind: str, address: LinkAddress) -> None:
-        assert self._server is not None, "a link before load()"
+        assert self._server is not None, "a link before open()"
         try:
             link = open_link(kind, address, self._device)
         except LinkError:

@@ -15,7 +15,7 @@ from expertmesh.actors.links.base import IDLE_S, Link
 from expertmesh.actors.wire import Dispatch, combine_packet, read_dispatch
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind
-from expertmesh.models.expert_slots import ExpertSlots
+from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +28,10 @@ class _Packet:
 
 
 class ShardServer:
-    """Answers the packets of all links from one shard's slots. Keeps nothing of a request once it is answered."""
+    """Answers the packets of all links from one shard's slots. Keeps nothing of a request once it is answered.
+
+    epoch: of the newest placement that the shard was told.
+    """
 
     def __init__(self, slots: ExpertSlots, epoch: int) -> None:
         self.slots = slots
@@ -93,8 +96,9 @@ class ShardServer:
     def _answer(self, batch: list[_Packet]) -> None:
         """Give each packet its answer. Packets that fail together are tried one by one: a bad one fails alone."""
         try:
-            here = [p for p in batch if self.slots.hosts(p.header.layer, p.dispatch.expert_P)]
-            outputs = self._compute([p.dispatch for p in here], here[0].header.layer) if here else []
+            slots = self.slots.layer(batch[0].header.layer)
+            here = [p for p in batch if slots is not None and slots.hosts(p.dispatch.expert_P)]
+            outputs = _compute(slots, [p.dispatch for p in here]) if slots is not None and here else []
             answers = [combine_packet(p.header, rows, self.epoch) for p, rows in zip(here, outputs, strict=True)]
         except Exception as error:
             if len(batch) > 1:
@@ -111,20 +115,6 @@ class ShardServer:
         self.num_packets += len(batch)
         self.num_batches += 1
 
-    @torch.inference_mode()
-    def _compute(self, dispatches: list[Dispatch], layer: int) -> list[Tensor]:
-        """Run one grouped MLP over several packets. Return each packet's rows, float32."""
-        sizes = [d.rows_RH.shape[0] for d in dispatches]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        out_RH = self.slots.run(
-            layer,
-            torch.cat([d.rows_RH for d in dispatches]),
-            torch.cat([d.row_P + start for d, start in zip(dispatches, starts, strict=True)]),
-            torch.cat([d.expert_P for d in dispatches]),
-            torch.cat([d.weight_P for d in dispatches]),
-        )
-        return [out_RH[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-
     def _empty_answer(
         self, request: PacketHeader, kind: PacketKind, reason: str = ""
     ) -> tuple[PacketHeader, list[Tensor]]:
@@ -138,3 +128,19 @@ class ShardServer:
             payload_bytes=payload.numel(),
         )
         return header, [payload]
+
+
+@torch.inference_mode()
+def _compute(slots: LayerSlots, dispatches: list[Dispatch]) -> list[Tensor]:
+    """Run one grouped MLP over several packets. Return each packet's rows, float32."""
+    if len(dispatches) == 1:
+        return [slots.run(*dispatches[0])]
+    sizes = [d.rows_RH.shape[0] for d in dispatches]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    out_RH = slots.run(
+        torch.cat([d.rows_RH for d in dispatches]),
+        torch.cat([d.row_P + start for d, start in zip(dispatches, starts, strict=True)]),
+        torch.cat([d.expert_P for d in dispatches]),
+        torch.cat([d.weight_P for d in dispatches]),
+    )
+    return [out_RH[start : start + size] for start, size in zip(starts, sizes, strict=True)]

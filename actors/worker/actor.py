@@ -9,11 +9,13 @@ from typing import Any
 import psutil
 import ray
 import torch
+from ray.exceptions import RayError
 
-from expertmesh.actors.links.base import WORKER_RANK, Link, LinkAddress, LinkEnd, link_kind, open_link
-from expertmesh.actors.runtime import link_end, node_address
+from expertmesh.actors.links.base import WORKER_RANK, Link, LinkAddress, link_kind, open_link
+from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address
 from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
 from expertmesh.actors.worker.engine import Engine
+from expertmesh.actors.worker.link_keeper import LinkKeeper, ShardPeer
 from expertmesh.actors.worker.outbox import Outbox
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -28,6 +30,8 @@ from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 10.0
+# A shard answers in milliseconds that it is ready to be joined.
+_JOIN_S = 2.0
 # Part of the memory that is free when the model is loaded which the KV cache takes, unless kv_tokens says otherwise.
 _KV_PART = {"cpu": 0.1, "cuda": 0.8}
 
@@ -41,7 +45,7 @@ class WorkerActor:
         self._settings = settings
         self._host = settings.link_host or node_address()
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        self._links: dict[ShardId, Link] = {}
+        self._link_keeper: LinkKeeper | None = None
         self._generation = 0
         self._outboxes: dict[str, Outbox] = {}
         self._gateway_of: dict[str, str] = {}
@@ -59,28 +63,22 @@ class WorkerActor:
             CheckpointError: it cannot be read.
         """
         if self._architecture is None:
+            self._link_keeper = LinkKeeper(self._join, self._use, self._report_lost)
             await asyncio.to_thread(self._load)
 
-    async def set_fleet(self, placement_record: bytes, shards: dict[ShardId, Any], ends: dict[ShardId, LinkEnd]) -> int:
-        """Join the shards of a placement and use it from the next layer on.
+    async def join(self, peers: dict[ShardId, ShardPeer]) -> None:
+        """Form links to shards that a coming placement needs."""
+        assert self._link_keeper is not None, "join() before load()"
+        await self._link_keeper.prepare(peers)
 
-        Args:
-            placement_record: the placement.
-            shards: the actor of each live shard.
-            ends: where each shard's tensors live.
+    async def set_fleet(self, placement_record: bytes, peers: dict[ShardId, ShardPeer]) -> int:
+        """Use a placement from the next layer on; see `LinkKeeper.follow`.
 
         Returns:
             The epoch now in use.
         """
-        placement = Placement.from_bytes(placement_record)
-        assert self._dispatcher is not None, "set_fleet() before load()"
-        for shard in [s for s in self._links if s not in shards]:
-            del self._links[shard]
-        for shard, handle in shards.items():
-            if shard not in self._links:
-                self._links[shard] = await self._join(shard, handle, ends[shard])
-        self._dispatcher.set_fleet(Fleet(placement, self._links))
-        return placement.epoch
+        assert self._link_keeper is not None, "set_fleet() before load()"
+        return await self._link_keeper.follow(Placement.from_bytes(placement_record), peers)
 
     async def start(self) -> None:
         """Begin to serve. Asking again changes nothing."""
@@ -128,6 +126,7 @@ class WorkerActor:
             "num_pages": self._num_pages,
             "tokens_generated": engine.num_tokens if engine else 0,
             "lost_shards": self._lost_shards(),
+            "epoch": self._epoch(),
         }
 
     async def counters(self) -> dict[str, Any]:
@@ -145,17 +144,24 @@ class WorkerActor:
         parameters = {p.data_ptr(): p for p in model.parameters()}
         self._dense_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
         self._dispatcher = Dispatcher(
-            architecture.moe_layers, architecture.num_experts, recovery_s=self._settings.recovery_s
+            architecture.moe_layers,
+            architecture.num_experts,
+            recovery_s=self._settings.recovery_s,
+            on_lost=self._link_broke,
         )
         hooks.attach_experts(architecture.experts_by_layer, self._dispatcher.run)
         self._architecture = architecture
 
-    async def _join(self, shard: ShardId, handle: Any, end: LinkEnd) -> Link:
+    async def _join(self, shard: ShardId, peer: ShardPeer) -> Link:
         self._generation += 1
         # The process id keeps a restarted worker from meeting a shard's end of its former life.
         name = f"{self._id}.{os.getpid()}/{shard}/{self._generation}"
-        kind = link_kind(link_end(), end) if self._settings.links == "auto" else self._settings.links
-        host, port = await handle.accept_link.remote(name, self._generation, kind)
+        kind = link_kind(link_end(), peer.end) if self._settings.links == "auto" else self._settings.links
+        try:
+            async with asyncio.timeout(_JOIN_S):
+                host, port = await peer.handle.accept_link.remote(name, self._generation, kind)
+        except RayError as error:
+            raise UnavailableError(f"{shard}: {type(error).__name__}") from error
         address = LinkAddress(
             host=host,
             port=port,
@@ -166,6 +172,21 @@ class WorkerActor:
             timeout_s=self._settings.link_timeout_s,
         )
         return await asyncio.to_thread(open_link, kind, address, self._device)
+
+    def _use(self, fleet: Fleet) -> None:
+        assert self._dispatcher is not None
+        self._dispatcher.set_fleet(fleet)
+
+    def _link_broke(self, shard: ShardId, link: Link) -> None:
+        assert self._link_keeper is not None
+        self._link_keeper.lost(shard, link)
+
+    def _report_lost(self, shard: ShardId) -> None:
+        """Tell the controller, if it is there; it looks by itself now and then."""
+        try:
+            ray.get_actor(CONTROLLER, NAMESPACE).report_lost.remote(self._id, shard)
+        except (ValueError, RayError) as error:
+            _logger.warning("the controller did not hear that %s was lost: %s", shard, error)
 
     def _make_engine(self) -> Engine:
         architecture, dispatcher, settings = self._architecture, self._dispatcher, self._settings
@@ -214,6 +235,10 @@ class WorkerActor:
     def _lost_shards(self) -> list[ShardId]:
         fleet = self._dispatcher.fleet if self._dispatcher else None
         return [] if fleet is None else [s for s, alive in zip(fleet.shards, fleet.alive_S, strict=True) if not alive]
+
+    def _epoch(self) -> int:
+        fleet = self._dispatcher.fleet if self._dispatcher else None
+        return fleet.placement.epoch if fleet else 0
 
     def _hand_out(self, events: list[TokenEvent]) -> None:
         """Pass a step's events to the event loop; called from the engine's thread."""

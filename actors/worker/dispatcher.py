@@ -5,7 +5,7 @@ Shape suffixes: T tokens, H hidden, K choices a token, L layers, E experts, S sh
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from expertmesh.cluster.placement import Placement
 from expertmesh.kernels.dispatch import ShardPairs, add_rows, gather_rows, pairs_for_shard
 
 _log = logging.getLogger(__name__)
+OnLost = Callable[[ShardId, Link], None]
 
 
 class Fleet:
@@ -53,17 +54,21 @@ class _Asked:
 class Dispatcher:
     """The worker's side of the experts. `run` is what the model's MoE layers call; one thread at a time."""
 
-    def __init__(self, layers: tuple[int, ...], num_experts: int, *, recovery_s: float) -> None:
+    def __init__(
+        self, layers: tuple[int, ...], num_experts: int, *, recovery_s: float, on_lost: OnLost | None = None
+    ) -> None:
         """Make a dispatcher without a fleet.
 
         Args:
             layers: indices of the MoE layers.
             num_experts: experts of each.
             recovery_s: how long a step waits for a newer fleet when an expert has no live replica.
+            on_lost: told each link that broke, by the thread that found out.
         """
         self._row_of_layer = {layer: row for row, layer in enumerate(layers)}
         self._num_experts = num_experts
         self._recovery_s = recovery_s
+        self._on_lost = on_lost
         self._fleet: Fleet | None = None
         self._changed = threading.Condition()
         # One key, for the token with which a runner learns the layers' shapes before the first step.
@@ -185,6 +190,8 @@ class Dispatcher:
     def _lose(self, fleet: Fleet, index: int, error: LinkError) -> None:
         _log.warning("shard %s is lost: %s", fleet.shards[index], error)
         fleet.mark_dead(index)
+        if self._on_lost is not None:
+            self._on_lost(fleet.shards[index], fleet.links[fleet.shards[index]])
 
     def _await_fleet(self, old: Fleet, reason: UnavailableError) -> None:
         """Wait for a fleet other than `old`; raise the reason when none comes."""

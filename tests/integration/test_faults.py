@@ -4,12 +4,15 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from expertmesh.v1.admin_pb2 import StatusResponse
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from tests.integration.conftest import POCKET, Server, serving
@@ -26,13 +29,17 @@ def _stream(server: Server, into: list[int], num_tokens: int = NUM_TOKENS) -> No
 
 
 def _kill_during_a_stream(server: Server, pid: int) -> list[int]:
+    return _signal_during_a_stream(server, pid, signal.SIGKILL)
+
+
+def _signal_during_a_stream(server: Server, pid: int, number: signal.Signals) -> list[int]:
     tokens: list[int] = []
     thread = threading.Thread(target=_stream, args=(server, tokens))
     thread.start()
     while len(tokens) < NUM_TOKENS // 10:
         assert thread.is_alive()
         time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     thread.join(90)
     return tokens
 
@@ -41,6 +48,25 @@ def _serving(server: Server) -> bool:
     with server.channel() as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""), timeout=10)
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _is_whole(status: StatusResponse) -> bool:
+    """Say whether everything is ready, and every shard holds as much as the others."""
+    members = [*status.shards, *status.workers]
+    slots = {shard.num_slots for shard in status.shards}
+    return status.ready and all(member.state == "ready" for member in members) and len(slots) == 1
+
+
+def _await(server: Server, condition: Callable[[StatusResponse], bool]) -> StatusResponse:
+    deadline_s = time.monotonic() + 60
+    while True:
+        status = None
+        with suppress(grpc.RpcError):  # the controller may be away
+            status = server.status()
+            if condition(status):
+                return status
+        assert time.monotonic() < deadline_s, f"{status}\n{server.log.read_text()}"
+        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -77,15 +103,39 @@ def test_controller_worker_and_shard_killed_one_after_the_other(server: Server) 
     assert _serving(server)
     assert _kill_during_a_stream(server, after.shards[0].pid) == expected
     assert _serving(server), "every expert has a replica on the other shard"
+    revived = _await(server, lambda status: status.shards[0].pid not in (0, after.shards[0].pid) and _is_whole(status))
+    assert revived.epoch > after.epoch
+    assert [s.num_slots for s in revived.shards] == [s.num_slots for s in before.shards]
+    assert revived.workers[0].pid not in (0, after.workers[0].pid)
+    assert _kill_during_a_stream(server, revived.shards[1].pid) == expected, "the revived shard's copies are used"
 
-    os.kill(after.shards[1].pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + 30
-    while _serving(server):
-        assert time.monotonic() < deadline_s, "health stays SERVING with no shard alive"
-        time.sleep(0.1)
-    status = server.status()
-    assert not status.ready
-    assert "no live replica" in status.not_ready_reason
-    with server.channel() as channel, pytest.raises(grpc.RpcError) as error:
-        InferenceStub(channel).GenerateOnce(GenerateRequest(token_ids=PROMPT, max_tokens=2), timeout=30)
-    assert error.value.code() is grpc.StatusCode.UNAVAILABLE, error.value.details()
+
+def test_sole_copies_are_loaded_by_the_survivor_and_both_shards_at_once_are_started_again(tmp_path: Path) -> None:
+    with serving(POCKET, tmp_path, "--shards", "2", "--dtype", "float32") as server:
+        expected: list[int] = []
+        _stream(server, expected)
+        before = server.status()
+        assert _kill_during_a_stream(server, before.shards[0].pid) == expected
+        after = _await(server, lambda status: status.shards[0].pid != before.shards[0].pid and _is_whole(status))
+        assert [s.num_slots for s in after.shards] == [s.num_slots for s in before.shards]
+
+        os.kill(after.shards[0].pid, signal.SIGKILL)
+        assert _kill_during_a_stream(server, after.shards[1].pid) == expected, "the stream waited for both"
+        _await(server, _is_whole)
+
+
+def test_a_shard_that_hangs_is_left_out_and_comes_back(tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text("link_timeout_s = 1.0\n")
+    options = ("--shards", "2", "--replicas", "2", "--dtype", "float32", "--config", str(config))
+    with serving(POCKET, tmp_path, *options) as server:
+        expected: list[int] = []
+        _stream(server, expected)
+        before = server.status()
+        pid = before.shards[0].pid
+        assert _signal_during_a_stream(server, pid, signal.SIGSTOP) == expected
+        assert _serving(server)
+        os.kill(pid, signal.SIGCONT)
+        after = _await(server, _is_whole)
+        assert after.shards[0].pid == pid, "it was only slow"
+        assert _kill_during_a_stream(server, after.shards[1].pid) == expected, "it is used again"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from expertmesh.cluster.errors import InputError
+from expertmesh.cluster.errors import CorruptCheckpointError, InputError
 from expertmesh.cluster.ids import ExpertKey
 from expertmesh.models.architecture import Architecture, open_architecture
 from expertmesh.models.describe import inspect_checkpoint
-from expertmesh.models.expert_slots import ExpertSlots
+from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles
 from tests.families import FAMILIES, write_checkpoint
@@ -288,11 +288,52 @@ def test_slots_hold_what_is_asked_for_and_refuse_an_expert_twice(qwen3_moe: Path
     slots = ExpertSlots(weights, [ExpertKey(0, 6), ExpertKey(0, 1), ExpertKey(2, 3)], CPU)
     assert slots.num_slots == 3
     assert slots.weight_bytes == 3 * weights.expert_bytes()
-    assert slots.hosts(0, torch.tensor([1, 6, 1]))
-    assert not slots.hosts(0, torch.tensor([1, 3]))
-    assert not slots.hosts(1, torch.tensor([1]))
-    with pytest.raises(InputError, match=r"layer 1: an expert has two slots on one shard: \[2, 2\]"):
+    first = slots.layer(0)
+    assert first is not None
+    assert first.hosts(torch.tensor([1, 6, 1]))
+    assert not first.hosts(torch.tensor([1, 3]))
+    assert slots.layer(1) is None
+    with pytest.raises(InputError, match=r"layer 1: cannot add experts \[2, 2\] to \[\]"):
         ExpertSlots(weights, [ExpertKey(1, 2), ExpertKey(1, 2)], CPU)
+    with pytest.raises(InputError, match=r"layer 0: cannot add experts \[1\] to \[1, 6\]"):
+        slots.add(0, [1], weights.load_expert)
+
+
+def test_experts_come_and_go_and_a_computation_under_way_keeps_those_it_began_with(qwen3_moe: Path) -> None:
+    weights = CheckpointWeights(open_architecture(qwen3_moe))
+    slots = ExpertSlots(weights, [ExpertKey(0, 6), ExpertKey(0, 1), ExpertKey(2, 3)], CPU)
+    hidden_TH = torch.randn(3, weights.architecture.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    row_P, one_P = torch.arange(3), torch.ones(3)
+
+    def run(layer: LayerSlots | None, expert: int) -> torch.Tensor:
+        assert layer is not None
+        return layer.run(hidden_TH, row_P, torch.full((3,), expert), one_P)
+
+    before = slots.layer(0)
+    old_1, old_6 = run(before, 1), run(before, 6)
+    slots.add(0, [4, 0], weights.load_expert)
+    assert slots.keys == {ExpertKey(0, e) for e in (6, 1, 4, 0)} | {ExpertKey(2, 3)}
+    slots.keep([ExpertKey(0, 4), ExpertKey(0, 1), ExpertKey(1, 1)])
+    assert slots.keys == {ExpertKey(0, 4), ExpertKey(0, 1)}
+    assert slots.weight_bytes == 2 * weights.expert_bytes()
+    fresh = ExpertSlots(weights, [ExpertKey(0, 4)], CPU)
+    assert torch.equal(run(slots.layer(0), 4), run(fresh.layer(0), 4))
+    assert torch.equal(run(slots.layer(0), 1), old_1)
+    assert torch.equal(run(before, 6), old_6)
+
+
+def test_experts_that_cannot_be_read_change_nothing(qwen3_moe: Path) -> None:
+    weights = CheckpointWeights(open_architecture(qwen3_moe))
+    slots = ExpertSlots(weights, [ExpertKey(0, 6)], CPU)
+
+    def read(key: ExpertKey) -> dict[str, torch.Tensor]:
+        if key.expert == 2:
+            raise CorruptCheckpointError("damaged")
+        return weights.load_expert(key)
+
+    with pytest.raises(CorruptCheckpointError):
+        slots.add(0, [1, 2], read)
+    assert slots.keys == {ExpertKey(0, 6)}
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -307,7 +348,9 @@ def test_slots_compute_what_the_models_own_experts_compute(family: str, tmp_path
     topk_weights_TK = torch.rand((5, 2), generator=generator)
     slots = ExpertSlots(CheckpointWeights(architecture), [ExpertKey(layer, e) for e in (3, 7, 0, 2, 1)], CPU)
     row_P = torch.arange(5).repeat_interleave(2)
-    got_TH = slots.run(layer, hidden_TH, row_P, topk_ids_TK.flatten(), topk_weights_TK.flatten())
+    held = slots.layer(layer)
+    assert held is not None
+    got_TH = held.run(hidden_TH, row_P, topk_ids_TK.flatten(), topk_weights_TK.flatten())
     with torch.inference_mode():
         expected_TH = model.get_submodule(name)(hidden_TH, topk_ids_TK, topk_weights_TK)
     torch.testing.assert_close(got_TH, expected_TH, rtol=1e-5, atol=1e-5)

@@ -24,7 +24,7 @@ from expertmesh.cluster.packets import PacketHeader, PacketKind
 from expertmesh.kernels.dispatch import ShardPairs
 from expertmesh.kernels.grouped_mlp import SlotWeights, reference_mlp
 from expertmesh.models.architecture import expert_math, open_architecture
-from expertmesh.models.expert_slots import ExpertSlots
+from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 from expertmesh.models.loading import CheckpointWeights
 from tests.families import write_checkpoint
 from tests.fleet import CPU, break_link, link_pair, served_link
@@ -99,9 +99,10 @@ class Gate:
     def __init__(self, server: ShardServer, monkeypatch: pytest.MonkeyPatch) -> None:
         self._server = server
         self._open = threading.Event()
-        self._run: Callable[..., Tensor] = server.slots.run
+        self._run: Callable[..., Tensor] = LayerSlots.run
         self.num_rows: list[int] = []
-        monkeypatch.setattr(server.slots, "run", self._wait_and_run)
+        # A function, not a bound method: it gets the layer's slots first.
+        monkeypatch.setattr(LayerSlots, "run", lambda *arguments: self._wait_and_run(*arguments))
 
     def open_when_waiting(self, count: int) -> None:
         """Open the gate when the computation has begun and `count` packets wait for the next."""
@@ -117,10 +118,10 @@ class Gate:
     def open(self) -> None:
         self._open.set()
 
-    def _wait_and_run(self, layer: int, rows_RH: Tensor, *pairs: Tensor) -> Tensor:
+    def _wait_and_run(self, slots: LayerSlots, rows_RH: Tensor, *pairs: Tensor) -> Tensor:
         self.num_rows.append(len(rows_RH))
         assert self._open.wait(5), "the gate was never opened"
-        return self._run(layer, rows_RH, *pairs)
+        return self._run(slots, rows_RH, *pairs)
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_a_computation_that_fails_is_answered(
     request = Request(0, [0])
     with served_link(server) as link:
         with monkeypatch.context() as patch:
-            patch.setattr(server.slots, "run", fail)
+            patch.setattr(LayerSlots, "run", fail)
             request.send(link)
             assert failure(link, request.sequence) == str(error)
         request.send(link)

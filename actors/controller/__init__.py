@@ -1,0 +1,1 @@
+"""The controller: which shards and workers there are, and which placement is in force."""

@@ -1,0 +1,191 @@
+"""The controller: a detached actor that answers for the deployment. Its absence loses no token.
+
+`start` is idempotent: shards and workers are named and detached, so a controller that Ray restarts finds them again and
+goes on.
+"""
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from ray.exceptions import RayError
+
+from expertmesh.actors.controller.keeper import Keeper
+from expertmesh.actors.controller.tiers import Tier
+from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address
+from expertmesh.actors.shard.actor import ShardActor
+from expertmesh.actors.state import EmbeddedRedis, StateStore, connect
+from expertmesh.actors.worker.actor import WorkerActor
+from expertmesh.cluster.balance import balancedness, shard_load_LS
+from expertmesh.cluster.errors import UnavailableError
+from expertmesh.cluster.ids import ShardId, WorkerId
+from expertmesh.cluster.model_info import ModelInfo
+from expertmesh.cluster.settings import ServeSettings
+
+_log = logging.getLogger(__name__)
+_CALL_TIMEOUT_S = 5.0
+
+
+class Controller:
+    """One deployment's controller. Calls may come on several threads."""
+
+    def __init__(self, settings: ServeSettings, model: ModelInfo, state_dir: str) -> None:
+        """Connect to the state store.
+
+        Args:
+            settings: what to serve and how.
+            model: what the model is.
+            state_dir: folder for the embedded Redis, used when settings.state is empty.
+        """
+        self._settings = settings
+        self._model = model
+        self._host = node_address()
+        self._redis = None if settings.state else EmbeddedRedis(Path(state_dir))
+        url = settings.state or (self._redis.url if self._redis else "")
+        # Shards of a step compute at the same time, so they share the cores. A worker takes turns with them; half of
+        # the cores measured best: threads that wait passively cost more to wake than they gain on a small layer.
+        cores = psutil.cpu_count() or 1
+        shard_threads = settings.shard_threads or max(1, cores // settings.shards)
+        worker_threads = settings.worker_threads or max(1, cores // (2 * settings.workers))
+        self._shards = Tier[ShardId](ShardActor, settings, threads=shard_threads, concurrency=8)
+        self._workers = Tier[WorkerId](WorkerActor, settings, threads=worker_threads, concurrency=1000)
+        store = StateStore(connect(url), model.name)
+        self._keeper = Keeper(settings, model, store, self._shards, self._workers, self._note)
+        self._progress: list[str] = []
+        self._started = False
+        if _was_restarted():
+            threading.Thread(target=self.start, name="restart", daemon=True).start()
+
+    def start(self) -> None:
+        """Bring up shards and workers, place the experts, join the two. Asking again changes nothing.
+
+        Raises:
+            ExpertMeshError: the first thing that went wrong; nothing is left half-started but idle actors.
+        """
+        settings = self._settings
+        self._note(f"starting {settings.shards} expert shards and {settings.workers} attention workers")
+        self._keeper.bring_up(
+            [ShardId(f"shard-{i}") for i in range(settings.shards)],
+            [WorkerId(f"worker-{i}") for i in range(settings.workers)],
+        )
+        self._started = True
+        threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
+        self._note("ready")
+
+    def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
+        """Hear from a worker that its link to a shard broke."""
+        _log.warning("%s lost its link to %s", worker, shard)
+        self._keeper.alarm()
+
+    def progress(self, after: int) -> list[str]:
+        """Return what `start` has said so far, from line number `after` on."""
+        return self._progress[after:]
+
+    def gateway_view(self) -> dict[str, Any]:
+        """Return what a gateway needs: workers that can take requests, and whether each expert has a live replica."""
+        reason = self._not_ready_reason()
+        handles = dict(self._workers.handles)
+        ready = {w: handles[w] for w in self._workers.ready if w in handles}
+        return {"started": self._started, "workers": ready, "ready": not reason, "reason": reason}
+
+    def status(self) -> dict[str, Any]:
+        """Return what StatusResponse shows, grpc_address excepted."""
+        reason = self._not_ready_reason()
+        return {
+            "plan": self._plan_name(),
+            "epoch": self._keeper.placement.epoch if self._keeper.placement else 0,
+            "balancedness": self._balancedness(),
+            "controller": {"pid": os.getpid(), "node": self._host},
+            "shards": [_without(f, "link_end", "epoch") for f in self._shards.in_order()],
+            "workers": [_without(f, "lost_shards", "epoch") for f in self._workers.in_order()],
+            "layer_traffic": self._traffic(),
+            "ready": not reason,
+            "not_ready_reason": reason,
+        }
+
+    def loads(self) -> dict[int, list[int]]:
+        """Return the tokens of each expert since start, by layer."""
+        load_LE = sum((np.array(c["load_LE"], dtype=np.int64) for c in self._counters()), self._no_load())
+        return {layer: load_LE[row].tolist() for row, layer in enumerate(self._model.moe_layers)}
+
+    def stop(self) -> None:
+        """End workers, shards and the embedded Redis, and free what was reserved for them."""
+        self._keeper.stop()
+        for worker in tuple(self._workers.handles):
+            self._workers.dismiss(worker)
+        for shard in tuple(self._shards.handles):
+            self._shards.dismiss(shard)
+        if self._redis is not None:
+            self._redis.close()
+
+    def _not_ready_reason(self) -> str:
+        return self._keeper.not_ready_reason() if self._started else "starting"
+
+    def _counters(self) -> list[dict[str, Any]]:
+        handles = dict(self._workers.handles)
+        references = [handles[w].counters.remote() for w in self._workers.ready if w in handles]
+        try:
+            return list(ray.get(references, timeout=_CALL_TIMEOUT_S))
+        except RayError as error:
+            raise UnavailableError(f"a worker does not answer: {error}") from error
+
+    def _no_load(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.zeros((len(self._model.moe_layers), self._model.num_experts), dtype=np.int64)
+
+    def _balancedness(self) -> float | None:
+        placement = self._keeper.placement
+        if placement is None:
+            return None
+        load_LE = sum((np.array(c["load_LE"], dtype=np.int64) for c in self._counters()), self._no_load())
+        return float(balancedness(shard_load_LS(load_LE, placement))) if load_LE.any() else None
+
+    def _traffic(self) -> list[dict[str, int]]:
+        counters = self._counters()
+        return [
+            {
+                "layer": layer,
+                "dispatch_bytes": sum(c["dispatch_bytes_L"][row] for c in counters),
+                "combine_bytes": sum(c["combine_bytes_L"][row] for c in counters),
+                "reduce_bytes": 0,
+            }
+            for row, layer in enumerate(self._model.moe_layers)
+        ]
+
+    def _plan_name(self) -> str:
+        settings = self._settings
+        return f"experts ep={settings.shards} x {settings.replicas} replicas, attention dp={settings.workers}"
+
+    def _note(self, line: str) -> None:
+        _log.info(line)
+        self._progress.append(line)
+
+
+def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path) -> Any:
+    """Start the detached controller actor on this Ray cluster and return its handle."""
+    return (
+        ray.remote(Controller)
+        .options(
+            name=CONTROLLER,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=16,
+            num_cpus=0,
+            runtime_env={"env_vars": actor_env(1)},
+        )
+        .remote(settings, model, str(state_dir))
+    )
+
+
+def _was_restarted() -> bool:
+    """Say whether Ray has started this actor again: then nobody calls `start`."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def _without(facts: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in keys}

@@ -1,0 +1,276 @@
+"""Keeps the fleet as it should be: every expert hosted on a live shard, every worker in the newest placement.
+
+One thread runs `round` now and then, and at once when a worker reports a broken link. A round looks at what is there
+and takes the next step towards what should be; one that fails, at whatever point, is followed by another that begins
+from what it left.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from expertmesh.actors.controller.tiers import Tier, wait_for
+from expertmesh.actors.state import StateStore
+from expertmesh.actors.worker.link_keeper import ShardPeer
+from expertmesh.cluster.errors import ExpertMeshError, StateError, UnavailableError
+from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
+from expertmesh.cluster.model_info import ModelInfo
+from expertmesh.cluster.placement import Placement, ShardSlots, initial_placement
+from expertmesh.cluster.repair import repair
+from expertmesh.cluster.settings import ServeSettings
+
+_log = logging.getLogger(__name__)
+_PERIOD_S = 0.5
+# An answer takes milliseconds; a shard that is silent for longer after a worker lost it counts as away for now.
+_ASK_TIMEOUT_S = 5.0
+_ALARM_TIMEOUT_S = 1.0
+_PUBLISH_TIMEOUT_S = 10.0
+
+
+class Keeper:
+    """The shards, the workers, and the placement in force. One thread at a time calls `bring_up` and `round`."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        model: ModelInfo,
+        store: StateStore,
+        shards: Tier[ShardId],
+        workers: Tier[WorkerId],
+        note: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self._store = store
+        self.shards = shards
+        self.workers = workers
+        self._note = note
+        self.placement: Placement | None = None
+        self._is_saved = False
+        self._reviving: set[ShardId | WorkerId] = set()
+        self._alarm = threading.Event()
+        self._stopping = threading.Event()
+
+    def bring_up(self, shard_ids: list[ShardId], worker_ids: list[WorkerId]) -> None:
+        """Start what is not there, put a placement in force and let the workers serve. Again: nothing changes.
+
+        Raises:
+            ExpertMeshError: the first thing that went wrong.
+        """
+        timeout_s = self._settings.start_timeout_s
+        for shard in shard_ids:
+            self.shards.admit(shard, self.shards.create(shard))
+        for worker in worker_ids:
+            self.workers.admit(worker, self.workers.create(worker))
+        self._note("opening the checkpoint in the shards, loading the dense half into the workers")
+        wait_for(
+            [s.open.remote() for s in self.shards.handles.values()]
+            + [w.load.remote() for w in self.workers.handles.values()],
+            timeout_s,
+        )
+        self.ask(timeout_s)
+        placement = self._stored() or self._hosted() or self._first(shard_ids)
+        self._note(f"loading experts into the shards, joining workers and shards, epoch {placement.epoch}")
+        self._move_to(placement)
+        wait_for([w.start.remote() for w in self.workers.handles.values()], timeout_s)
+        self.ask(_ASK_TIMEOUT_S)
+
+    def run(self) -> None:
+        """Do rounds until `stop`."""
+        while not self._stopping.is_set():
+            alarmed = self._alarm.wait(_PERIOD_S)
+            self._alarm.clear()
+            try:
+                self.round(_ALARM_TIMEOUT_S if alarmed else _ASK_TIMEOUT_S)
+            except ExpertMeshError as error:
+                _log.warning("a round failed; the next is in %.1f s: %s", _PERIOD_S, error)
+            except Exception:  # noqa: BLE001  whatever went wrong is logged, and the keeper goes on
+                _log.exception("a round failed; the next is in %.1f s", _PERIOD_S)
+
+    def alarm(self) -> None:
+        """Have a round now: a worker lost a shard."""
+        self._alarm.set()
+
+    def stop(self) -> None:
+        """End `run` after the round under way."""
+        self._stopping.set()
+        self._alarm.set()
+
+    def round(self, ask_timeout_s: float) -> None:
+        """Look, and do what is most urgent.
+
+        Raises:
+            ExpertMeshError: a step could not be done now.
+        """
+        assert self.placement is not None, "round() before bring_up()"
+        self.ask(ask_timeout_s)
+        live, hosting = self.shards.ready, self._hosting
+        if not self._is_saved:
+            self._save()
+        missing = self.placement.missing(hosting)
+        if missing and hosting:
+            self._note(f"{len(missing)} experts have no live replica; loading them on {len(hosting)} shards")
+            self._move_to(repair(self.placement, hosting, {}, replicas=1, level=False))
+        self._revive_dead()
+        if not self._reviving and live and not {s.shard for s in self.placement.shards} == set(live) == set(hosting):
+            held = {shard: self._keys_of(shard) for shard in live}
+            self._note(f"spreading the experts over {len(live)} shards")
+            self._move_to(repair(self.placement, live, held, replicas=self._settings.replicas, level=True))
+        self._publish(self.placement, behind_only=True)
+
+    def ask(self, timeout_s: float) -> None:
+        """Ask shards and workers how they are."""
+        self.shards.ask(timeout_s)
+        self.workers.ask(timeout_s)
+
+    def not_ready_reason(self) -> str:
+        """Say why requests cannot be served now; "" when they can."""
+        if self.placement is None:
+            return "starting"
+        lost = {shard for facts in self.workers.facts.values() for shard in facts.get("lost_shards", ())}
+        missing = self.placement.missing(set(self._hosting) - lost)
+        if missing:
+            return f"{len(missing)} experts have no live replica, {missing[0]} among them"
+        if not self.workers.ready:
+            return "no attention worker is ready"
+        return ""
+
+    @property
+    def _hosting(self) -> list[ShardId]:
+        """The ready shards that have what a placement gave them; a new process has nothing yet."""
+        return [shard for shard in self.shards.ready if self.shards.facts[shard]["epoch"]]
+
+    def _move_to(self, target: Placement) -> None:
+        """Load what the target adds, publish it, and only then free what it drops.
+
+        Raises:
+            ExpertMeshError: a shard could not load, or is gone; the old placement stays in force.
+        """
+        timeout_s = self._settings.start_timeout_s
+        experts = {slots.shard: slots.experts for slots in target.shards}
+        wait_for([self.shards.handles[s].host.remote(keys) for s, keys in experts.items()], timeout_s)
+        # Joined before they are needed, so that no step waits for a link to be formed.
+        peers = self._peers([slots.shard for slots in target.shards])
+        workers = list(self.workers.handles.values())
+        _try_all([w.join.remote(peers) for w in workers], _PUBLISH_TIMEOUT_S)
+        self.placement = target
+        self._save()
+        self._publish(target, behind_only=False)
+        _try_all([self.shards.handles[s].settle.remote(keys, target.epoch) for s, keys in experts.items()], timeout_s)
+
+    def _publish(self, placement: Placement, *, behind_only: bool) -> None:
+        """Tell the workers. One that cannot be told now is told by a later round."""
+        record, peers = placement.to_bytes(), self._peers([slots.shard for slots in placement.shards])
+        told = [
+            handle.set_fleet.remote(record, peers)
+            for worker, handle in self.workers.handles.items()
+            if not behind_only
+            or (
+                self.workers.facts[worker]["state"] == "ready" and self.workers.facts[worker]["epoch"] < placement.epoch
+            )
+        ]
+        _try_all(told, _PUBLISH_TIMEOUT_S)
+
+    def _peers(self, shards: list[ShardId]) -> dict[ShardId, ShardPeer]:
+        """Return how to reach those that are there."""
+        return {
+            shard: ShardPeer(
+                life=str(self.shards.facts[shard]["pid"]),
+                handle=self.shards.handles[shard],
+                end=self.shards.facts[shard]["link_end"],
+            )
+            for shard in shards
+            if shard in self.shards.handles and "link_end" in self.shards.facts[shard]
+        }
+
+    def _revive_dead(self) -> None:
+        """Begin to replace processes that are gone, each on a thread of its own."""
+        for tier in (self.shards, self.workers):
+            for actor_id in tier.dead:
+                if actor_id not in self._reviving:
+                    self._reviving.add(actor_id)
+                    self._note(f"{actor_id} is gone; starting it again")
+                    threading.Thread(target=self._revive, args=(tier, actor_id), name=f"revive {actor_id}").start()
+
+    def _revive(self, tier: Any, actor_id: Any) -> None:
+        timeout_s = self._settings.start_timeout_s
+        try:
+            tier.dismiss(actor_id)
+            tier.facts[actor_id] = {"id": actor_id, "state": "starting"}
+            handle = tier.create(actor_id)
+            if tier is self.shards:
+                wait_for([handle.open.remote()], timeout_s)
+            else:
+                wait_for([handle.load.remote()], timeout_s)
+                placement = self.placement
+                assert placement is not None
+                peers = self._peers([slots.shard for slots in placement.shards])
+                wait_for([handle.set_fleet.remote(placement.to_bytes(), peers)], timeout_s)
+                wait_for([handle.start.remote()], timeout_s)
+            tier.admit(actor_id, handle)
+            self._note(f"{actor_id} is back")
+        except ExpertMeshError as error:
+            _log.warning("%s could not be started again: %s", actor_id, error)
+            tier.facts[actor_id] = {"id": actor_id, "state": "dead"}
+        finally:
+            self._reviving.discard(actor_id)
+            self._alarm.set()
+
+    def _stored(self) -> Placement | None:
+        """Return the placement in the store if it is of this model."""
+        try:
+            stored = self._store.load_placement()
+        except (StateError, UnavailableError) as error:
+            _log.warning("the stored placement cannot be used: %s", error)
+            return None
+        if stored is None:
+            return None
+        fits = stored.layers == self._model.moe_layers and stored.num_experts == self._model.num_experts
+        shards = {slots.shard for slots in stored.shards}
+        return stored if fits and shards <= set(self.shards.handles) else None
+
+    def _hosted(self) -> Placement | None:
+        """Return the placement that the shards themselves make up, if they hold every expert: the store lost it."""
+        slots = tuple(
+            ShardSlots(shard=shard, experts=tuple(sorted(self._keys_of(shard)))) for shard in self.shards.handles
+        )
+        found = Placement(
+            epoch=1 + self._newest_epoch(),
+            num_experts=self._model.num_experts,
+            layers=self._model.moe_layers,
+            shards=slots,
+        )
+        return None if found.missing([s.shard for s in slots]) else found
+
+    def _first(self, shard_ids: list[ShardId]) -> Placement:
+        replicas = min(self._settings.replicas, len(shard_ids))
+        return initial_placement(
+            self._model.moe_layers, self._model.num_experts, shard_ids, replicas, epoch=1 + self._newest_epoch()
+        )
+
+    def _newest_epoch(self) -> int:
+        return max((facts.get("epoch", 0) for facts in self.workers.facts.values()), default=0)
+
+    def _keys_of(self, shard: ShardId) -> frozenset[ExpertKey]:
+        keys: frozenset[ExpertKey] = wait_for([self.shards.handles[shard].hosted.remote()], _ASK_TIMEOUT_S)[0]
+        return keys
+
+    def _save(self) -> None:
+        """Keep the placement; without a store it goes on from memory and tries again."""
+        assert self.placement is not None
+        try:
+            self._store.save_placement(self.placement)
+            self._is_saved = True
+        except UnavailableError as error:
+            _log.warning("the placement of epoch %d is not saved yet: %s", self.placement.epoch, error)
+            self._is_saved = False
+
+
+def _try_all(references: list[Any], timeout_s: float) -> None:
+    """Wait for each call; one that fails is logged, and a later round makes up for it."""
+    for reference in references:
+        try:
+            wait_for([reference], timeout_s)
+        except UnavailableError as error:
+            _log.warning("a part of the fleet was not told: %s", error)

@@ -1,0 +1,112 @@
+"""The next placement when shards have come or gone: every expert hosted again, slots level, few moves.
+
+Quick and blind to load, so that it can run the moment a shard is lost; balancing by load comes later.
+
+Shape suffixes: S shards (by position in the result), E experts of a layer.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from expertmesh.cluster.errors import CapacityError, InputError
+from expertmesh.cluster.ids import ExpertKey, ShardId
+from expertmesh.cluster.placement import Placement, ShardSlots
+
+
+def repair(
+    placement: Placement,
+    shards: Sequence[ShardId],
+    hosted: Mapping[ShardId, frozenset[ExpertKey]],
+    *,
+    replicas: int,
+    level: bool,
+) -> Placement:
+    """Return the placement of the next epoch on these shards.
+
+    Args:
+        placement: the one in force.
+        shards: those that are to host experts; others leave.
+        hosted: what shards that are not in the placement hold already, and need not load.
+        replicas: how many each expert is to have at least, capped at the number of shards; replicas beyond it that are
+            there stay.
+        level: whether slots are moved until those of two shards differ by at most one, in each layer.
+
+    Returns:
+        A placement in which every expert has its replicas. Experts whose replicas stay keep their dispatch weights.
+
+    Raises:
+        CapacityError: no shard is left.
+        InputError: fewer than one replica is asked for.
+    """
+    if not shards:
+        raise CapacityError("no shard is left to host experts")
+    if replicas < 1:
+        raise InputError(f"{replicas} replicas of each expert; it must be at least 1")
+    wanted = min(replicas, len(shards))
+    before = {slots.shard: set(slots.experts) for slots in placement.shards}
+    kept = {shard: before.get(shard, hosted.get(shard, frozenset())) for shard in shards}
+    experts_S: list[list[ExpertKey]] = [[] for _ in shards]
+    for layer in placement.layers:
+        hosts_E = [
+            [index for index, shard in enumerate(shards) if ExpertKey(layer, expert) in kept[shard]]
+            for expert in range(placement.num_experts)
+        ]
+        # A returned shard's experts count only as far as they are needed.
+        returned = {index for index, shard in enumerate(shards) if shard not in before}
+        _drop_spares(hosts_E, returned, wanted)
+        _add_missing(hosts_E, len(shards), wanted)
+        if level:
+            _level(hosts_E, len(shards))
+        for expert, hosts in enumerate(hosts_E):
+            for index in hosts:
+                experts_S[index].append(ExpertKey(layer, expert))
+    slots = tuple(ShardSlots(shard=shard, experts=tuple(keys)) for shard, keys in zip(shards, experts_S, strict=True))
+    after = Placement(
+        epoch=placement.epoch + 1, num_experts=placement.num_experts, layers=placement.layers, shards=slots
+    )
+    weights = {key: w for key, w in placement.weights.items() if placement.replicas(key) == after.replicas(key)}
+    return Placement(
+        epoch=after.epoch, num_experts=after.num_experts, layers=after.layers, shards=slots, weights=weights
+    )
+
+
+def _drop_spares(hosts_E: list[list[int]], returned: set[int], wanted: int) -> None:
+    """Take experts off returned shards where the others have enough."""
+    for hosts in hosts_E:
+        for index in [h for h in hosts if h in returned][::-1]:
+            if len(hosts) > wanted:
+                hosts.remove(index)
+
+
+def _add_missing(hosts_E: list[list[int]], num_shards: int, wanted: int) -> None:
+    """Give each expert the replicas that it lacks, on the shards with the fewest slots; those without any first."""
+    load_S = _slots(hosts_E, num_shards)
+    for num_hosts in range(wanted):
+        for expert, hosts in enumerate(hosts_E):
+            if len(hosts) == num_hosts:
+                # The expert's number breaks ties, so that the load of a lost shard spreads.
+                index = min(
+                    (i for i in range(num_shards) if i not in hosts),
+                    key=lambda i: (load_S[i], (i + expert) % num_shards),
+                )
+                hosts.append(index)
+                load_S[index] += 1
+
+
+def _level(hosts_E: list[list[int]], num_shards: int) -> None:
+    """Move one expert at a time from the fullest shard to the emptiest until they differ by at most one.
+
+    The fullest hosts more experts than the emptiest, so one that the emptiest lacks is always there.
+    """
+    load_S = _slots(hosts_E, num_shards)
+    while True:
+        fullest, emptiest = load_S.index(max(load_S)), load_S.index(min(load_S))
+        if load_S[fullest] - load_S[emptiest] <= 1:
+            return
+        hosts = next(h for h in hosts_E if fullest in h and emptiest not in h)
+        hosts[hosts.index(fullest)] = emptiest
+        load_S[fullest] -= 1
+        load_S[emptiest] += 1
+
+
+def _slots(hosts_E: list[list[int]], num_shards: int) -> list[int]:
+    return [sum(index in hosts for hosts in hosts_E) for index in range(num_shards)]
