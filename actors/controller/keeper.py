@@ -47,6 +47,10 @@ class Keeper:
         self.workers = workers
         self._note = note
         self.placement: Placement | None = None
+        # Who is to be there. Others that are there are starting or leaving.
+        self.shard_ids: list[ShardId] = []
+        self.worker_ids: list[WorkerId] = []
+        self.each_round: Callable[[], None] = lambda: None
         self._is_saved = False
         self._reviving: set[ShardId | WorkerId] = set()
         self._alarm = threading.Event()
@@ -55,13 +59,18 @@ class Keeper:
     def bring_up(self, shard_ids: list[ShardId], worker_ids: list[WorkerId]) -> None:
         """Start what is not there, put a placement in force and let the workers serve. Again: nothing changes.
 
+        Args:
+            shard_ids: the shards, unless the store knows of others.
+            worker_ids: the workers, unless the store knows of others.
+
         Raises:
             ExpertMeshError: the first thing that went wrong.
         """
         timeout_s = self._settings.start_timeout_s
-        for shard in shard_ids:
+        self.shard_ids, self.worker_ids = self._stored_members() or (shard_ids, worker_ids)
+        for shard in self.shard_ids:
             self.shards.admit(shard, self.shards.create(shard))
-        for worker in worker_ids:
+        for worker in self.worker_ids:
             self.workers.admit(worker, self.workers.create(worker))
         self._note("opening the checkpoint in the shards, loading the dense half into the workers")
         wait_for(
@@ -70,7 +79,7 @@ class Keeper:
             timeout_s,
         )
         self.ask(timeout_s)
-        placement = self._stored() or self._hosted() or self._first(shard_ids)
+        placement = self._stored() or self._hosted() or self._first()
         self._note(f"loading experts into the shards, joining workers and shards, epoch {placement.epoch}")
         self._move_to(placement)
         wait_for([w.start.remote() for w in self.workers.handles.values()], timeout_s)
@@ -105,7 +114,7 @@ class Keeper:
         """
         assert self.placement is not None, "round() before bring_up()"
         self.ask(ask_timeout_s)
-        live, hosting = self.shards.ready, self._hosting
+        live, hosting = [s for s in self.shards.ready if s in self.shard_ids], self._hosting
         if not self._is_saved:
             self._save()
         missing = self.placement.missing(hosting)
@@ -116,13 +125,61 @@ class Keeper:
         if not self._reviving and live and not {s.shard for s in self.placement.shards} == set(live) == set(hosting):
             held = {shard: self._keys_of(shard) for shard in live}
             self._note(f"spreading the experts over {len(live)} shards")
-            self._move_to(repair(self.placement, live, held, replicas=self._settings.replicas, level=True))
+            self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True))
         self._publish(self.placement, behind_only=True)
+        self.each_round()
 
     def ask(self, timeout_s: float) -> None:
         """Ask shards and workers how they are."""
         self.shards.ask(timeout_s)
         self.workers.ask(timeout_s)
+
+    @property
+    def replicas(self) -> int:
+        """Replicas that each expert is to have, as far as there are shards."""
+        return self._settings.replicas
+
+    def start_member(self, member: ShardId | WorkerId) -> None:
+        """Start a shard without experts, or a worker in the placement in force; either is ready afterwards.
+
+        Raises:
+            ExpertMeshError: it could not be started.
+        """
+        timeout_s = self._settings.start_timeout_s
+        tier = self._tier(member)
+        tier.facts[member] = {"id": member, "state": "starting"}
+        handle = tier.create(member)
+        if tier is self.shards:
+            wait_for([handle.open.remote()], timeout_s)
+        else:
+            wait_for([handle.load.remote()], timeout_s)
+            placement = self.placement
+            assert placement is not None, "start_member() before bring_up()"
+            peers = self._peers([slots.shard for slots in placement.shards])
+            wait_for([handle.set_fleet.remote(placement.to_bytes(), peers)], timeout_s)
+            wait_for([handle.start.remote()], timeout_s)
+        tier.admit(member, handle)
+        tier.facts[member] = wait_for([handle.describe.remote()], timeout_s)[0]
+
+    def end_member(self, member: ShardId | WorkerId) -> None:
+        """End a shard or worker, or what is left of it."""
+        self._tier(member).dismiss(member)
+
+    def change_members(self, shards: list[ShardId], workers: list[WorkerId]) -> None:
+        """Have other members from now on: experts move to the shards, and who leaves may be ended afterwards.
+
+        Raises:
+            ExpertMeshError: experts could not be moved; nothing has changed.
+        """
+        assert self.placement is not None, "change_members() before bring_up()"
+        if shards != self.shard_ids:
+            away = sorted(set(shards) - set(self.shards.ready))
+            if away:
+                raise UnavailableError(f"{', '.join(away)} cannot take experts now")
+            held = {shard: self._keys_of(shard) for shard in shards}
+            self._move_to(repair(self.placement, shards, held, replicas=self.replicas, level=True))
+        self.shard_ids, self.worker_ids = shards, workers
+        self._save()
 
     def not_ready_reason(self) -> str:
         """Say why requests cannot be served now; "" when they can."""
@@ -158,6 +215,7 @@ class Keeper:
         self._save()
         self._publish(target, behind_only=False)
         _try_all([self.shards.handles[s].settle.remote(keys, target.epoch) for s, keys in experts.items()], timeout_s)
+        self.ask(_ALARM_TIMEOUT_S)
 
     def _publish(self, placement: Placement, *, behind_only: bool) -> None:
         """Tell the workers. One that cannot be told now is told by a later round."""
@@ -188,27 +246,16 @@ class Keeper:
         """Begin to replace processes that are gone, each on a thread of its own."""
         for tier in (self.shards, self.workers):
             for actor_id in tier.dead:
-                if actor_id not in self._reviving:
+                is_member = actor_id in self.shard_ids or actor_id in self.worker_ids
+                if is_member and actor_id not in self._reviving:
                     self._reviving.add(actor_id)
                     self._note(f"{actor_id} is gone; starting it again")
                     threading.Thread(target=self._revive, args=(tier, actor_id), name=f"revive {actor_id}").start()
 
     def _revive(self, tier: Any, actor_id: Any) -> None:
-        timeout_s = self._settings.start_timeout_s
         try:
             tier.dismiss(actor_id)
-            tier.facts[actor_id] = {"id": actor_id, "state": "starting"}
-            handle = tier.create(actor_id)
-            if tier is self.shards:
-                wait_for([handle.open.remote()], timeout_s)
-            else:
-                wait_for([handle.load.remote()], timeout_s)
-                placement = self.placement
-                assert placement is not None
-                peers = self._peers([slots.shard for slots in placement.shards])
-                wait_for([handle.set_fleet.remote(placement.to_bytes(), peers)], timeout_s)
-                wait_for([handle.start.remote()], timeout_s)
-            tier.admit(actor_id, handle)
+            self.start_member(actor_id)
             self._note(f"{actor_id} is back")
         except ExpertMeshError as error:
             _log.warning("%s could not be started again: %s", actor_id, error)
@@ -216,6 +263,16 @@ class Keeper:
         finally:
             self._reviving.discard(actor_id)
             self._alarm.set()
+
+    def _tier(self, member: str) -> Any:
+        return self.workers if member.startswith("worker-") else self.shards
+
+    def _stored_members(self) -> tuple[list[ShardId], list[WorkerId]] | None:
+        try:
+            return self._store.load_members()
+        except (StateError, UnavailableError) as error:
+            _log.warning("the stored members cannot be used: %s", error)
+            return None
 
     def _stored(self) -> Placement | None:
         """Return the placement in the store if it is of this model."""
@@ -243,8 +300,9 @@ class Keeper:
         )
         return None if found.missing([s.shard for s in slots]) else found
 
-    def _first(self, shard_ids: list[ShardId]) -> Placement:
-        replicas = min(self._settings.replicas, len(shard_ids))
+    def _first(self) -> Placement:
+        shard_ids = self.shard_ids
+        replicas = min(self.replicas, len(shard_ids))
         return initial_placement(
             self._model.moe_layers, self._model.num_experts, shard_ids, replicas, epoch=1 + self._newest_epoch()
         )
@@ -261,6 +319,7 @@ class Keeper:
         assert self.placement is not None
         try:
             self._store.save_placement(self.placement)
+            self._store.save_members(self.shard_ids, self.worker_ids)
             self._is_saved = True
         except UnavailableError as error:
             _log.warning("the placement of epoch %d is not saved yet: %s", self.placement.epoch, error)

@@ -1,5 +1,6 @@
 """The named, detached actors of one tier: started, found again, asked how they are, ended."""
 
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.settings import ServeSettings
 
+_log = logging.getLogger(__name__)
 _ROOM_TIMEOUT_S = 60.0
+# On CPUs a member reserves its share of a fleet this many times as large, so that one can scale up.
+_ROOM_TO_GROW = 4
 Id = TypeVar("Id", ShardId, WorkerId)
 
 
@@ -67,7 +71,7 @@ class Tier(Generic[Id]):
         settings = self._settings
         resources = ray.cluster_resources()
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and resources.get("GPU", 0) > 0)
-        share = 0.9 * resources.get("CPU", 1) / (settings.shards + settings.workers)
+        share = 0.9 * resources.get("CPU", 1) / (settings.shards + settings.workers) / _ROOM_TO_GROW
         options = pinned_options(
             actor_id,
             f"{_group_prefix(actor_id)}{uuid.uuid4().hex[:8]}",
@@ -91,8 +95,11 @@ class Tier(Generic[Id]):
         """End a member, or what is left of it, and free what was reserved for it."""
         handle = self.handles.pop(actor_id, None)
         self.facts.pop(actor_id, None)
-        if handle is not None:
-            ray.kill(handle)
+        try:
+            # One that a former controller started is known by its name alone.
+            ray.kill(handle or ray.get_actor(actor_id, NAMESPACE))
+        except ValueError:
+            _log.info("%s is gone already", actor_id)
         for group in placement_group_table().values():
             if group["name"].startswith(_group_prefix(actor_id)) and group["state"] != "REMOVED":
                 ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))

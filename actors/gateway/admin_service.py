@@ -1,6 +1,7 @@
 """The Admin service: plain values of the controller to messages."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
 
 from google.protobuf import json_format
 
@@ -9,20 +10,41 @@ from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 
 Status = Mapping[str, object]
 Loads = Mapping[int, Sequence[int]]
+OperationFields = Mapping[str, object]
+
+
+class Operations(Protocol):
+    """What the service asks for operations; each is answered with the fields of Operation by name."""
+
+    async def scale(self, shards: int | None, workers: int | None) -> OperationFields:
+        """Begin to scale; None leaves a tier as it is."""
+
+    async def drain(self, member: str) -> OperationFields:
+        """Begin to take a member out."""
+
+    async def operations(self, operation_id: str) -> Sequence[OperationFields]:
+        """Return one operation, or all when the id is empty."""
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
     """Answers from two async callables, so that it needs to know nothing of the controller."""
 
-    def __init__(self, get_status: Callable[[], Awaitable[Status]], get_loads: Callable[[], Awaitable[Loads]]) -> None:
-        """Answer GetStatus from `get_status` and GetLoads from `get_loads`.
+    def __init__(
+        self,
+        get_status: Callable[[], Awaitable[Status]],
+        get_loads: Callable[[], Awaitable[Loads]],
+        operations: Operations,
+    ) -> None:
+        """Answer GetStatus from `get_status`, GetLoads from `get_loads`, all else from `operations`.
 
         Args:
             get_status: returns the fields of StatusResponse by name, nested ones as mappings and lists; None is absent.
             get_loads: returns, by layer index, the tokens of each expert in order of expert.
+            operations: carries out the rest.
         """
         self._get_status = get_status
         self._get_loads = get_loads
+        self._operations = operations
 
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: Context
@@ -42,4 +64,34 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             loads = await self._get_loads()
             for layer in sorted(loads):
                 response.layers.add(layer=layer, tokens=loads[layer])
+        return response
+
+    async def Scale(  # noqa: N802
+        self, request: admin_pb2.ScaleRequest, context: Context
+    ) -> admin_pb2.Operation:
+        """Begin to scale."""
+        response = admin_pb2.Operation()
+        async with errors_to_status(context, "Scale"):
+            shards = request.shards if request.HasField("shards") else None
+            workers = request.workers if request.HasField("workers") else None
+            json_format.ParseDict(dict(await self._operations.scale(shards, workers)), response)
+        return response
+
+    async def Drain(  # noqa: N802
+        self, request: admin_pb2.DrainRequest, context: Context
+    ) -> admin_pb2.Operation:
+        """Begin to drain a member."""
+        response = admin_pb2.Operation()
+        async with errors_to_status(context, "Drain"):
+            json_format.ParseDict(dict(await self._operations.drain(request.id)), response)
+        return response
+
+    async def ListOperations(  # noqa: N802
+        self, request: admin_pb2.ListOperationsRequest, context: Context
+    ) -> admin_pb2.ListOperationsResponse:
+        """Return the operations kept."""
+        response = admin_pb2.ListOperationsResponse()
+        async with errors_to_status(context, "ListOperations"):
+            for fields in await self._operations.operations(request.id):
+                json_format.ParseDict(dict(fields), response.operations.add())
         return response

@@ -62,7 +62,7 @@ class Gateway:
             host=settings.grpc_host,
             port=settings.grpc_port,
             inference=InferenceService(self._engine, model, tokenizer, random.Random()),
-            admin=AdminService(self._status, self._loads),
+            admin=AdminService(self._status, self._loads, _Operations(self._controller)),
         )
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())
@@ -96,6 +96,8 @@ class Gateway:
                 self._clients[worker_id] = (handle, RayWorkerClient(worker_id, handle, self._id))
         self._clients = {w: known for w, known in self._clients.items() if w in view["workers"]}
         self._engine.pool.set_workers([client for _, client in self._clients.values()])
+        for worker_id in view["leaving"]:
+            self._engine.pool.evacuate(worker_id)
         await self._server.set_serving(view["ready"])
 
     async def _status(self) -> dict[str, object]:
@@ -110,6 +112,29 @@ class Gateway:
     async def _loads(self) -> dict[int, list[int]]:
         loads: dict[int, list[int]] = await _call(self._controller.loads.remote())
         return loads
+
+
+class _Operations:
+    """The controller's operations; see admin_service.Operations."""
+
+    def __init__(self, controller: Any) -> None:
+        self._controller = controller
+
+    async def scale(self, shards: int | None, workers: int | None) -> dict[str, object]:
+        """See Operations.scale."""
+        return _plain(await _call(self._controller.scale.remote(shards, workers)))
+
+    async def drain(self, member: str) -> dict[str, object]:
+        """See Operations.drain."""
+        return _plain(await _call(self._controller.drain.remote(member)))
+
+    async def operations(self, operation_id: str) -> list[dict[str, object]]:
+        """See Operations.operations."""
+        return [_plain(fields) for fields in await _call(self._controller.operations.remote(operation_id))]
+
+
+def _plain(fields: dict[str, object]) -> dict[str, object]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 async def _call(reference: Any) -> Any:

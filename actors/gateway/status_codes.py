@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
+from expertmesh.cluster.errors import CapacityError, ConflictError, InputError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 async def errors_to_status(context: Context, call: str) -> AsyncIterator[None]:
     """Abort the call with the status code of the error raised inside.
 
-    InputError is INVALID_ARGUMENT, CapacityError RESOURCE_EXHAUSTED with a retry delay, UnavailableError UNAVAILABLE.
+    InputError is INVALID_ARGUMENT, CapacityError RESOURCE_EXHAUSTED with a retry delay, ConflictError
+    FAILED_PRECONDITION, UnavailableError UNAVAILABLE.
     All else is INTERNAL: the client is told `call` (a request id, say) to look for, the log has the traceback.
     """
     try:
@@ -30,6 +31,8 @@ async def errors_to_status(context: Context, call: str) -> AsyncIterator[None]:
     except CapacityError as error:
         retry = (("grpc-retry-pushback-ms", str(RETRY_DELAY_MS)),)
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry)
+    except ConflictError as error:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
     except UnavailableError as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
     except Exception:

@@ -72,6 +72,11 @@ class WorkerPool:
         self._hung = {worker_id: worker for worker_id, worker in self._hung.items() if worker_id in named}
         self._changed.set()
 
+    def evacuate(self, worker_id: str) -> None:
+        """Let the requests of a worker that is to leave go on at others; none is lost. Unknown ids are passed over."""
+        if worker_id in self._links:
+            self._lose(self._links[worker_id], "it is to leave")
+
     async def place(self, live: LiveRequest) -> None:
         """Submit the request's unfinished samples to a worker; wait as long as there is none.
 

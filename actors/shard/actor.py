@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import ray
 import torch
 
@@ -100,9 +101,15 @@ class ShardActor:
             "state": "ready" if slots else "loading",
             "num_slots": slots.num_slots if slots else 0,
             "weight_bytes": slots.weight_bytes if slots else 0,
+            "free_bytes": self._free_bytes(),
             "epoch": self._server.epoch if self._server else 0,
             "link_end": link_end(),
         }
+
+    def _free_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self._device)[0])
+        return int(psutil.virtual_memory().available)
 
     def _serve(self, kind: str, address: LinkAddress) -> None:
         assert self._server is not None, "a link before open()"

@@ -153,20 +153,21 @@ class WorkerActor:
         self._architecture = architecture
 
     async def _join(self, shard: ShardId, peer: ShardPeer) -> Link:
-        self._generation += 1
+        # Of this link for good: others are formed meanwhile.
+        generation = self._generation = self._generation + 1
         # The process id keeps a restarted worker from meeting a shard's end of its former life.
-        name = f"{self._id}.{os.getpid()}/{shard}/{self._generation}"
+        name = f"{self._id}.{os.getpid()}/{shard}/{generation}"
         kind = link_kind(link_end(), peer.end) if self._settings.links == "auto" else self._settings.links
         try:
             async with asyncio.timeout(_JOIN_S):
-                host, port = await peer.handle.accept_link.remote(name, self._generation, kind)
+                host, port = await peer.handle.accept_link.remote(name, generation, kind)
         except RayError as error:
             raise UnavailableError(f"{shard}: {type(error).__name__}") from error
         address = LinkAddress(
             host=host,
             port=port,
             name=name,
-            generation=self._generation,
+            generation=generation,
             rank=WORKER_RANK,
             interface=self._host,
             timeout_s=self._settings.link_timeout_s,

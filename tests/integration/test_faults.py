@@ -52,9 +52,12 @@ def _serving(server: Server) -> bool:
 
 def _is_whole(status: StatusResponse) -> bool:
     """Say whether everything is ready, and every shard holds as much as the others."""
-    members = [*status.shards, *status.workers]
     slots = {shard.num_slots for shard in status.shards}
-    return status.ready and all(member.state == "ready" for member in members) and len(slots) == 1
+    return (
+        status.ready
+        and {*(s.state for s in status.shards), *(w.state for w in status.workers)} == {"ready"}
+        and len(slots) == 1
+    )
 
 
 def _await(server: Server, condition: Callable[[StatusResponse], bool]) -> StatusResponse:

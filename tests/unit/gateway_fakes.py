@@ -11,7 +11,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from expertmesh.cluster.errors import CapacityError, UnavailableError
+from expertmesh.cluster.errors import CapacityError, ConflictError, InputError, UnavailableError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent, TokenLogprob
 from expertmesh.models.tokenizer import Tokenizer, open_tokenizer
@@ -219,3 +219,34 @@ class FakeWorker:
             top_logprobs=tuple(TokenLogprob(token_id=other, logprob=float(-other)) for other in range(wanted or 0)),
             finish_reason=finish_reason,
         )
+
+
+class FakeOperations:
+    """Operations that end at the second look, save drains of "shard-9", which roll back."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict[str, object]] = []
+
+    async def scale(self, shards: int | None, workers: int | None) -> dict[str, object]:
+        if shards == 99:
+            raise ConflictError("op-0 is under way: drain shard-1")
+        return self._begin(f"scale to {shards} shards and {workers} workers")
+
+    async def drain(self, member: str) -> dict[str, object]:
+        if member not in ("shard-1", "shard-9"):
+            raise InputError(f"there is no {member!r}")
+        return self._begin(f"drain {member}")
+
+    async def operations(self, operation_id: str) -> list[dict[str, object]]:
+        for operation in self.begun:
+            rolled_back = operation["request"] == "drain shard-9"
+            operation.update(phase="ROLLED_BACK" if rolled_back else "DONE", ended_s=12.5)
+            operation["error"] = "it died" if rolled_back else ""
+        return [operation for operation in self.begun if operation_id in ("", operation["id"])]
+
+    def _begin(self, request: str) -> dict[str, object]:
+        self.begun.append(
+            {"id": f"op-{len(self.begun) + 1}", "request": request, "phase": "PREPARE", "adding": ["shard-2"]}
+            | {"progress": "starting shard-2", "started_s": 10.0}
+        )
+        return dict(self.begun[-1])

@@ -18,7 +18,7 @@ from expertmesh.actors.gateway.server import start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.admin_pb2 import ShardStatus, StatusResponse
-from tests.unit.gateway_fakes import MODEL, STATUS, FakeWorker, fake_output, fake_text, save_tokenizer
+from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker, fake_output, fake_text, save_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -46,7 +46,7 @@ def url(tokenizer: Tokenizer) -> Iterator[str]:
         rng = random.Random(2)
         engine = Engine(tokenizer=tokenizer, rng=rng)
         inference = InferenceService(engine, MODEL, tokenizer, rng)
-        admin = AdminService(get_status, get_loads)
+        admin = AdminService(get_status, get_loads, FakeOperations())
         server = await start_server(host="127.0.0.1", port=0, inference=inference, admin=admin)
         engine.pool.set_workers([FakeWorker("a")])
         addresses.append(server.address)

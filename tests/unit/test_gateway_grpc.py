@@ -24,7 +24,7 @@ from expertmesh.v1 import admin_pb2, inference_pb2
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import GenerateRequest, GenerateResponse, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
-from tests.unit.gateway_fakes import MODEL, STATUS, FakeWorker, fake_output, fake_text, save_tokenizer
+from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker, fake_output, fake_text, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,9 @@ async def running(
     rng = random.Random(4)
     engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
     inference = InferenceService(engine, MODEL, tokenizer, rng)
-    server = await start_server(host="127.0.0.1", port=0, inference=inference, admin=AdminService(status, get_loads))
+    server = await start_server(
+        host="127.0.0.1", port=0, inference=inference, admin=AdminService(status, get_loads, FakeOperations())
+    )
     engine.pool.set_workers(workers)
     try:
         async with grpc.aio.insecure_channel(server.address) as channel:
@@ -286,4 +288,6 @@ async def test_an_address_that_is_not_of_this_machine_is_an_input_error(host: st
 async def _start_on(host: str, port: int) -> None:
     rng = random.Random(0)
     inference = InferenceService(Engine(tokenizer=None, rng=rng), MODEL, None, rng)
-    await start_server(host=host, port=port, inference=inference, admin=AdminService(get_status, get_loads))
+    await start_server(
+        host=host, port=port, inference=inference, admin=AdminService(get_status, get_loads, FakeOperations())
+    )

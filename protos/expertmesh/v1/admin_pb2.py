@@ -24,33 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xpertmesh/v1/admin.proto\x12\rexpertmesh.v1\"\x12\n\x10GetStatusRequest\"\x11\n\x0fGetLoadsRequest\"-\n\x10\x43ontrollerStatus\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\"l\n\x0bShardStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\"\xbc\x01\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65nse_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x12\n\nfree_pages\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x18\n\x10tokens_generated\x18\n \x01(\x04\"\xe3\x01\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x12\n\nmoe_layers\x18\x05 \x03(\r\x12\x13\n\x0bnum_experts\x18\x06 \x01(\r\x12\r\n\x05top_k\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12\x15\n\rhas_tokenizer\x18\x0b \x01(\x08\"b\n\x0cLayerTraffic\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x16\n\x0e\x64ispatch_bytes\x18\x02 \x01(\x04\x12\x15\n\rcombine_bytes\x18\x03 \x01(\x04\x12\x14\n\x0creduce_bytes\x18\x04 \x01(\x04\"\x86\x03\n\x0eStatusResponse\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x0c\x62\x61lancedness\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x33\n\ncontroller\x18\x04 \x01(\x0b\x32\x1f.expertmesh.v1.ControllerStatus\x12*\n\x06shards\x18\x05 \x03(\x0b\x32\x1a.expertmesh.v1.ShardStatus\x12,\n\x07workers\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.WorkerStatus\x12\x14\n\x0cgrpc_address\x18\x07 \x01(\t\x12)\n\x05model\x18\x08 \x01(\x0b\x32\x1a.expertmesh.v1.ModelStatus\x12\x32\n\rlayer_traffic\x18\t \x03(\x0b\x32\x1b.expertmesh.v1.LayerTraffic\x12\r\n\x05ready\x18\n \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x0b \x01(\tB\x0f\n\r_balancedness\"*\n\tLayerLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04\"9\n\rLoadsResponse\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad2\x9e\x01\n\x05\x41\x64min\x12K\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a\x1d.expertmesh.v1.StatusResponse\x12H\n\x08GetLoads\x12\x1e.expertmesh.v1.GetLoadsRequest\x1a\x1c.expertmesh.v1.LoadsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xpertmesh/v1/admin.proto\x12\rexpertmesh.v1\"P\n\x0cScaleRequest\x12\x13\n\x06shards\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07workers\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07_shardsB\n\n\x08_workers\"\x1a\n\x0c\x44rainRequest\x12\n\n\x02id\x18\x01 \x01(\t\"#\n\x15ListOperationsRequest\x12\n\n\x02id\x18\x01 \x01(\t\"F\n\x16ListOperationsResponse\x12,\n\noperations\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.Operation\"\xb2\x01\n\tOperation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07request\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x64\x64ing\x18\x03 \x03(\t\x12\x10\n\x08removing\x18\x04 \x03(\t\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x10\n\x08progress\x18\x06 \x01(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x11\n\tstarted_s\x18\x08 \x01(\x01\x12\x0f\n\x07\x65nded_s\x18\t \x01(\x01\x12\x12\n\ndeadline_s\x18\n \x01(\x01\"\x12\n\x10GetStatusRequest\"\x11\n\x0fGetLoadsRequest\"-\n\x10\x43ontrollerStatus\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\"l\n\x0bShardStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\"\xbc\x01\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65nse_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x12\n\nfree_pages\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x18\n\x10tokens_generated\x18\n \x01(\x04\"\xe3\x01\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x12\n\nmoe_layers\x18\x05 \x03(\r\x12\x13\n\x0bnum_experts\x18\x06 \x01(\r\x12\r\n\x05top_k\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12\x15\n\rhas_tokenizer\x18\x0b \x01(\x08\"b\n\x0cLayerTraffic\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x16\n\x0e\x64ispatch_bytes\x18\x02 \x01(\x04\x12\x15\n\rcombine_bytes\x18\x03 \x01(\x04\x12\x14\n\x0creduce_bytes\x18\x04 \x01(\x04\"\x86\x03\n\x0eStatusResponse\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x0c\x62\x61lancedness\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x33\n\ncontroller\x18\x04 \x01(\x0b\x32\x1f.expertmesh.v1.ControllerStatus\x12*\n\x06shards\x18\x05 \x03(\x0b\x32\x1a.expertmesh.v1.ShardStatus\x12,\n\x07workers\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.WorkerStatus\x12\x14\n\x0cgrpc_address\x18\x07 \x01(\t\x12)\n\x05model\x18\x08 \x01(\x0b\x32\x1a.expertmesh.v1.ModelStatus\x12\x32\n\rlayer_traffic\x18\t \x03(\x0b\x32\x1b.expertmesh.v1.LayerTraffic\x12\r\n\x05ready\x18\n \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x0b \x01(\tB\x0f\n\r_balancedness\"*\n\tLayerLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04\"9\n\rLoadsResponse\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad2\xfd\x02\n\x05\x41\x64min\x12K\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a\x1d.expertmesh.v1.StatusResponse\x12H\n\x08GetLoads\x12\x1e.expertmesh.v1.GetLoadsRequest\x1a\x1c.expertmesh.v1.LoadsResponse\x12>\n\x05Scale\x12\x1b.expertmesh.v1.ScaleRequest\x1a\x18.expertmesh.v1.Operation\x12>\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x18.expertmesh.v1.Operation\x12]\n\x0eListOperations\x12$.expertmesh.v1.ListOperationsRequest\x1a%.expertmesh.v1.ListOperationsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSTATUSREQUEST']._serialized_start=44
-  _globals['_GETSTATUSREQUEST']._serialized_end=62
-  _globals['_GETLOADSREQUEST']._serialized_start=64
-  _globals['_GETLOADSREQUEST']._serialized_end=81
-  _globals['_CONTROLLERSTATUS']._serialized_start=83
-  _globals['_CONTROLLERSTATUS']._serialized_end=128
-  _globals['_SHARDSTATUS']._serialized_start=130
-  _globals['_SHARDSTATUS']._serialized_end=238
-  _globals['_WORKERSTATUS']._serialized_start=241
-  _globals['_WORKERSTATUS']._serialized_end=429
-  _globals['_MODELSTATUS']._serialized_start=432
-  _globals['_MODELSTATUS']._serialized_end=659
-  _globals['_LAYERTRAFFIC']._serialized_start=661
-  _globals['_LAYERTRAFFIC']._serialized_end=759
-  _globals['_STATUSRESPONSE']._serialized_start=762
-  _globals['_STATUSRESPONSE']._serialized_end=1152
-  _globals['_LAYERLOAD']._serialized_start=1154
-  _globals['_LAYERLOAD']._serialized_end=1196
-  _globals['_LOADSRESPONSE']._serialized_start=1198
-  _globals['_LOADSRESPONSE']._serialized_end=1255
-  _globals['_ADMIN']._serialized_start=1258
-  _globals['_ADMIN']._serialized_end=1416
+  _globals['_SCALEREQUEST']._serialized_start=44
+  _globals['_SCALEREQUEST']._serialized_end=124
+  _globals['_DRAINREQUEST']._serialized_start=126
+  _globals['_DRAINREQUEST']._serialized_end=152
+  _globals['_LISTOPERATIONSREQUEST']._serialized_start=154
+  _globals['_LISTOPERATIONSREQUEST']._serialized_end=189
+  _globals['_LISTOPERATIONSRESPONSE']._serialized_start=191
+  _globals['_LISTOPERATIONSRESPONSE']._serialized_end=261
+  _globals['_OPERATION']._serialized_start=264
+  _globals['_OPERATION']._serialized_end=442
+  _globals['_GETSTATUSREQUEST']._serialized_start=444
+  _globals['_GETSTATUSREQUEST']._serialized_end=462
+  _globals['_GETLOADSREQUEST']._serialized_start=464
+  _globals['_GETLOADSREQUEST']._serialized_end=481
+  _globals['_CONTROLLERSTATUS']._serialized_start=483
+  _globals['_CONTROLLERSTATUS']._serialized_end=528
+  _globals['_SHARDSTATUS']._serialized_start=530
+  _globals['_SHARDSTATUS']._serialized_end=638
+  _globals['_WORKERSTATUS']._serialized_start=641
+  _globals['_WORKERSTATUS']._serialized_end=829
+  _globals['_MODELSTATUS']._serialized_start=832
+  _globals['_MODELSTATUS']._serialized_end=1059
+  _globals['_LAYERTRAFFIC']._serialized_start=1061
+  _globals['_LAYERTRAFFIC']._serialized_end=1159
+  _globals['_STATUSRESPONSE']._serialized_start=1162
+  _globals['_STATUSRESPONSE']._serialized_end=1552
+  _globals['_LAYERLOAD']._serialized_start=1554
+  _globals['_LAYERLOAD']._serialized_end=1596
+  _globals['_LOADSRESPONSE']._serialized_start=1598
+  _globals['_LOADSRESPONSE']._serialized_end=1655
+  _globals['_ADMIN']._serialized_start=1658
+  _globals['_ADMIN']._serialized_end=2039
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminStub:
-    """Reads only; changes nothing.
+    """What an operator sees and does.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,25 @@ class AdminStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.LoadsResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/expertmesh.v1.Admin/Scale',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.Operation.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertmesh.v1.Admin/Drain',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.Operation.FromString,
+                _registered_method=True)
+        self.ListOperations = channel.unary_unary(
+                '/expertmesh.v1.Admin/ListOperations',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.ListOperationsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.ListOperationsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
-    """Reads only; changes nothing.
+    """What an operator sees and does.
     """
 
     def GetStatus(self, request, context):
@@ -60,6 +75,28 @@ class AdminServicer:
 
     def GetLoads(self, request, context):
         """How many tokens each expert was chosen for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Begins to have other numbers of shards and workers. Asked again while it runs, it answers with the same operation;
+        another operation meanwhile is FAILED_PRECONDITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Begins to take one shard or worker out; no request is lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOperations(self, request, context):
+        """The operations begun so far and how far each is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +115,21 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.LoadsResponse.SerializeToString,
             ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.Operation.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.Operation.SerializeToString,
+            ),
+            'ListOperations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOperations,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.ListOperationsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.ListOperationsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'expertmesh.v1.Admin', rpc_method_handlers)
@@ -87,7 +139,7 @@ def add_AdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Admin:
-    """Reads only; changes nothing.
+    """What an operator sees and does.
     """
 
     @staticmethod
@@ -134,6 +186,87 @@ class Admin:
             '/expertmesh.v1.Admin/GetLoads',
             expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.LoadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/Scale',
+            expertmesh_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/Drain',
+            expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOperations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/ListOperations',
+            expertmesh_dot_v1_dot_admin__pb2.ListOperationsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.ListOperationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

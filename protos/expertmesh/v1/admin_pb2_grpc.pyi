@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminStub:
-    """Reads only; changes nothing."""
+    """What an operator sees and does."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +37,35 @@ class AdminStub:
     """What runs where, and what it holds."""
     GetLoads: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetLoadsRequest, _admin_pb2.LoadsResponse]
     """How many tokens each expert was chosen for."""
+    Scale: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]
+    """Begins to have other numbers of shards and workers. Asked again while it runs, it answers with the same operation;
+    another operation meanwhile is FAILED_PRECONDITION.
+    """
+    Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.Operation]
+    """Begins to take one shard or worker out; no request is lost."""
+    ListOperations: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListOperationsRequest, _admin_pb2.ListOperationsResponse]
+    """The operations begun so far and how far each is."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
-    """Reads only; changes nothing."""
+    """What an operator sees and does."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.StatusResponse]  # type: ignore[assignment]
     """What runs where, and what it holds."""
     GetLoads: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetLoadsRequest, _admin_pb2.LoadsResponse]  # type: ignore[assignment]
     """How many tokens each expert was chosen for."""
+    Scale: _aio.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]  # type: ignore[assignment]
+    """Begins to have other numbers of shards and workers. Asked again while it runs, it answers with the same operation;
+    another operation meanwhile is FAILED_PRECONDITION.
+    """
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.Operation]  # type: ignore[assignment]
+    """Begins to take one shard or worker out; no request is lost."""
+    ListOperations: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListOperationsRequest, _admin_pb2.ListOperationsResponse]  # type: ignore[assignment]
+    """The operations begun so far and how far each is."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
-    """Reads only; changes nothing."""
+    """What an operator sees and does."""
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -66,5 +82,31 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.LoadsResponse, _abc.Awaitable[_admin_pb2.LoadsResponse]]:
         """How many tokens each expert was chosen for."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _admin_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]:
+        """Begins to have other numbers of shards and workers. Asked again while it runs, it answers with the same operation;
+        another operation meanwhile is FAILED_PRECONDITION.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]:
+        """Begins to take one shard or worker out; no request is lost."""
+
+    @_abc_1.abstractmethod
+    def ListOperations(
+        self,
+        request: _admin_pb2.ListOperationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListOperationsResponse, _abc.Awaitable[_admin_pb2.ListOperationsResponse]]:
+        """The operations begun so far and how far each is."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

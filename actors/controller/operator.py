@@ -1,0 +1,272 @@
+"""Carries out what an operator asks for: scale, drain. One operation at a time; it survives the controller.
+
+The keeper's rounds call `step`. Processes are started on a thread of their own, so that a fault meanwhile is not left
+waiting. What was kept as the members decides after a restart whether an operation that was under way goes on or back.
+"""
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from expertmesh.actors.controller.keeper import Keeper
+from expertmesh.actors.state import StateStore
+from expertmesh.cluster.errors import (
+    CapacityError,
+    ConflictError,
+    ExpertMeshError,
+    InputError,
+    StateError,
+    UnavailableError,
+)
+from expertmesh.cluster.ids import ShardId, WorkerId
+from expertmesh.cluster.operations import Operation, Phase
+from expertmesh.cluster.repair import repair
+
+_log = logging.getLogger(__name__)
+_MOST = 1024
+_DEADLINE_S = 900.0
+# What a leaving worker's sequences may take to go on elsewhere before its process ends; they do either way.
+_DRAIN_S = 30.0
+
+
+class Operator:
+    """The operations of one deployment. Any thread may ask; the keeper's thread steps."""
+
+    def __init__(self, keeper: Keeper, store: StateStore) -> None:
+        self._keeper = keeper
+        self._store = store
+        self._operations: dict[str, Operation] = {}
+        self._current: Operation | None = None
+        self._starting: threading.Thread | None = None
+        self._start_error: ExpertMeshError | None = None
+        self._lock = threading.Lock()
+
+    def resume(self) -> None:
+        """Read the operations of a former life. Call it before the keeper's rounds begin."""
+        try:
+            kept = self._store.load_operations()
+        except (StateError, UnavailableError) as error:
+            _log.warning("the operations of a former life are lost: %s", error)
+            return
+        self._operations = {operation.id: operation for operation in reversed(kept)}
+        self._current = next((operation for operation in kept if not operation.is_over), None)
+
+    def scale(self, shards: int | None, workers: int | None) -> Operation:
+        """Begin to have that many shards and workers; None leaves a tier as it is.
+
+        Raises:
+            InputError: a number that cannot be.
+            CapacityError: the shards that stay have too little memory.
+            ConflictError: another operation is under way.
+        """
+        for name, number in (("shards", shards), ("workers", workers)):
+            if number is not None and not 1 <= number <= _MOST:
+                raise InputError(f"cannot scale to {number} {name}; 1 to {_MOST} can be asked for")
+        if shards is None and workers is None:
+            raise InputError("scale to how many shards, how many workers?")
+        parts = [f"{n} {name}" for n, name in ((shards, "shards"), (workers, "workers")) if n is not None]
+        with self._lock:
+            if same := self._same(f"scale to {' and '.join(parts)}"):
+                return same
+            adding: list[str] = []
+            removing: list[str] = []
+            for wanted, have, prefix in (
+                (shards, self._keeper.shard_ids, "shard-"),
+                (workers, self._keeper.worker_ids, "worker-"),
+            ):
+                if wanted is not None:
+                    adding += _new_ids(prefix, have, wanted - len(have))
+                    removing += list(have[wanted:])
+            return self._begin(f"scale to {' and '.join(parts)}", adding, removing)
+
+    def drain(self, member: str) -> Operation:
+        """Begin to take one shard or worker out.
+
+        Raises:
+            InputError: there is no such member, or it is the last of its tier.
+            CapacityError: the shards that stay have too little memory.
+            ConflictError: another operation is under way.
+        """
+        with self._lock:
+            if same := self._same(f"drain {member}"):
+                return same
+            for tier in (self._keeper.shard_ids, self._keeper.worker_ids):
+                if member in tier:
+                    if len(tier) == 1:
+                        raise InputError(f"{member} is the last of its kind and cannot be drained")
+                    return self._begin(f"drain {member}", [], [member])
+        known = [*self._keeper.shard_ids, *self._keeper.worker_ids]
+        raise InputError(f"there is no {member!r}; there are {', '.join(known)}")
+
+    def get(self, operation_id: str) -> Operation:
+        """Return one operation.
+
+        Raises:
+            InputError: there is none of that id.
+        """
+        if operation_id not in self._operations:
+            raise InputError(f"there is no operation {operation_id!r}")
+        return self._operations[operation_id]
+
+    def all(self) -> list[Operation]:
+        """Return all operations, the newest last."""
+        return list(self._operations.values())
+
+    @property
+    def leaving_workers(self) -> list[str]:
+        """Workers whose sequences are to go on elsewhere now."""
+        current = self._current
+        return [m for m in current.removing if _is_worker(m)] if current and current.phase is Phase.DRAIN else []
+
+    def step(self) -> None:
+        """Take the operation under way one step further."""
+        operation = self._current
+        if operation is None:
+            return
+        if operation.phase is Phase.PREPARE:
+            self._prepare(operation)
+        elif operation.phase is Phase.COMMIT:
+            self._commit(operation)
+        else:
+            self._drain(operation)
+
+    def _begin(self, request: str, adding: Sequence[str], removing: Sequence[str]) -> Operation:
+        self._require_memory([s for s in self._keeper.shard_ids if s not in removing])
+        now_s = time.time()
+        operation = Operation(
+            id=f"op-{uuid.uuid4().hex[:8]}",
+            request=request,
+            adding=tuple(adding),
+            removing=tuple(removing),
+            phase=Phase.PREPARE,
+            progress=f"starting {', '.join(adding)}" if adding else "",
+            error="",
+            started_s=now_s,
+            ended_s=0.0,
+            deadline_s=now_s + _DEADLINE_S,
+        )
+        self._note(operation)
+        self._keeper.alarm()
+        return operation
+
+    def _same(self, request: str) -> Operation | None:
+        """Return the operation under way if it is the one asked for; None when there is none.
+
+        Raises:
+            ConflictError: it is another.
+        """
+        current = self._current
+        if current is not None and current.request != request:
+            raise ConflictError(f"{current.id} is under way: {current.request}")
+        return current
+
+    def _require_memory(self, staying: Sequence[ShardId]) -> None:
+        """Refuse when the shards that stay cannot take the experts of those that leave."""
+        keeper = self._keeper
+        assert keeper.placement is not None
+        target = repair(keeper.placement, staying, {}, replicas=keeper.replicas, level=True)
+        facts = keeper.shards.facts
+        loaded = [f for f in facts.values() if f.get("num_slots")]
+        expert_bytes = max((f["weight_bytes"] // f["num_slots"] for f in loaded), default=0)
+        needed: dict[str, int] = {}
+        for slots in target.shards:
+            more = len(slots.experts) - keeper.placement.num_slots(slots.shard)
+            node = facts[slots.shard].get("node", "")
+            needed[node] = needed.get(node, 0) + max(0, more) * expert_bytes
+        for node, num_bytes in needed.items():
+            free = min((f["free_bytes"] for f in loaded if f["node"] == node), default=0)
+            if num_bytes > free:
+                raise CapacityError(
+                    f"the shards that stay on {node} would need {num_bytes / 2**30:.2f} GiB more, "
+                    f"{free / 2**30:.2f} GiB are free"
+                )
+
+    def _prepare(self, operation: Operation) -> None:
+        if not self._lives(operation.adding):
+            if self._starting is None:
+                self._start_error = None
+                self._starting = threading.Thread(target=self._start, args=(operation,), name=operation.id, daemon=True)
+                self._starting.start()
+                return
+            if self._starting.is_alive():
+                return
+        self._starting = None
+        if self._start_error is not None or not self._lives(operation.adding):
+            self._roll_back(operation, str(self._start_error or "what was started is gone again"))
+            return
+        self._note(operation.advanced(Phase.COMMIT, "moving experts", now_s=time.time()))
+
+    def _start(self, operation: Operation) -> None:
+        try:
+            for member in operation.adding:
+                self._keeper.start_member(_id(member))
+        except ExpertMeshError as error:
+            self._start_error = error
+        finally:
+            self._keeper.alarm()
+
+    def _commit(self, operation: Operation) -> None:
+        keeper = self._keeper
+        members = [*keeper.shard_ids, *keeper.worker_ids]
+        after = [m for m in members if m not in operation.removing]
+        after += [m for m in operation.adding if m not in after]
+        shards = [ShardId(m) for m in after if not _is_worker(m)]
+        if time.time() > operation.deadline_s:
+            self._roll_back(operation, "its deadline passed")
+            return
+        if not self._lives(operation.adding):
+            self._roll_back(operation, "what was started is gone again")
+            return
+        try:
+            keeper.change_members(shards, [WorkerId(m) for m in after if _is_worker(m)])
+        except ExpertMeshError as error:
+            self._roll_back(operation, str(error))
+            return
+        self._note(operation.advanced(Phase.DRAIN, f"ending {', '.join(operation.removing)}", now_s=time.time()))
+
+    def _drain(self, operation: Operation) -> None:
+        keeper = self._keeper
+        for member in operation.removing:
+            facts = keeper.workers.facts.get(WorkerId(member), {})
+            busy = facts.get("running", 0) + facts.get("waiting", 0)
+            if busy and time.time() < operation.started_s + _DRAIN_S:
+                return
+        for member in operation.removing:
+            keeper.end_member(_id(member))
+        self._note(operation.advanced(Phase.DONE, "", now_s=time.time()))
+
+    def _roll_back(self, operation: Operation, error: str) -> None:
+        for member in operation.adding:
+            self._keeper.end_member(_id(member))
+        self._note(operation.advanced(Phase.ROLLED_BACK, "", now_s=time.time(), error=error))
+
+    def _lives(self, members: Sequence[str]) -> bool:
+        ready = {*self._keeper.shards.ready, *self._keeper.workers.ready}
+        return set(members) <= ready
+
+    def _note(self, operation: Operation) -> None:
+        """Keep an operation as it is now. Without a store it goes on in memory."""
+        self._operations[operation.id] = operation
+        self._current = None if operation.is_over else operation
+        _log.info("%s, %s: %s %s", operation.id, operation.request, operation.phase, operation.error)
+        try:
+            self._store.save_operation(operation)
+        except UnavailableError as error:
+            _log.warning("%s is not saved: %s", operation.id, error)
+
+
+def _is_worker(member: str) -> bool:
+    return member.startswith("worker-")
+
+
+def _id(member: str) -> Any:
+    return WorkerId(member) if _is_worker(member) else ShardId(member)
+
+
+def _new_ids(prefix: str, have: Sequence[str], count: int) -> list[str]:
+    """Return `count` ids that are not taken, the smallest numbers first."""
+    free = (f"{prefix}{number}" for number in range(len(have) + max(0, count)) if f"{prefix}{number}" not in have)
+    return [name for name, _ in zip(free, range(count), strict=False)]

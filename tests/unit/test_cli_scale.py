@@ -1,0 +1,50 @@
+"""`scale`, `drain` and `ops` against a real server over fake operations."""
+
+import json
+
+import pytest
+
+from tests.unit.test_cli import Run, run, tokenizer, url
+
+__all__ = ["run", "tokenizer", "url"]  # fixtures
+
+
+def test_an_operation_is_begun_and_shown(run: Run, url: str) -> None:
+    code, out, _ = run("scale", "--shards", "3", "--url", url)
+    assert code == 0
+    assert "scale to 3 shards and None workers: PREPARE starting shard-2" in out
+
+
+def test_wait_follows_it_to_its_end(run: Run, url: str) -> None:
+    code, out, _ = run("drain", "shard-1", "--wait", "--json", "--url", url)
+    assert code == 0
+    operation = json.loads(out)
+    assert (operation["request"], operation["phase"], operation["ended_s"]) == ("drain shard-1", "DONE", 12.5)
+    assert run("ops", operation["id"], "--json", "--url", url)[1].strip() == out.strip()
+    code, out, _ = run("ops", "--url", url)
+    assert code == 0
+    assert "drain shard-1" in out
+    assert "DONE" in out
+
+
+def test_one_that_was_rolled_back_is_an_error(run: Run, url: str) -> None:
+    code, _, err = run("drain", "shard-9", "--wait", "--url", url)
+    assert code == 1
+    assert "was rolled back: it died" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["scale", "--shards", "0"], 2, "--shards is 0; it must be at least 1"),
+        (["scale", "--shards", "99"], 1, "op-0 is under way: drain shard-1"),
+        (["drain", "shard-7"], 2, "there is no 'shard-7'"),
+    ],
+)
+def test_what_cannot_be_begun_is_one_clear_line(
+    run: Run, url: str, arguments: list[str], code: int, message: str
+) -> None:
+    got, out, err = run(*arguments, "--url", url)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
