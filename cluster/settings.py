@@ -30,6 +30,19 @@ class ServeSettings(BaseModel):
     max_queue: int = Field(default=1024, ge=1, description="live sequences at a worker; more are refused")
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
+    dispatch: Literal["auto", "rendezvous", "quota", "concentrate"] = Field(
+        default="auto", description="how tokens are given to an expert's replicas; auto: by the size of the batch"
+    )
+    spare_slots: float = Field(
+        default=0.125, ge=0, le=8, description="room for more replicas of hot experts, as a part of a shard's slots"
+    )
+    rebalance_period_s: float = Field(
+        default=30.0, ge=0, description="seconds between two looks at which experts are hot; 0: only when asked"
+    )
+    weights_period_s: float = Field(
+        default=3.0, ge=0, description="seconds between two looks at how replicas share their tokens; 0: never"
+    )
+
     link_host: str = Field(default="", description="interface that links listen on; empty: the node's address in Ray")
     links: Literal["auto", "gloo"] = Field(
         default="auto",

@@ -18,6 +18,8 @@ COMMANDS = {
     "status": ("expertmesh.actors.cli.status:status", "Show what a running server is made of."),
     "scale": ("expertmesh.actors.cli.scale:scale", "Have other numbers of shards and workers, while serving."),
     "drain": ("expertmesh.actors.cli.scale:drain", "Take one shard or worker out, while serving."),
+    "rebalance": ("expertmesh.actors.cli.placement:rebalance", "Move experts to where their load wants them."),
+    "placement": ("expertmesh.actors.cli.placement:placement", "Save or load which shard hosts which expert."),
     "ops": ("expertmesh.actors.cli.scale:ops", "Show the operations, or one of them."),
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
     "doctor": ("expertmesh.actors.cli.doctor:doctor", "Show what this machine has, and what is missing."),

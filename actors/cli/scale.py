@@ -35,7 +35,7 @@ def scale(
     request = ScaleRequest(shards=shards, workers=workers)
     with open_channel(url) as channel:
         operation = to_dict(AdminStub(channel).Scale(request, timeout=_TIMEOUT_S))
-    _follow(url, operation, wait=wait, as_json=as_json)
+    follow(url, operation, wait=wait, as_json=as_json)
 
 
 def drain(
@@ -47,7 +47,7 @@ def drain(
     """Take one shard or worker out; streams go on meanwhile."""
     with open_channel(url) as channel:
         operation = to_dict(AdminStub(channel).Drain(DrainRequest(id=member), timeout=_TIMEOUT_S))
-    _follow(url, operation, wait=wait, as_json=as_json)
+    follow(url, operation, wait=wait, as_json=as_json)
 
 
 def ops(
@@ -69,8 +69,12 @@ def ops(
     Console().print(table if operations else "no operation yet")
 
 
-def _follow(url: str, operation: dict[str, Any], *, wait: bool, as_json: bool) -> None:
-    """Print an operation, with --wait each phase of it until it is over."""
+def follow(url: str, operation: dict[str, Any], *, wait: bool, as_json: bool) -> None:
+    """Print an operation, with wait each phase of it until it is over.
+
+    Raises:
+        ExpertMeshError: it was rolled back.
+    """
     shown = ""
     while True:
         line = f"{operation['id']}: {operation['request']}: {operation['phase']} {operation['progress']}".rstrip()

@@ -82,6 +82,7 @@ def _head(state: dict[str, Any]) -> Table:
     balancedness = state["balancedness"]
     rows = {
         "state": "ready" if state["ready"] else f"not ready: {state['not_ready_reason']}",
+        **({"warnings": "; ".join(state["warnings"])} if state["warnings"] else {}),
         "address": state["grpc_address"],
         "model": f"{model['name']} ({model['architecture']}, {model['dtype']})",
         "experts": f"{model['num_experts']} in each of {len(model['moe_layers'])} of {model['num_layers']} layers, "

@@ -7,6 +7,8 @@ goes on.
 import logging
 import os
 import threading
+import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
+from expertmesh.actors.controller.balancing import Balancing
 from expertmesh.actors.controller.keeper import Keeper
+from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address
@@ -24,10 +28,12 @@ from expertmesh.actors.shard.actor import ShardActor
 from expertmesh.actors.state import EmbeddedRedis, StateStore, connect
 from expertmesh.actors.worker.actor import WorkerActor
 from expertmesh.cluster.balance import balancedness, shard_load_LS
-from expertmesh.cluster.errors import UnavailableError
+from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
+from expertmesh.cluster.placement import Placement
 from expertmesh.cluster.settings import ServeSettings
+from expertmesh.cluster.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 5.0
@@ -57,7 +63,10 @@ class Controller:
         self._shards = Tier[ShardId](ShardActor, settings, threads=shard_threads, concurrency=8)
         self._workers = Tier[WorkerId](WorkerActor, settings, threads=worker_threads, concurrency=1000)
         store = StateStore(connect(url), model.name)
-        self._keeper = Keeper(settings, model, store, self._shards, self._workers, self._note)
+        self._watchdog = Watchdog()
+        self._keeper = Keeper(settings, model, store, self._shards, self._workers, self._note, self._watchdog)
+        self._collector = LoadCollector(model, store, self._workers)
+        self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog)
         self._operator = Operator(self._keeper, store)
         self._keeper.each_round = self._operator.step
         self._progress: list[str] = []
@@ -80,6 +89,7 @@ class Controller:
         self._operator.resume()
         self._started = True
         threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
+        threading.Thread(target=self._balancing.run, name="balancing", daemon=True).start()
         self._note("ready")
 
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
@@ -116,6 +126,48 @@ class Controller:
         self._require_started()
         return asdict(self._operator.drain(member))
 
+    def rebalance(self, dry_run: bool) -> dict[str, Any]:
+        """Plan, and unless it is a dry run begin to carry out. Returns the plan's fields and those of an operation."""
+        self._require_started()
+        plan = self._balancing.plan()
+        operation = None
+        if not dry_run and plan.is_worthwhile:
+            operation = asdict(self._operator.go_to(plan.placement, "rebalance"))
+        return {
+            "moves": [
+                {"layer": m.key.layer, "expert": m.key.expert, "source": m.source or "", "target": m.target}
+                for m in plan.moves
+            ],
+            "bytes_moved": plan.bytes_moved,
+            "balancedness_before": plan.balancedness_before,
+            "balancedness_after": plan.balancedness_after,
+            "gain_s": plan.gain_s,
+            "cost_s": plan.cost_s,
+            "is_worthwhile": plan.is_worthwhile,
+            "reason": plan.reason,
+            **({"operation": operation} if operation else {}),
+        }
+
+    def placement_record(self) -> bytes:
+        """Return the placement in force, as `Placement.to_bytes` packs it."""
+        self._require_started()
+        placement = self._keeper.placement
+        assert placement is not None
+        return placement.to_bytes()
+
+    def load_placement(self, record: bytes) -> dict[str, Any]:
+        """Begin to put a placement in force that was saved. Returns the operation's fields.
+
+        Raises:
+            InputError: it is damaged, or does not fit; see Operator.go_to.
+        """
+        self._require_started()
+        try:
+            target = Placement.from_bytes(record)
+        except StateError as error:
+            raise InputError(str(error)) from error
+        return asdict(self._operator.go_to(target, f"load placement {zlib.crc32(record):08x}"))
+
     def operations(self, operation_id: str) -> list[dict[str, Any]]:
         """Return one operation, or all, the newest last, when the id is empty.
 
@@ -127,6 +179,8 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """Return what StatusResponse shows, grpc_address excepted."""
+        if self._started:
+            self._collector.collect(time.time())
         reason = self._not_ready_reason()
         return {
             "plan": self._plan_name(),
@@ -138,15 +192,17 @@ class Controller:
             "layer_traffic": self._traffic(),
             "ready": not reason,
             "not_ready_reason": reason,
+            "warnings": self._watchdog.stalled(time.monotonic()),
         }
 
     def loads(self) -> dict[int, list[int]]:
         """Return the tokens of each expert since start, by layer."""
-        load_LE = sum((np.array(c["load_LE"], dtype=np.int64) for c in self._counters()), self._no_load())
+        load_LE = sum((c["load_LE"] for c in self._counters()), self._no_load())
         return {layer: load_LE[row].tolist() for row, layer in enumerate(self._model.moe_layers)}
 
     def stop(self) -> None:
         """End workers, shards and the embedded Redis, and free what was reserved for them."""
+        self._balancing.stop()
         self._keeper.stop()
         for worker in tuple(self._workers.handles):
             self._workers.dismiss(worker)
@@ -177,7 +233,8 @@ class Controller:
         placement = self._keeper.placement
         if placement is None:
             return None
-        load_LE = sum((np.array(c["load_LE"], dtype=np.int64) for c in self._counters()), self._no_load())
+        load = self._collector.slow(time.time())
+        load_LE = load.prefill_LE + load.decode_LE
         return float(balancedness(shard_load_LS(load_LE, placement))) if load_LE.any() else None
 
     def _traffic(self) -> list[dict[str, int]]:

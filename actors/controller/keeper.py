@@ -7,6 +7,7 @@ from what it left.
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,12 @@ from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.placement import Placement, ShardSlots, initial_placement
 from expertmesh.cluster.repair import repair
 from expertmesh.cluster.settings import ServeSettings
+from expertmesh.cluster.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 _PERIOD_S = 0.5
+# A round that moves experts may take a while.
+_PATIENCE_ROUNDS = 120.0
 # An answer takes milliseconds; a shard that is silent for longer after a worker lost it counts as away for now.
 _ASK_TIMEOUT_S = 5.0
 _ALARM_TIMEOUT_S = 1.0
@@ -39,6 +43,7 @@ class Keeper:
         shards: Tier[ShardId],
         workers: Tier[WorkerId],
         note: Callable[[str], None],
+        watchdog: Watchdog,
     ) -> None:
         self._settings = settings
         self._model = model
@@ -46,11 +51,13 @@ class Keeper:
         self.shards = shards
         self.workers = workers
         self._note = note
+        self._watchdog = watchdog
         self.placement: Placement | None = None
         # Who is to be there. Others that are there are starting or leaving.
         self.shard_ids: list[ShardId] = []
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
+        self._proposal: tuple[Placement, str] | None = None
         self._is_saved = False
         self._reviving: set[ShardId | WorkerId] = set()
         self._alarm = threading.Event()
@@ -87,14 +94,18 @@ class Keeper:
 
     def run(self) -> None:
         """Do rounds until `stop`."""
+        self._watchdog.expect("fleet's rounds", _PERIOD_S, patience=_PATIENCE_ROUNDS)
         while not self._stopping.is_set():
             alarmed = self._alarm.wait(_PERIOD_S)
             self._alarm.clear()
             try:
                 self.round(_ALARM_TIMEOUT_S if alarmed else _ASK_TIMEOUT_S)
+                self._watchdog.success("fleet's rounds", time.monotonic())
             except ExpertMeshError as error:
+                self._watchdog.failure("fleet's rounds", time.monotonic(), str(error))
                 _log.warning("a round failed; the next is in %.1f s: %s", _PERIOD_S, error)
-            except Exception:  # noqa: BLE001  whatever went wrong is logged, and the keeper goes on
+            except Exception as error:  # noqa: BLE001  whatever went wrong is told, and the keeper goes on
+                self._watchdog.failure("fleet's rounds", time.monotonic(), repr(error))
                 _log.exception("a round failed; the next is in %.1f s", _PERIOD_S)
 
     def alarm(self) -> None:
@@ -128,6 +139,30 @@ class Keeper:
             self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True))
         self._publish(self.placement, behind_only=True)
         self.each_round()
+        proposal, self._proposal = self._proposal, None
+        if proposal is not None and self.is_calm and proposal[0].epoch == self.placement.epoch + 1:
+            self._note(f"epoch {proposal[0].epoch}: {proposal[1]}")
+            self._move_to(proposal[0])
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether all shards that are to be there host what the placement says, and none is being started."""
+        assert self.placement is not None, "asked before bring_up()"
+        hosting = set(self._hosting)
+        return not self._reviving and hosting == set(self.shard_ids) == {s.shard for s in self.placement.shards}
+
+    def propose(self, target: Placement, reason: str) -> None:
+        """Have the next round go to a placement, if it still follows the one in force. Any thread."""
+        self._proposal = target, reason
+        self._alarm.set()
+
+    def adopt(self, target: Placement) -> None:
+        """Go to a placement now. Keeper's thread.
+
+        Raises:
+            ExpertMeshError: it could not be reached; the old one stays in force.
+        """
+        self._move_to(target)
 
     def ask(self, timeout_s: float) -> None:
         """Ask shards and workers how they are."""

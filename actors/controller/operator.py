@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from expertmesh.actors.controller.keeper import Keeper
@@ -23,6 +24,7 @@ from expertmesh.cluster.errors import (
 )
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.operations import Operation, Phase
+from expertmesh.cluster.placement import Placement, ShardSlots
 from expertmesh.cluster.repair import repair
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Operator:
         self._store = store
         self._operations: dict[str, Operation] = {}
         self._current: Operation | None = None
+        self._target: Placement | None = None  # of the operation under way, if it is a placement that was asked for
         self._starting: threading.Thread | None = None
         self._start_error: ExpertMeshError | None = None
         self._lock = threading.Lock()
@@ -100,6 +103,39 @@ class Operator:
                     return self._begin(f"drain {member}", [], [member])
         known = [*self._keeper.shard_ids, *self._keeper.worker_ids]
         raise InputError(f"there is no {member!r}; there are {', '.join(known)}")
+
+    def go_to(self, target: Placement, request: str) -> Operation:
+        """Begin to put a placement in force.
+
+        Args:
+            target: of this model and these shards; its epoch does not matter.
+            request: what is asked for, in words.
+
+        Raises:
+            InputError: it is of another model, names unknown shards, or leaves an expert out.
+            ConflictError: another operation is under way.
+        """
+        with self._lock:
+            if same := self._same(request):
+                return same
+            current = self._keeper.placement
+            assert current is not None, "an operation before the fleet"
+            if (target.layers, target.num_experts) != (current.layers, current.num_experts):
+                raise InputError(
+                    f"the placement is of a model with {target.num_experts} experts in the layers {target.layers}, "
+                    f"this one has {current.num_experts} in {current.layers}"
+                )
+            shards = {slots.shard: slots for slots in target.shards}
+            unknown = sorted(set(shards) - set(self._keeper.shard_ids))
+            missing = target.missing(set(shards))
+            if unknown or missing:
+                what = (
+                    f"names unknown shards: {', '.join(unknown)}" if unknown else f"leaves {missing[0]} without a shard"
+                )
+                raise InputError(f"the placement {what}")
+            whole = tuple(shards.get(s, ShardSlots(shard=s, experts=())) for s in self._keeper.shard_ids)
+            self._target = replace(target, shards=whole)
+            return self._begin(request, [], [])
 
     def get(self, operation_id: str) -> Operation:
         """Return one operation.
@@ -221,7 +257,11 @@ class Operator:
             self._roll_back(operation, "what was started is gone again")
             return
         try:
-            keeper.change_members(shards, [WorkerId(m) for m in after if _is_worker(m)])
+            if operation.adding or operation.removing or self._target is None:
+                keeper.change_members(shards, [WorkerId(m) for m in after if _is_worker(m)])
+            else:
+                assert keeper.placement is not None
+                keeper.adopt(replace(self._target, epoch=keeper.placement.epoch + 1))
         except ExpertMeshError as error:
             self._roll_back(operation, str(error))
             return
@@ -251,6 +291,7 @@ class Operator:
         """Keep an operation as it is now. Without a store it goes on in memory."""
         self._operations[operation.id] = operation
         self._current = None if operation.is_over else operation
+        self._target = None if operation.is_over else self._target
         _log.info("%s, %s: %s %s", operation.id, operation.request, operation.phase, operation.error)
         try:
             self._store.save_operation(operation)

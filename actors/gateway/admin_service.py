@@ -22,6 +22,15 @@ class Operations(Protocol):
     async def drain(self, member: str) -> OperationFields:
         """Begin to take a member out."""
 
+    async def rebalance(self, dry_run: bool) -> OperationFields:
+        """Return the fields of RebalanceResponse."""
+
+    async def placement_record(self) -> bytes:
+        """Return the placement in force."""
+
+    async def load_placement(self, record: bytes) -> OperationFields:
+        """Begin to put a placement in force."""
+
     async def operations(self, operation_id: str) -> Sequence[OperationFields]:
         """Return one operation, or all when the id is empty."""
 
@@ -84,6 +93,33 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         response = admin_pb2.Operation()
         async with errors_to_status(context, "Drain"):
             json_format.ParseDict(dict(await self._operations.drain(request.id)), response)
+        return response
+
+    async def Rebalance(  # noqa: N802
+        self, request: admin_pb2.RebalanceRequest, context: Context
+    ) -> admin_pb2.RebalanceResponse:
+        """Plan, and begin to carry out."""
+        response = admin_pb2.RebalanceResponse()
+        async with errors_to_status(context, "Rebalance"):
+            json_format.ParseDict(dict(await self._operations.rebalance(request.dry_run)), response)
+        return response
+
+    async def GetPlacement(  # noqa: N802
+        self, request: admin_pb2.GetPlacementRequest, context: Context
+    ) -> admin_pb2.PlacementRecord:
+        """Return the placement in force."""
+        response = admin_pb2.PlacementRecord()
+        async with errors_to_status(context, "GetPlacement"):
+            response.record = await self._operations.placement_record()
+        return response
+
+    async def SetPlacement(  # noqa: N802
+        self, request: admin_pb2.PlacementRecord, context: Context
+    ) -> admin_pb2.Operation:
+        """Begin to put a placement in force."""
+        response = admin_pb2.Operation()
+        async with errors_to_status(context, "SetPlacement"):
+            json_format.ParseDict(dict(await self._operations.load_placement(request.record)), response)
         return response
 
     async def ListOperations(  # noqa: N802

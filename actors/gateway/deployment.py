@@ -128,6 +128,21 @@ class _Operations:
         """See Operations.drain."""
         return _plain(await _call(self._controller.drain.remote(member)))
 
+    async def rebalance(self, dry_run: bool) -> dict[str, object]:
+        """See Operations.rebalance."""
+        fields = await _call(self._controller.rebalance.remote(dry_run))
+        if "operation" in fields:
+            fields["operation"] = _plain(fields["operation"])
+        return dict(fields)
+
+    async def placement_record(self) -> bytes:
+        """See Operations.placement_record."""
+        return bytes(await _call(self._controller.placement_record.remote()))
+
+    async def load_placement(self, record: bytes) -> dict[str, object]:
+        """See Operations.load_placement."""
+        return _plain(await _call(self._controller.load_placement.remote(record)))
+
     async def operations(self, operation_id: str) -> list[dict[str, object]]:
         """See Operations.operations."""
         return [_plain(fields) for fields in await _call(self._controller.operations.remote(operation_id))]

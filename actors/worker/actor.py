@@ -63,7 +63,7 @@ class WorkerActor:
             CheckpointError: it cannot be read.
         """
         if self._architecture is None:
-            self._link_keeper = LinkKeeper(self._join, self._use, self._report_lost)
+            self._link_keeper = LinkKeeper(self._join, self._use, self._report_lost, self._settings.dispatch)
             await asyncio.to_thread(self._load)
 
     async def join(self, peers: dict[ShardId, ShardPeer]) -> None:
@@ -130,10 +130,13 @@ class WorkerActor:
         }
 
     async def counters(self) -> dict[str, Any]:
-        """Return load_LE, dispatch_bytes_L and combine_bytes_L since start, as nested lists."""
+        """Return what was counted since this process began: see Dispatcher. "life" tells processes apart."""
         assert self._dispatcher is not None, "counters() before load()"
         return {
-            "load_LE": self._dispatcher.load_LE.tolist(),
+            "life": os.getpid(),
+            "load_LE": self._dispatcher.load_LE.copy(),
+            "decode_LE": self._dispatcher.decode_LE.copy(),
+            "expert_s": self._dispatcher.expert_s,
             "dispatch_bytes_L": self._dispatcher.dispatch_bytes_L.tolist(),
             "combine_bytes_L": self._dispatcher.combine_bytes_L.tolist(),
         }

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, H hidden, K choices a token, L layers, E experts, S sh
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.wire import dispatch_packet, read_combine
 from expertmesh.cluster.dispatch_hash import DispatchTable
+from expertmesh.cluster.dispatch_policy import open_policy
 from expertmesh.cluster.errors import LinkError, NoReplicaError, UnavailableError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketKind
@@ -29,12 +31,13 @@ OnLost = Callable[[ShardId, Link], None]
 class Fleet:
     """A placement and this worker's links to its shards. Links break; a broken one stays broken in this fleet."""
 
-    def __init__(self, placement: Placement, links: Mapping[ShardId, Link]) -> None:
+    def __init__(self, placement: Placement, links: Mapping[ShardId, Link], policy: str = "rendezvous") -> None:
+        """Lay out the placement for dispatch; policy is one of `dispatch_policy.POLICIES`."""
         self.placement = placement
         self.shards = tuple(slots.shard for slots in placement.shards)
         self.links = dict(links)
         self.alive_S = np.array([shard in self.links for shard in self.shards])
-        self.tables = {layer: DispatchTable(placement, layer) for layer in placement.layers}
+        self.choose = {layer: open_policy(policy, DispatchTable(placement, layer)) for layer in placement.layers}
 
     def mark_dead(self, index: int) -> None:
         """Send nothing more to a shard."""
@@ -73,7 +76,11 @@ class Dispatcher:
         self._changed = threading.Condition()
         # One key, for the token with which a runner learns the layers' shapes before the first step.
         self._token_keys_T = np.zeros(1, dtype=np.uint64)
+        self._is_decode_T = np.zeros(1, dtype=np.bool_)
         self._sequence = 0
+        # Since the start: tokens of each expert, in all and of decoding alone; seconds that steps spent on experts.
+        self.decode_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
+        self.expert_s = 0.0
         self.load_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
         self.dispatch_bytes_L = np.zeros(len(layers), dtype=np.int64)
         self.combine_bytes_L = np.zeros(len(layers), dtype=np.int64)
@@ -89,9 +96,14 @@ class Dispatcher:
             self._fleet = fleet
             self._changed.notify_all()
 
-    def begin_step(self, token_keys_T: npt.NDArray[np.uint64]) -> None:
-        """Say which tokens the coming layers carry: one key each, from `dispatch_hash.token_keys`."""
-        self._token_keys_T = token_keys_T
+    def begin_step(self, token_keys_T: npt.NDArray[np.uint64], is_decode_T: npt.NDArray[np.bool_]) -> None:
+        """Say which tokens the coming layers carry.
+
+        Args:
+            token_keys_T: one each, from `dispatch_hash.token_keys`.
+            is_decode_T: whether it is a generated token, not one of a prompt.
+        """
+        self._token_keys_T, self._is_decode_T = token_keys_T, is_decode_T
 
     def run(self, layer: int, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Compute the routed experts of a layer; see `models.hooks.RunExperts`.
@@ -101,7 +113,8 @@ class Dispatcher:
         """
         ids_TK = topk_ids_TK.cpu().numpy()
         weights_TK = topk_weights_TK.float().cpu().numpy()
-        self.load_LE[self._row_of_layer[layer]] += np.bincount(ids_TK.ravel(), minlength=self._num_experts)
+        started_s = time.perf_counter()
+        self._count(self._row_of_layer[layer], ids_TK)
         out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
         keys_T = self._token_keys_T[: len(ids_TK)]
         assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
@@ -112,7 +125,7 @@ class Dispatcher:
             # What is done needs no replica any more: its place is taken by an expert that does.
             wanted_TK = np.where(todo_TK, ids_TK, ids_TK[todo_TK][0])
             try:
-                shard_TK = fleet.tables[layer].choose(wanted_TK, keys_T, fleet.alive_S)
+                shard_TK = fleet.choose[layer](wanted_TK, keys_T, fleet.alive_S)
             except NoReplicaError as error:
                 self._await_fleet(fleet, error)
                 continue
@@ -127,7 +140,18 @@ class Dispatcher:
                 self._await_fleet(
                     fleet, UnavailableError(f"layer {layer}: a shard does not host what epoch {epoch} says")
                 )
+        self.expert_s += time.perf_counter() - started_s
         return out_TH.to(hidden_TH.dtype)
+
+    def _count(self, row: int, ids_TK: npt.NDArray[np.int64]) -> None:
+        """Add a layer's tokens to the loads."""
+        count_E = np.bincount(ids_TK.ravel(), minlength=self._num_experts)
+        self.load_LE[row] += count_E
+        is_decode_T = self._is_decode_T[: len(ids_TK)]
+        if is_decode_T.all():
+            self.decode_LE[row] += count_E
+        elif is_decode_T.any():
+            self.decode_LE[row] += np.bincount(ids_TK[is_decode_T].ravel(), minlength=self._num_experts)
 
     def _send_all(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Engine:
         runner: StepRunner,
         *,
         max_queue: int,
-        begin_step: Callable[[np.ndarray[tuple[int], np.dtype[np.uint64]]], None],
+        begin_step: Callable[[npt.NDArray[np.uint64], npt.NDArray[np.bool_]], None],
         on_events: Callable[[list[TokenEvent]], None],
     ) -> None:
         """Make an engine.
@@ -52,7 +53,7 @@ class Engine:
             scheduler: decides what a step computes.
             runner: computes it.
             max_queue: most sequences that may be live; `submit` refuses more.
-            begin_step: told the key of each token of the step before it is computed.
+            begin_step: told, before a step is computed, the key of each token, and whether it is one of decoding.
             on_events: gets each step's events, from the engine's thread.
         """
         self._scheduler = scheduler
@@ -136,7 +137,7 @@ class Engine:
         started_s = time.monotonic()
         try:
             with torch.inference_mode():
-                self._begin_step(_keys(plan.chunks, contexts))
+                self._begin_step(*_tokens(plan.chunks, contexts))
                 sampled, failed = self._draw(plan, contexts, self._runner.run(plan.chunks))
         except Exception as error:
             _logger.exception(
@@ -251,11 +252,14 @@ def _live(request: SequenceRequest) -> _Live:
     )
 
 
-def _keys(chunks: Sequence[Chunk], contexts: Sequence[_Live]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def _tokens(chunks: Sequence[Chunk], contexts: Sequence[_Live]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Return each token's key, and whether its chunk is one generated token."""
     lengths = [len(chunk.token_ids) for chunk in chunks]
     hashes_T = np.repeat(np.array([live.hash for live in contexts], dtype=np.uint64), lengths)
     positions_T = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, lengths, strict=True)])
-    return token_keys(hashes_T, positions_T)
+    pairs = zip(chunks, contexts, strict=True)
+    is_decode = [len(c.token_ids) == 1 and c.start >= len(live.request.prompt_ids) for c, live in pairs]
+    return token_keys(hashes_T, positions_T), np.repeat(is_decode, lengths)
 
 
 def _event(sequence_id: str, live: _Live, tokens: SampledTokens, row: int) -> TokenEvent:

@@ -40,6 +40,7 @@ class LinkKeeper:
         join: Callable[[ShardId, ShardPeer], Awaitable[Link]],
         publish: Callable[[Fleet], None],
         report_lost: Callable[[ShardId], None],
+        policy: str = "rendezvous",
     ) -> None:
         """Make a keeper without shards.
 
@@ -47,10 +48,12 @@ class LinkKeeper:
             join: forms a link; raises UnavailableError, or TimeoutError.
             publish: gets each new fleet.
             report_lost: told the shard of each link that broke.
+            policy: of the fleets' dispatch.
         """
         self._join = join
         self._publish = publish
         self._report_lost = report_lost
+        self._policy = policy
         self._loop = asyncio.get_running_loop()
         self._placement: Placement | None = None
         self._peers: dict[ShardId, ShardPeer] = {}
@@ -80,7 +83,7 @@ class LinkKeeper:
                 self._links = {s: link for s, link in self._links.items() if s in peers and self._is_same(s, peers[s])}
                 self._peers = dict(peers)
                 await self._join_missing(self._peers)
-                self._publish(Fleet(self._placement, self._links))
+                self._publish(Fleet(self._placement, self._links, self._policy))
             return self._placement.epoch
 
     def lost(self, shard: ShardId, link: Link) -> None:
@@ -105,7 +108,7 @@ class LinkKeeper:
             async with self._one_at_a_time:
                 self._broken.clear()
                 if self._placement is not None and await self._join_missing(self._peers):
-                    self._publish(Fleet(self._placement, self._links))
+                    self._publish(Fleet(self._placement, self._links, self._policy))
 
     async def _join_missing(self, peers: dict[ShardId, ShardPeer]) -> bool:
         """Join those without a link, all at once; return whether one was joined."""

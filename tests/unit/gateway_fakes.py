@@ -226,6 +226,7 @@ class FakeOperations:
 
     def __init__(self) -> None:
         self.begun: list[dict[str, object]] = []
+        self.record = b"a placement"
 
     async def scale(self, shards: int | None, workers: int | None) -> dict[str, object]:
         if shards == 99:
@@ -236,6 +237,27 @@ class FakeOperations:
         if member not in ("shard-1", "shard-9"):
             raise InputError(f"there is no {member!r}")
         return self._begin(f"drain {member}")
+
+    async def rebalance(self, dry_run: bool) -> dict[str, object]:
+        plan: dict[str, object] = {
+            "moves": [{"layer": 1, "expert": 5, "source": "shard-0", "target": "shard-1"}],
+            "bytes_moved": 4096,
+            "balancedness_before": 0.5,
+            "balancedness_after": 0.75,
+            "gain_s": 10.0,
+            "cost_s": 0.5,
+            "is_worthwhile": True,
+            "reason": "saves a third",
+        }
+        return plan if dry_run else {**plan, "operation": self._begin("rebalance")}
+
+    async def placement_record(self) -> bytes:
+        return self.record
+
+    async def load_placement(self, record: bytes) -> dict[str, object]:
+        if record != self.record:
+            raise InputError("not a placement record")
+        return self._begin("load placement")
 
     async def operations(self, operation_id: str) -> list[dict[str, object]]:
         for operation in self.begun:

@@ -1,6 +1,7 @@
-"""`scale`, `drain` and `ops` against a real server over fake operations."""
+"""`scale`, `drain`, `ops`, `rebalance` and `placement` against a real server over fake operations."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,35 @@ def test_what_cannot_be_begun_is_one_clear_line(
     assert (got, out) == (code, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_rebalance_shows_its_plan_and_does_it(run: Run, url: str) -> None:
+    code, out, _ = run("rebalance", "--dry-run", "--url", url)
+    assert code == 0
+    assert "1 moves, 4.0 KiB" in out
+    assert "balancedness 0.500 now, 0.750 after" in out
+    assert "gain 10.0 s, cost 0.50 s: saves a third" in out
+    plan = json.loads(run("rebalance", "--dry-run", "--json", "--url", url)[1])
+    assert plan["operation"] is None
+    assert plan["moves"] == [{"layer": 1, "expert": 5, "source": "shard-0", "target": "shard-1"}]
+    code, out, _ = run("rebalance", "--wait", "--json", "--url", url)
+    assert (code, json.loads(out)["phase"]) == (0, "DONE")
+
+
+def test_a_placement_is_saved_and_loaded(run: Run, url: str, tmp_path: Path) -> None:
+    file = tmp_path / "placement"
+    assert run("placement", "save", str(file), "--url", url)[0] == 0
+    assert file.read_bytes() == b"a placement"
+    code, out, _ = run("placement", "load", str(file), "--wait", "--url", url)
+    assert code == 0
+    assert "load placement: DONE" in out
+    file.write_bytes(b"something else")
+    for arguments, message in (
+        (("load", str(file)), "not a placement record"),
+        (("load", str(tmp_path / "absent")), "No such file"),
+        (("save", str(tmp_path / "absent" / "file")), "No such file"),
+        (("lose", str(file)), "it is save or load"),
+    ):
+        code, out, err = run("placement", *arguments, "--url", url)
+        assert (code, out) == (2, "")
+        assert message in err

@@ -99,11 +99,13 @@ class Batch:
         self.hidden_TH = torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype)
         self.ids_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(dim=1)[:, :top_k]
         self.weights_TK = torch.rand(num_tokens, top_k, generator=generator)
+        self.num_decoded = 0  # that many tokens, the first, are generated ones
 
     def run(self, dispatcher: Dispatcher) -> Tensor:
         num_tokens = len(self.hidden_TH)
         dispatcher.begin_step(
-            token_keys(np.full(num_tokens, identity_hash("request"), dtype=np.uint64), np.arange(num_tokens))
+            token_keys(np.full(num_tokens, identity_hash("request"), dtype=np.uint64), np.arange(num_tokens)),
+            np.arange(num_tokens) < self.num_decoded,
         )
         return dispatcher.run(LAYER, self.hidden_TH, self.ids_TK, self.weights_TK)
 
@@ -194,8 +196,13 @@ def test_loads_and_bytes_are_counted() -> None:
     fleet, shards = even_fleet(4, 2)
     dispatcher = dispatcher_of(fleet)
     batches = [Batch(7, seed=1), Batch(1, seed=2)]
+    batches[0].num_decoded = 3
+    batches[1].num_decoded = 1
     for batch in batches:
         batch.run(dispatcher)
+    decoded = torch.cat([batches[0].ids_TK[:3].flatten(), batches[1].ids_TK.flatten()])
+    assert dispatcher.decode_LE[1].tolist() == torch.bincount(decoded, minlength=NUM_EXPERTS).tolist()
+    assert dispatcher.expert_s > 0
     loads = [batch.load_of_experts() for batch in batches]
     assert dispatcher.load_LE.tolist() == [[0] * NUM_EXPERTS, [a + b for a, b in zip(*loads, strict=True)]]
     assert dispatcher.dispatch_bytes_L.tolist() == [0, sum(shard.num_bytes_in for shard in shards)]

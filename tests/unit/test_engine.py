@@ -102,7 +102,7 @@ class Bench:
             self.scheduler,
             self.runner,
             max_queue=max_queue,
-            begin_step=self.keys.append,
+            begin_step=lambda keys_T, _: self.keys.append(keys_T),
             on_events=self.events.extend,
         )
 

@@ -70,6 +70,153 @@ class DrainRequest(_message.Message):
 Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
+class RebalanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Only say what would be done."""
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceRequest: _TypeAlias = RebalanceRequest  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """A copy of an expert's weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Index of the decoder layer in the model."""
+    expert: _builtins.int
+    """The expert."""
+    source: _builtins.str
+    """The shard that has it; empty: it comes from the checkpoint."""
+    target: _builtins.str
+    """The shard that gets it."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        expert: _builtins.int = ...,
+        source: _builtins.str = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "layer", b"layer", "source", b"source", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
+
+@_typing.final
+class RebalanceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    BYTES_MOVED_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_BEFORE_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_AFTER_FIELD_NUMBER: _builtins.int
+    GAIN_S_FIELD_NUMBER: _builtins.int
+    COST_S_FIELD_NUMBER: _builtins.int
+    IS_WORTHWHILE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    bytes_moved: _builtins.int
+    """Bytes of weights copied."""
+    balancedness_before: _builtins.float
+    """Mean shard load over maximal shard load for the load of the last window, as it is."""
+    balancedness_after: _builtins.float
+    """The same under the plan."""
+    gain_s: _builtins.float
+    """Seconds of expert time that it would save over the horizon."""
+    cost_s: _builtins.float
+    """Seconds that the copies take, all shards at once."""
+    is_worthwhile: _builtins.bool
+    """Whether it is to be done."""
+    reason: _builtins.str
+    """Why, or why not."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]:
+        """The plan's copies."""
+
+    @_builtins.property
+    def operation(self) -> Global___Operation:
+        """What was begun; absent: nothing."""
+
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+        bytes_moved: _builtins.int = ...,
+        balancedness_before: _builtins.float = ...,
+        balancedness_after: _builtins.float = ...,
+        gain_s: _builtins.float = ...,
+        cost_s: _builtins.float = ...,
+        is_worthwhile: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        operation: Global___Operation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_operation", b"_operation", "operation", b"operation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_operation", b"_operation", "balancedness_after", b"balancedness_after", "balancedness_before", b"balancedness_before", "bytes_moved", b"bytes_moved", "cost_s", b"cost_s", "gain_s", b"gain_s", "is_worthwhile", b"is_worthwhile", "moves", b"moves", "operation", b"operation", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__operation: _TypeAlias = _typing.Literal["operation"]  # noqa: Y015
+    _WhichOneofArgType__operation: _TypeAlias = _typing.Literal["_operation", b"_operation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__operation) -> _WhichOneofReturnType__operation | None: ...
+
+Global___RebalanceResponse: _TypeAlias = RebalanceResponse  # noqa: Y015
+
+@_typing.final
+class GetPlacementRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlacementRequest: _TypeAlias = GetPlacementRequest  # noqa: Y015
+
+@_typing.final
+class PlacementRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    record: _builtins.bytes
+    """Version, checksum and content; of this release and model."""
+    def __init__(
+        self,
+        *,
+        record: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementRecord: _TypeAlias = PlacementRecord  # noqa: Y015
+
+@_typing.final
 class ListOperationsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -444,6 +591,7 @@ class StatusResponse(_message.Message):
     LAYER_TRAFFIC_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     NOT_READY_REASON_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     plan: _builtins.str
     """The resolved plan in words: tiers, counts, devices."""
     epoch: _builtins.int
@@ -476,6 +624,10 @@ class StatusResponse(_message.Message):
     def layer_traffic(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerTraffic]:
         """In order of layer."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What does not work as it should while requests are served, such as a loop that has not succeeded for long."""
+
     def __init__(
         self,
         *,
@@ -490,10 +642,11 @@ class StatusResponse(_message.Message):
         layer_traffic: _abc.Iterable[Global___LayerTraffic] | None = ...,
         ready: _builtins.bool = ...,
         not_ready_reason: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "balancedness", b"balancedness", "controller", b"controller", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "balancedness", b"balancedness", "controller", b"controller", "epoch", b"epoch", "grpc_address", b"grpc_address", "layer_traffic", b"layer_traffic", "model", b"model", "not_ready_reason", b"not_ready_reason", "plan", b"plan", "ready", b"ready", "shards", b"shards", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "balancedness", b"balancedness", "controller", b"controller", "epoch", b"epoch", "grpc_address", b"grpc_address", "layer_traffic", b"layer_traffic", "model", b"model", "not_ready_reason", b"not_ready_reason", "plan", b"plan", "ready", b"ready", "shards", b"shards", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__balancedness: _TypeAlias = _typing.Literal["balancedness"]  # noqa: Y015
     _WhichOneofArgType__balancedness: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness"]  # noqa: Y015

@@ -55,6 +55,21 @@ class AdminStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.Operation.FromString,
                 _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/expertmesh.v1.Admin/Rebalance',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
+        self.GetPlacement = channel.unary_unary(
+                '/expertmesh.v1.Admin/GetPlacement',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.GetPlacementRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.PlacementRecord.FromString,
+                _registered_method=True)
+        self.SetPlacement = channel.unary_unary(
+                '/expertmesh.v1.Admin/SetPlacement',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.PlacementRecord.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.Operation.FromString,
+                _registered_method=True)
         self.ListOperations = channel.unary_unary(
                 '/expertmesh.v1.Admin/ListOperations',
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.ListOperationsRequest.SerializeToString,
@@ -95,6 +110,27 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebalance(self, request, context):
+        """What the balancer would move, and begins to, unless it is a dry run or not worth it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPlacement(self, request, context):
+        """The placement in force, as a record to keep.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPlacement(self, request, context):
+        """Begins to put a kept placement in force; it must be of this model and name only shards that are there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListOperations(self, request, context):
         """The operations begun so far and how far each is.
         """
@@ -123,6 +159,21 @@ def add_AdminServicer_to_server(servicer, server):
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.Operation.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'GetPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlacement,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetPlacementRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.PlacementRecord.SerializeToString,
+            ),
+            'SetPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPlacement,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.PlacementRecord.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.Operation.SerializeToString,
             ),
             'ListOperations': grpc.unary_unary_rpc_method_handler(
@@ -239,6 +290,87 @@ class Admin:
             target,
             '/expertmesh.v1.Admin/Drain',
             expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/Rebalance',
+            expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/GetPlacement',
+            expertmesh_dot_v1_dot_admin__pb2.GetPlacementRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.PlacementRecord.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/SetPlacement',
+            expertmesh_dot_v1_dot_admin__pb2.PlacementRecord.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.Operation.FromString,
             options,
             channel_credentials,

@@ -43,6 +43,12 @@ class AdminStub:
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.Operation]
     """Begins to take one shard or worker out; no request is lost."""
+    Rebalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.RebalanceResponse]
+    """What the balancer would move, and begins to, unless it is a dry run or not worth it."""
+    GetPlacement: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPlacementRequest, _admin_pb2.PlacementRecord]
+    """The placement in force, as a record to keep."""
+    SetPlacement: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlacementRecord, _admin_pb2.Operation]
+    """Begins to put a kept placement in force; it must be of this model and name only shards that are there."""
     ListOperations: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListOperationsRequest, _admin_pb2.ListOperationsResponse]
     """The operations begun so far and how far each is."""
 
@@ -61,6 +67,12 @@ class AdminAsyncStub(AdminStub):
     """
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.Operation]  # type: ignore[assignment]
     """Begins to take one shard or worker out; no request is lost."""
+    Rebalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.RebalanceResponse]  # type: ignore[assignment]
+    """What the balancer would move, and begins to, unless it is a dry run or not worth it."""
+    GetPlacement: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPlacementRequest, _admin_pb2.PlacementRecord]  # type: ignore[assignment]
+    """The placement in force, as a record to keep."""
+    SetPlacement: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlacementRecord, _admin_pb2.Operation]  # type: ignore[assignment]
+    """Begins to put a kept placement in force; it must be of this model and name only shards that are there."""
     ListOperations: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListOperationsRequest, _admin_pb2.ListOperationsResponse]  # type: ignore[assignment]
     """The operations begun so far and how far each is."""
 
@@ -100,6 +112,30 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]:
         """Begins to take one shard or worker out; no request is lost."""
+
+    @_abc_1.abstractmethod
+    def Rebalance(
+        self,
+        request: _admin_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RebalanceResponse, _abc.Awaitable[_admin_pb2.RebalanceResponse]]:
+        """What the balancer would move, and begins to, unless it is a dry run or not worth it."""
+
+    @_abc_1.abstractmethod
+    def GetPlacement(
+        self,
+        request: _admin_pb2.GetPlacementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PlacementRecord, _abc.Awaitable[_admin_pb2.PlacementRecord]]:
+        """The placement in force, as a record to keep."""
+
+    @_abc_1.abstractmethod
+    def SetPlacement(
+        self,
+        request: _admin_pb2.PlacementRecord,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]:
+        """Begins to put a kept placement in force; it must be of this model and name only shards that are there."""
 
     @_abc_1.abstractmethod
     def ListOperations(
