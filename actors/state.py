@@ -201,29 +201,46 @@ class EmbeddedRedis:
         for name, value in options.items():
             command += [f"--{name}", value]
         self._log = directory / "redis.log"
+        self._command = command
+        self._process = self._start()
+
+    def ensure(self) -> bool:
+        """Start the server again if it has ended; say whether it had. The calling thread must stay, as above.
+
+        Raises:
+            UnavailableError: it ends at once, or does not answer within 10 s.
+        """
+        if self._process.poll() is None:
+            return False
+        self._process = self._start()
+        return True
+
+    def _start(self) -> "subprocess.Popen[bytes]":
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - the wheel's own binary
-                [sys.executable, "-SEc", _DIE_WITH_PARENT, str(os.getpid()), *command], stdout=log, stderr=log
+            process = subprocess.Popen(  # noqa: S603 - the wheel's own binary
+                [sys.executable, "-SEc", _DIE_WITH_PARENT, str(os.getpid()), *self._command], stdout=log, stderr=log
             )
-        self._await()
+        self._await(process)
+        return process
 
     def close(self) -> None:
         """Stop the server and wait for its end."""
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(timeout=10)
 
-    def _await(self) -> None:
+    def _await(self, process: "subprocess.Popen[bytes]") -> None:
         deadline_s = time.monotonic() + 10
         while True:
             try:
                 connect(self.url).close()
             except UnavailableError:
-                if self._process.poll() is not None:
+                if process.poll() is not None:
                     raise UnavailableError(
-                        f"the embedded Redis ended with exit code {self._process.returncode}; see {self._log}"
+                        f"the embedded Redis ended with exit code {process.returncode}; see {self._log}"
                     ) from None
                 if time.monotonic() > deadline_s:
-                    self.close()
+                    process.kill()
+                    process.wait()
                     raise
                 time.sleep(0.02)
             else:

@@ -22,6 +22,7 @@ COMMANDS = {
     "placement": ("expertmesh.actors.cli.placement:placement", "Save or load which shard hosts which expert."),
     "ops": ("expertmesh.actors.cli.scale:ops", "Show the operations, or one of them."),
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
+    "chaos": ("expertmesh.actors.cli.chaos:chaos", "Break a server on purpose, and show that no request is lost."),
     "doctor": ("expertmesh.actors.cli.doctor:doctor", "Show what this machine has, and what is missing."),
 }
 

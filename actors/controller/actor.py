@@ -69,6 +69,8 @@ class Controller:
         self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog)
         self._operator = Operator(self._keeper, store)
         self._keeper.each_round = self._operator.step
+        if self._redis is not None:
+            self._keeper.ensure_store = self._redis.ensure
         self._progress: list[str] = []
         self._started = False
         if _was_restarted():

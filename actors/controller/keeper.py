@@ -30,6 +30,8 @@ _PATIENCE_ROUNDS = 120.0
 _ASK_TIMEOUT_S = 5.0
 _ALARM_TIMEOUT_S = 1.0
 _PUBLISH_TIMEOUT_S = 10.0
+# A Redis that was emptied gets its records back after at most this.
+_CHECK_PERIOD_S = 5.0
 
 
 class Keeper:
@@ -57,6 +59,9 @@ class Keeper:
         self.shard_ids: list[ShardId] = []
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
+        # Brings the store back if it is ours to do so; says whether it had to.
+        self.ensure_store: Callable[[], bool] = lambda: False
+        self._checked_s = 0.0
         self._proposal: tuple[Placement, str] | None = None
         self._is_saved = False
         self._reviving: set[ShardId | WorkerId] = set()
@@ -126,8 +131,7 @@ class Keeper:
         assert self.placement is not None, "round() before bring_up()"
         self.ask(ask_timeout_s)
         live, hosting = [s for s in self.shards.ready if s in self.shard_ids], self._hosting
-        if not self._is_saved:
-            self._save()
+        self._keep_saved()
         missing = self.placement.missing(hosting)
         if missing and hosting:
             self._note(f"{len(missing)} experts have no live replica; loading them on {len(hosting)} shards")
@@ -348,6 +352,23 @@ class Keeper:
     def _keys_of(self, shard: ShardId) -> frozenset[ExpertKey]:
         keys: frozenset[ExpertKey] = wait_for([self.shards.handles[shard].hosted.remote()], _ASK_TIMEOUT_S)[0]
         return keys
+
+    def _keep_saved(self) -> None:
+        """Write again what the store has lost, or could not take before."""
+        try:
+            if self.ensure_store():
+                self._note("Redis is gone; started it again")
+                self._is_saved = False
+        except UnavailableError as error:
+            _log.warning("Redis could not be started again: %s", error)
+        now_s = time.monotonic()
+        if now_s > self._checked_s + _CHECK_PERIOD_S:
+            self._checked_s = now_s
+            stored = self._stored()
+            assert self.placement is not None
+            self._is_saved = self._is_saved and stored is not None and stored.epoch == self.placement.epoch
+        if not self._is_saved:
+            self._save()
 
     def _save(self) -> None:
         """Keep the placement; without a store it goes on from memory and tries again."""

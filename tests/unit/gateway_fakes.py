@@ -60,6 +60,7 @@ STATUS: dict[str, object] = {
     "layer_traffic": [{"layer": 0, "dispatch_bytes": 100, "combine_bytes": 200, "reduce_bytes": 2**36}],
     "ready": True,
     "not_ready_reason": "",
+    "warnings": [],
 }
 
 

@@ -1,0 +1,162 @@
+"""What `expertmesh chaos` does to a server, one scenario for each row of its table."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import grpc
+import psutil
+
+from expertmesh.cluster.errors import UnavailableError
+from expertmesh.v1.admin_pb2 import GetStatusRequest, ListOperationsRequest, ScaleRequest, StatusResponse
+from expertmesh.v1.admin_pb2_grpc import AdminStub
+
+_WHOLE_TIMEOUT_S = 90.0
+_STOPPED_S = 3.0
+
+
+class Target:
+    """A running server, and what was done to it."""
+
+    def __init__(self, channel: grpc.aio.Channel, seed: int, cycles: int, minutes: float) -> None:
+        self._admin = AdminStub(channel)
+        self.rng = random.Random(seed)
+        self.cycles = cycles
+        self.minutes = minutes
+        self.marks: list[tuple[float, str]] = []
+
+    async def status(self) -> StatusResponse:
+        """Return the server's status; waits while the controller is away."""
+        deadline_s = time.monotonic() + _WHOLE_TIMEOUT_S
+        while True:
+            try:
+                return await self._admin.GetStatus(GetStatusRequest(), timeout=10)
+            except grpc.RpcError as error:
+                if time.monotonic() > deadline_s:
+                    raise UnavailableError(f"no status for {_WHOLE_TIMEOUT_S:.0f} s: {error.details()}") from error
+            await asyncio.sleep(0.2)
+
+    async def whole(self) -> StatusResponse:
+        """Wait until everything is ready again."""
+        deadline_s = time.monotonic() + _WHOLE_TIMEOUT_S
+        while True:
+            status = await self.status()
+            states = {*(s.state for s in status.shards), *(w.state for w in status.workers)}
+            if status.ready and states == {"ready"} and all(s.num_slots for s in status.shards):
+                return status
+            if time.monotonic() > deadline_s:
+                raise UnavailableError(f"not whole after {_WHOLE_TIMEOUT_S:.0f} s: {status.not_ready_reason} {states}")
+            await asyncio.sleep(0.2)
+
+    def signal(self, pid: int, number: signal.Signals, what: str) -> None:
+        """Send a signal and note it; a process that is gone already is noted as such."""
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            what += " (gone already)"
+        self.marks.append((time.monotonic(), what))
+
+    async def scale(self, shards: int, workers: int) -> None:
+        """Scale, and wait for its end."""
+        self.marks.append((time.monotonic(), f"{shards} shards, {workers} workers"))
+        operation = await self._admin.Scale(ScaleRequest(shards=shards, workers=workers), timeout=30)
+        while operation.phase not in ("DONE", "ROLLED_BACK"):
+            await asyncio.sleep(0.2)
+            listed = await self._admin.ListOperations(ListOperationsRequest(id=operation.id), timeout=30)
+            operation = listed.operations[0]
+        if operation.phase != "DONE":
+            raise UnavailableError(f"{operation.request} was rolled back: {operation.error}")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A row: how the server is started, and what is done to it while the streams run."""
+
+    name: str
+    act: Callable[[Target], Awaitable[None]]
+    shards: int = 2
+    workers: int = 1
+    replicas: int = 1
+    config: dict[str, float] = field(default_factory=dict)
+
+
+async def _kill_shard(target: Target) -> None:
+    status = await target.status()
+    target.signal(status.shards[0].pid, signal.SIGKILL, "SIGKILL shard-0")
+    await target.whole()
+
+
+async def _stop_shard(target: Target) -> None:
+    pid = (await target.status()).shards[0].pid
+    target.signal(pid, signal.SIGSTOP, "SIGSTOP shard-0")
+    await asyncio.sleep(_STOPPED_S)
+    target.signal(pid, signal.SIGCONT, "SIGCONT")
+    await target.whole()
+
+
+async def _kill_worker(target: Target) -> None:
+    target.signal((await target.status()).workers[0].pid, signal.SIGKILL, "SIGKILL worker-0")
+    await target.whole()
+
+
+async def _kill_controller(target: Target) -> None:
+    target.signal((await target.status()).controller.pid, signal.SIGKILL, "SIGKILL controller")
+    await asyncio.sleep(1)
+    await target.whole()
+
+
+async def _kill_redis(target: Target) -> None:
+    target.signal(_redis_pid((await target.status()).controller.pid), signal.SIGKILL, "SIGKILL Redis")
+    await asyncio.sleep(3)
+    await target.whole()
+
+
+def _redis_pid(controller_pid: int) -> int:
+    for child in psutil.Process(controller_pid).children(recursive=True):
+        if "redis" in child.name():
+            return int(child.pid)
+    raise UnavailableError("the controller has no Redis of its own")
+
+
+async def _scale_cycles(target: Target) -> None:
+    for _ in range(target.cycles):
+        await target.scale(4, 2)
+        await target.scale(2, 1)
+
+
+async def _random_faults(target: Target) -> None:
+    end_s = time.monotonic() + 60 * target.minutes
+    while time.monotonic() < end_s:
+        await asyncio.sleep(5)
+        status = await target.status()
+        shard, worker = target.rng.choice(status.shards), target.rng.choice(status.workers)
+        match target.rng.randrange(5):
+            case 0 if shard.pid:
+                target.signal(shard.pid, signal.SIGKILL, f"SIGKILL {shard.id}")
+            case 1 if shard.pid:
+                target.signal(shard.pid, signal.SIGSTOP, f"SIGSTOP {shard.id}")
+                await asyncio.sleep(_STOPPED_S)
+                target.signal(shard.pid, signal.SIGCONT, f"SIGCONT {shard.id}")
+            case 2 if worker.pid:
+                target.signal(worker.pid, signal.SIGKILL, f"SIGKILL {worker.id}")
+            case 3:
+                target.signal(status.controller.pid, signal.SIGKILL, "SIGKILL controller")
+            case _:
+                target.signal(_redis_pid(status.controller.pid), signal.SIGKILL, "SIGKILL Redis")
+    await target.whole()
+
+
+SCENARIOS = (
+    Scenario("SIGKILL of a shard, experts replicated", _kill_shard, replicas=2),
+    Scenario("SIGKILL of a shard, sole copies", _kill_shard),
+    Scenario("SIGSTOP of a shard", _stop_shard, replicas=2, config={"link_timeout_s": 1.0}),
+    Scenario("SIGKILL of a worker, another alive", _kill_worker, workers=2),
+    Scenario("SIGKILL of the controller", _kill_controller),
+    Scenario("SIGKILL of Redis", _kill_redis),
+    Scenario("shards 2-4-2, workers 1-2-1", _scale_cycles),
+    Scenario("random faults", _random_faults, shards=3, workers=2, replicas=2, config={"link_timeout_s": 1.0}),
+)

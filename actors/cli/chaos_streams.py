@@ -1,0 +1,97 @@
+"""Streams for `expertmesh chaos`: the same requests again and again, each token with its time, each output compared."""
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import grpc
+
+from expertmesh.v1.admin_pb2 import ModelStatus
+from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
+from expertmesh.v1.inference_pb2_grpc import InferenceStub
+
+_TIMEOUT_S = 300.0
+_TEXTS = (
+    "def main():\n    ",
+    "Redistribution and use in source and binary forms",
+    "| U+00E9 | LATIN SMALL LETTER",
+    "class Node:\n    def __init__(self",
+    "Permission is hereby granted, free of charge",
+    "import os\nimport sys\n\n",
+)
+
+
+@dataclass
+class Record:
+    """What the streams gave. Times are time.monotonic()."""
+
+    outputs: dict[int, list[list[int]]] = field(default_factory=dict)
+    token_times_s: list[list[float]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def gaps(self) -> list[tuple[float, float]]:
+        """When each gap between two tokens of a stream ended, and how long it was, in seconds."""
+        return [(b, b - a) for times in self.token_times_s for a, b in pairwise(times)]
+
+    @property
+    def longest_gap_s(self) -> float:
+        """The longest gap between two tokens of any stream."""
+        return max((gap for _, gap in self.gaps), default=0.0)
+
+    @property
+    def p99_gap_s(self) -> float:
+        """The gap that one in a hundred exceeds."""
+        gaps = sorted(gap for _, gap in self.gaps)
+        return gaps[len(gaps) * 99 // 100] if gaps else 0.0
+
+
+class Streams:
+    """A fixed set of requests: half greedy, half sampled with a seed, prompts of several topics."""
+
+    def __init__(self, address: str, model: ModelStatus, count: int, new_tokens: int) -> None:
+        self._address = address
+        self._requests = [self._request(model, number, new_tokens) for number in range(count)]
+
+    async def run_until(self, done: asyncio.Event, record: Record) -> None:
+        """Send all requests at once, and each again when it has ended, until `done`; at least once."""
+        async with grpc.aio.insecure_channel(self._address) as channel:
+            count = len(self._requests)
+            await asyncio.gather(*(self._repeat(channel, number, done, record) for number in range(count)))
+
+    async def _repeat(self, channel: grpc.aio.Channel, number: int, done: asyncio.Event, record: Record) -> None:
+        first = True
+        while first or not done.is_set():
+            first = False
+            tokens: list[int] = []
+            times: list[float] = []
+            record.token_times_s.append(times)
+            try:
+                async for response in InferenceStub(channel).Generate(self._requests[number], timeout=_TIMEOUT_S):
+                    tokens += response.token_ids
+                    times += [time.monotonic()] * len(response.token_ids)
+            except grpc.RpcError as error:
+                record.errors.append(f"{error.code().name}: {error.details()}")
+                continue
+            record.outputs.setdefault(number, []).append(tokens)
+
+    def _request(self, model: ModelStatus, number: int, new_tokens: int) -> GenerateRequest:
+        request = GenerateRequest(
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            temperature=0.8 if number % 2 else 0.0,
+            seed=number,
+        )
+        if model.has_tokenizer:
+            request.text = _TEXTS[number % len(_TEXTS)] + " " * (number // len(_TEXTS))
+        else:
+            rng = random.Random(number)
+            request.token_ids.CopyFrom(TokenIds(ids=[rng.randrange(model.vocab_size) for _ in range(16)]))
+        return request
+
+
+def mismatches(expected: Record, got: Record) -> int:
+    """Return how many outputs of `got` differ from those of the same request in `expected`."""
+    return sum(output != expected.outputs[number][0] for number, outputs in got.outputs.items() for output in outputs)
