@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup lint unit parity integration protos clean
+.PHONY: demo test setup lint unit ops parity integration protos clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
 
-test: lint unit parity integration
+test: lint unit ops parity integration
 
 setup: $(VENV)/.ready
 
@@ -26,7 +26,10 @@ lint: $(VENV)/.ready
 	$(BIN)/python tests/typecheck.py
 
 unit: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/unit tests/ops
+	$(BIN)/python -m pytest tests/unit
+
+ops: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/ops
 
 parity: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/parity

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertmesh.actors.cli.chaos_events import SCENARIOS, Scenario, Target
-from expertmesh.actors.cli.chaos_streams import Record, Streams, mismatches
+from expertmesh.actors.cli.chaos_streams import Record, Streams, mismatches, unsteady
 from expertmesh.actors.cli.child_server import child_server
 from expertmesh.actors.cli.client import JsonOption
 from expertmesh.cluster.errors import ExpertMeshError, InputError
@@ -21,6 +21,8 @@ from expertmesh.cluster.errors import ExpertMeshError, InputError
 # A step that waits for a new process, or for many experts to be read, does not give up.
 _RECOVERY_S = 60.0
 _SETTLE_S = 1.0
+# Undisturbed runs to compare with: see chaos_streams.unsteady.
+_CALM_RUNS = 4
 
 
 def chaos(
@@ -45,7 +47,7 @@ def chaos(
         typer.echo(f"{scenario.name} ...", err=True)
         rows.append(_run(scenario, model, streams, new, cycles, minutes, seed, plot))
     if as_json:
-        typer.echo(json.dumps({"streams": streams, "new_tokens": new, "rows": rows}))
+        typer.echo(json.dumps({"model": model.name, "streams": streams, "new_tokens": new, "rows": rows}))
     else:
         _print(rows)
     broken = [row["event"] for row in rows if row["failed"] or row["changed"] or row["error"]]
@@ -77,7 +79,8 @@ async def _measure(
         over.set()
         await streams.run_until(over, Record())  # not counted: code and pages are touched for the first time
         calm, rough = Record(), Record()
-        await streams.run_until(over, calm)
+        for _ in range(_CALM_RUNS):
+            await streams.run_until(over, calm)
         done = asyncio.Event()
         error, _ = await asyncio.gather(_act(scenario.act(target), done), streams.run_until(done, rough))
         if not error:
@@ -86,17 +89,19 @@ async def _measure(
         from expertmesh.actors.cli.chaos_plot import draw
 
         draw(plot / f"{_file_name(scenario.name)}.png", scenario.name, rough, target.marks)
+    changed = mismatches(calm, rough)
     return {
         "event": scenario.name,
         "requests": sum(len(outputs) for outputs in rough.outputs.values()) + len(rough.errors),
         "failed": len(rough.errors),
-        "changed": mismatches(calm, rough),
+        "changed": len(changed),
+        "unsteady": unsteady(calm),
         "longest_gap_s": rough.longest_gap_s,
         "p99_gap_s": rough.p99_gap_s,
         "calm_longest_gap_s": calm.longest_gap_s,
         "calm_p99_gap_s": calm.p99_gap_s,
         "marks": [what for _, what in target.marks],
-        "errors": sorted(set(rough.errors))[:5],
+        "errors": [*sorted(set(rough.errors))[:5], *changed[:5]],
         "error": error,
     }
 
@@ -114,13 +119,16 @@ async def _act(action: Awaitable[None], done: asyncio.Event) -> str:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("event", "requests", "failed", "changed", "longest gap", "p99 gap", "calm: longest", "p99")
+    table = Table(
+        "event", "requests", "failed", "changed", "unsteady", "longest gap", "p99 gap", "calm: longest", "p99"
+    )
     for row in rows:
         table.add_row(
             row["event"],
             str(row["requests"]),
             str(row["failed"]),
             str(row["changed"]),
+            str(row["unsteady"]),
             f"{row['longest_gap_s']:.3f} s",
             f"{row['p99_gap_s']:.3f} s",
             f"{row['calm_longest_gap_s']:.3f} s",

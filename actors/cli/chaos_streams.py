@@ -92,6 +92,27 @@ class Streams:
         return request
 
 
-def mismatches(expected: Record, got: Record) -> int:
-    """Return how many outputs of `got` differ from those of the same request in `expected`."""
-    return sum(output != expected.outputs[number][0] for number, outputs in got.outputs.items() for output in outputs)
+def mismatches(calm: Record, rough: Record) -> list[str]:
+    """Say which outputs of `rough` are none of those that the same request gave in `calm`, and from which token on."""
+    found: list[str] = []
+    for number, outputs in sorted(rough.outputs.items()):
+        for output in outputs:
+            if output not in calm.outputs[number]:
+                agreed = max(_agreement(right, output) for right in calm.outputs[number])
+                kind = "sampled" if number % 2 else "greedy"
+                found.append(f"request {number} ({kind}) differs from token {agreed} on; {len(output)} came")
+    return found
+
+
+def unsteady(calm: Record) -> int:
+    """Return how many requests gave more than one output undisturbed.
+
+    Sums of floating-point numbers depend on who else is in the batch, and now and then two tokens are that close.
+    """
+    return sum(len({tuple(output) for output in outputs}) > 1 for outputs in calm.outputs.values())
+
+
+def _agreement(right: list[int], output: list[int]) -> int:
+    """Return how many tokens agree before the first that does not."""
+    pairs = zip(right, output, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(right), len(output)))

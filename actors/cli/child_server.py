@@ -25,6 +25,7 @@ def child_server(model: Path, options: list[str]) -> Iterator[str]:
     command = [sys.executable, "-m", "expertmesh.actors.cli.main", "serve", str(model), "--grpc-port", "0", *options]
     # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops the server in order.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -32,6 +33,12 @@ def child_server(model: Path, options: list[str]) -> Iterator[str]:
             raise UnavailableError(f"the server ended with exit code {process.wait()} before it was ready")
         yield line.split()[1]
     finally:
+        signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(_STOP_TIMEOUT_S)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """End as on Ctrl-C, so that the server is stopped first."""
+    raise KeyboardInterrupt

@@ -166,6 +166,8 @@ class Keeper:
         Raises:
             ExpertMeshError: it could not be reached; the old one stays in force.
         """
+        if not self.is_calm:
+            raise UnavailableError("shards are being started or left out; ask again when `status` shows all ready")
         self._move_to(target)
 
     def ask(self, timeout_s: float) -> None:
@@ -234,8 +236,8 @@ class Keeper:
 
     @property
     def _hosting(self) -> list[ShardId]:
-        """The ready shards that have what a placement gave them; a new process has nothing yet."""
-        return [shard for shard in self.shards.ready if self.shards.facts[shard]["epoch"]]
+        """The ready members that have what a placement gave them; a new process has nothing yet."""
+        return [s for s in self.shards.ready if s in self.shard_ids and self.shards.facts[s]["epoch"]]
 
     def _move_to(self, target: Placement) -> None:
         """Load what the target adds, publish it, and only then free what it drops.

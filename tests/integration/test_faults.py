@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -142,3 +143,22 @@ def test_a_shard_that_hangs_is_left_out_and_comes_back(tmp_path: Path) -> None:
         after = _await(server, _is_whole)
         assert after.shards[0].pid == pid, "it was only slow"
         assert _kill_during_a_stream(server, after.shards[1].pid) == expected, "it is used again"
+
+
+def test_redis_and_then_the_controller_killed(tmp_path: Path) -> None:
+    with serving(POCKET, tmp_path, "--shards", "2", "--dtype", "float32") as server:
+        expected: list[int] = []
+        _stream(server, expected)
+        before = server.status()
+        redis = next(c for c in psutil.Process(before.controller.pid).children(True) if "redis" in c.name())
+        assert _kill_during_a_stream(server, redis.pid) == expected
+        assert _serving(server)
+        deadline_s = time.monotonic() + 30
+        while not any("redis" in c.name() for c in psutil.Process(before.controller.pid).children(True)):
+            assert time.monotonic() < deadline_s, "Redis was not started again"
+            time.sleep(0.1)
+        time.sleep(6)  # the controller looks each 5 s at what is kept
+        assert _kill_during_a_stream(server, before.controller.pid) == expected
+        after = _await(server, lambda status: status.controller.pid != before.controller.pid and _is_whole(status))
+        assert after.epoch == before.epoch, "the placement was written back and found"
+        assert [s.pid for s in after.shards] == [s.pid for s in before.shards]
