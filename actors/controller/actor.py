@@ -175,7 +175,9 @@ class Controller:
 
         Raises:
             InputError: there is none of that id.
+            UnavailableError: a controller that came back does not know them yet.
         """
+        self._require_started()
         chosen = [self._operator.get(operation_id)] if operation_id else self._operator.all()
         return [asdict(operation) for operation in chosen]
 

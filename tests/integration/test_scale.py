@@ -89,7 +89,9 @@ def finished(server: Server, operation: Operation, timeout_s: float = 90) -> Ope
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("scale")
-    with serving(POCKET, home, "--shards", "2", "--dtype", "float32") as started:
+    config = home / "serve.toml"
+    config.write_text("rebalance_period_s = 0\n")  # so that the slots can be counted
+    with serving(POCKET, home, "--shards", "2", "--dtype", "float32", "--config", str(config)) as started:
         yield started
 
 
