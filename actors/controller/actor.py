@@ -89,10 +89,10 @@ class Controller:
             [WorkerId(f"worker-{i}") for i in range(settings.workers)],
         )
         self._operator.resume()
+        self._note("ready")
         self._started = True
         threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
         threading.Thread(target=self._balancing.run, name="balancing", daemon=True).start()
-        self._note("ready")
 
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
         """Hear from a worker that its link to a shard broke."""
@@ -184,7 +184,10 @@ class Controller:
     def status(self) -> dict[str, Any]:
         """Return what StatusResponse shows, grpc_address excepted."""
         if self._started:
-            self._collector.collect(time.time())
+            try:
+                self._collector.collect(time.time())
+            except UnavailableError as error:
+                _log.warning("the loads shown are those of a moment ago: %s", error)
         reason = self._not_ready_reason()
         return {
             "plan": self._plan_name(),
@@ -254,12 +257,14 @@ class Controller:
         ]
 
     def _plan_name(self) -> str:
-        settings = self._settings
-        return f"experts ep={settings.shards} x {settings.replicas} replicas, attention dp={settings.workers}"
+        keeper = self._keeper
+        replicas = min(keeper.replicas, max(1, len(keeper.shard_ids)))
+        return f"experts ep={len(keeper.shard_ids)} x {replicas} replicas, attention dp={len(keeper.worker_ids)}"
 
     def _note(self, line: str) -> None:
         _log.info(line)
-        self._progress.append(line)
+        if not self._started:
+            self._progress.append(line)
 
 
 def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path) -> Any:

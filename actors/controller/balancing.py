@@ -75,14 +75,12 @@ class Balancing:
             raise UnavailableError("the deployment is still starting")
         load = self._collector.slow(time.time())
         settings = self._settings
-        facts = self._keeper.shards.facts
-        loaded = [f for f in facts.values() if f.get("num_slots")]
         return rebalance(
             placement,
             load.prefill_LE + load.decode_LE,
             self._shard_facts(placement),
             epoch=placement.epoch + 1,
-            expert_bytes=max((f["weight_bytes"] // f["num_slots"] for f in loaded), default=0),
+            expert_bytes=self._keeper.expert_bytes,
             expert_time_s=self._collector.expert_s,
             window_s=max(load.span_s, 1.0),
             horizon_s=self._collector.slow_s,

@@ -180,6 +180,12 @@ class Keeper:
         """Replicas that each expert is to have, as far as there are shards."""
         return self._settings.replicas
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights; 0 while no shard has any."""
+        loaded = [facts for facts in tuple(self.shards.facts.values()) if facts.get("num_slots")]
+        return max((facts["weight_bytes"] // facts["num_slots"] for facts in loaded), default=0)
+
     def start_member(self, member: ShardId | WorkerId) -> None:
         """Start a shard without experts, or a worker in the placement in force; either is ready afterwards.
 

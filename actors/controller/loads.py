@@ -84,14 +84,15 @@ class LoadCollector:
 
     def _add(self, worker: WorkerId, counters: dict[str, Any], now_s: float) -> None:
         last = self._last.get(worker)
-        self._last[worker] = counters
         if last is None and self._may_be_old:
+            self._last[worker] = counters
             return
         if last is None or last["life"] != counters["life"]:
             last = {"load_LE": 0, "decode_LE": 0, "expert_s": 0.0}
         load_LE, decode_LE = counters["load_LE"] - last["load_LE"], counters["decode_LE"] - last["decode_LE"]
         if (load_LE < 0).any() or (decode_LE < 0).any():
             return  # an answer that was overtaken by a later one
+        self._last[worker] = counters
         # The worker counts on while its counters are copied, one array after the other.
         self._windows.add(now_s, np.maximum(load_LE - decode_LE, 0), decode_LE)
         self._expert_s.add(now_s, counters["expert_s"] - last["expert_s"])

@@ -1,7 +1,8 @@
-"""Carries out what an operator asks for: scale, drain. One operation at a time; it survives the controller.
+"""Carries out what an operator asks for: scale, drain, go to a placement. One operation at a time.
 
 The keeper's rounds call `step`. Processes are started on a thread of their own, so that a fault meanwhile is not left
-waiting. What was kept as the members decides after a restart whether an operation that was under way goes on or back.
+waiting. What was kept as the members decides after a restart of the controller whether an operation under way goes on
+or back; one that was to go to a placement goes back, as that was in memory alone.
 """
 
 import logging
@@ -56,6 +57,10 @@ class Operator:
             return
         self._operations = {operation.id: operation for operation in reversed(kept)}
         self._current = next((operation for operation in kept if not operation.is_over), None)
+        current = self._current
+        if current is not None and current.phase is not Phase.DRAIN and not (current.adding or current.removing):
+            # The placement that it was to go to was in the memory of the former controller alone.
+            self._roll_back(current, "the controller was started again meanwhile; ask once more")
 
     def scale(self, shards: int | None, workers: int | None) -> Operation:
         """Begin to have that many shards and workers; None leaves a tier as it is.
@@ -134,8 +139,7 @@ class Operator:
                 )
                 raise InputError(f"the placement {what}")
             whole = tuple(shards.get(s, ShardSlots(shard=s, experts=())) for s in self._keeper.shard_ids)
-            self._target = replace(target, shards=whole)
-            return self._begin(request, [], [])
+            return self._begin(request, [], [], replace(target, shards=whole))
 
     def get(self, operation_id: str) -> Operation:
         """Return one operation.
@@ -169,8 +173,11 @@ class Operator:
         else:
             self._drain(operation)
 
-    def _begin(self, request: str, adding: Sequence[str], removing: Sequence[str]) -> Operation:
+    def _begin(
+        self, request: str, adding: Sequence[str], removing: Sequence[str], target: Placement | None = None
+    ) -> Operation:
         self._require_memory([s for s in self._keeper.shard_ids if s not in removing])
+        self._target = target
         now_s = time.time()
         operation = Operation(
             id=f"op-{uuid.uuid4().hex[:8]}",
@@ -205,15 +212,14 @@ class Operator:
         assert keeper.placement is not None
         target = repair(keeper.placement, staying, {}, replicas=keeper.replicas, level=True)
         facts = keeper.shards.facts
-        loaded = [f for f in facts.values() if f.get("num_slots")]
-        expert_bytes = max((f["weight_bytes"] // f["num_slots"] for f in loaded), default=0)
+        expert_bytes = keeper.expert_bytes
         needed: dict[str, int] = {}
         for slots in target.shards:
             more = len(slots.experts) - keeper.placement.num_slots(slots.shard)
             node = facts[slots.shard].get("node", "")
             needed[node] = needed.get(node, 0) + max(0, more) * expert_bytes
         for node, num_bytes in needed.items():
-            free = min((f["free_bytes"] for f in loaded if f["node"] == node), default=0)
+            free = min((f["free_bytes"] for f in facts.values() if f.get("node") == node), default=0)
             if num_bytes > free:
                 raise CapacityError(
                     f"the shards that stay on {node} would need {num_bytes / 2**30:.2f} GiB more, "
@@ -257,7 +263,7 @@ class Operator:
             self._roll_back(operation, "what was started is gone again")
             return
         try:
-            if operation.adding or operation.removing or self._target is None:
+            if self._target is None:
                 keeper.change_members(shards, [WorkerId(m) for m in after if _is_worker(m)])
             else:
                 assert keeper.placement is not None

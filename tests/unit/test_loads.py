@@ -115,6 +115,21 @@ def test_a_worker_that_does_not_answer_holds_up_no_other_and_is_made_up_for() ->
     assert counted(found, 101.0) == (8, 0)
 
 
+def test_an_answer_that_was_overtaken_changes_nothing() -> None:
+    worker = Worker()
+    found = collector(Store(), a=worker)
+    worker.compute(1, 0)
+    late = worker.counters.remote()
+    worker.compute(7, 3)
+    found.collect(100.0)
+    newest = worker.counters.remote
+    worker.counters.remote = lambda: late
+    found.collect(101.0)
+    worker.counters.remote = newest
+    found.collect(102.0)
+    assert counted(found, 102.0) == (8, 3)
+
+
 def test_the_windows_survive_the_controller_and_old_counts_are_not_taken_for_new() -> None:
     store, worker = Store(), Worker()
     worker.compute(7, 3)

@@ -1,0 +1,89 @@
+"""Operations that a controller finds when it comes back, and those that were refused."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from expertmesh.actors.controller.operator import Operator
+from expertmesh.cluster.errors import CapacityError
+from expertmesh.cluster.ids import ShardId
+from expertmesh.cluster.operations import Operation, Phase
+from expertmesh.cluster.placement import initial_placement
+
+SHARDS = [ShardId("shard-0"), ShardId("shard-1")]
+
+
+class Store:
+    """Operations in memory."""
+
+    def __init__(self, kept: list[Operation]) -> None:
+        self.kept = kept
+
+    def load_operations(self) -> list[Operation]:
+        return self.kept
+
+    def save_operation(self, operation: Operation) -> None:
+        self.kept = [operation, *(o for o in self.kept if o.id != operation.id)]
+
+
+def operator(kept: list[Operation], free_bytes: int = 1 << 30) -> tuple[Operator, Any]:
+    adopted: list[object] = []
+    changed: list[object] = []
+    facts = {s: {"node": "here", "free_bytes": free_bytes} for s in SHARDS}
+    keeper: Any = SimpleNamespace(
+        placement=initial_placement((0,), 4, SHARDS, 1, epoch=3),
+        shard_ids=SHARDS,
+        worker_ids=["worker-0"],
+        replicas=1,
+        expert_bytes=1000,
+        shards=SimpleNamespace(facts=facts, ready=SHARDS),
+        workers=SimpleNamespace(facts={}, ready=["worker-0"]),
+        alarm=lambda: None,
+        adopt=adopted.append,
+        change_members=lambda *members: changed.append(members),
+        adopted=adopted,
+        changed=changed,
+    )
+    return Operator(keeper, Store(kept)), keeper  # type: ignore[arg-type]  # a store in memory
+
+
+def kept(phase: Phase, removing: tuple[str, ...] = ()) -> Operation:
+    return Operation(
+        id="op-1", request="rebalance", adding=(), removing=removing, phase=phase, progress="", error="",
+        started_s=1.0, ended_s=0.0, deadline_s=1e12,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.COMMIT])
+def test_a_placement_that_was_in_memory_alone_is_not_called_done(phase: Phase) -> None:
+    found, keeper = operator([kept(phase)])
+    found.resume()
+    assert found.get("op-1").phase is Phase.ROLLED_BACK
+    assert "started again" in found.get("op-1").error
+    found.step()
+    assert not keeper.adopted
+    assert not keeper.changed
+
+
+def test_one_with_members_goes_on() -> None:
+    found, keeper = operator([kept(Phase.COMMIT, removing=("shard-1",))])
+    found.resume()
+    found.step()
+    assert found.get("op-1").phase is Phase.DRAIN
+    assert keeper.changed == [([SHARDS[0]], ["worker-0"])]
+
+
+def test_a_placement_that_was_refused_is_not_carried_out_by_the_next_operation() -> None:
+    found, keeper = operator([], free_bytes=0)
+    target = initial_placement((0,), 4, SHARDS, 2)
+    keeper.placement = initial_placement((0,), 4, SHARDS[:1], 1, epoch=3)
+    with pytest.raises(CapacityError, match="would need"):
+        found.go_to(target, "rebalance")
+    for facts in keeper.shards.facts.values():
+        facts["free_bytes"] = 1 << 30
+    same = found.scale(2, None)
+    for _ in range(3):
+        found.step()
+    assert found.get(same.id).phase is Phase.DONE
+    assert not keeper.adopted
