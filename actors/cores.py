@@ -7,8 +7,13 @@ the worker that sent the packet, where it takes the place of that worker, who st
 
 import os
 import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -57,3 +62,15 @@ def use_cores(claimed: ClaimedCores | None) -> None:
         os.sched_setaffinity(0, claimed.cores)
     with suppress(PermissionError):  # a container may forbid it; it costs speed alone
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def give_way() -> None:
+    """Have the calling thread, and those it starts, run only where no other wants the core. It stays so."""
+    with suppress(PermissionError):  # as above
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def in_background(call: Callable[[], _T]) -> _T:
+    """Run a call on a thread of its own that gives way to all others; return what it returns, raise what it raises."""
+    with ThreadPoolExecutor(1, "background", initializer=give_way) as pool:
+        return pool.submit(call).result()

@@ -19,6 +19,18 @@ _TORCH_DTYPE = {
     WireDtype.FLOAT16: torch.float16,
 }
 _WIRE_DTYPE = {dtype: wire for wire, dtype in _TORCH_DTYPE.items()}
+
+
+def wire_dtype(dtype: torch.dtype) -> WireDtype:
+    """Return how a header names a dtype."""
+    return _WIRE_DTYPE[dtype]
+
+
+def torch_dtype(header: PacketHeader) -> torch.dtype:
+    """Return the dtype that a header names."""
+    return _TORCH_DTYPE[header.dtype]
+
+
 PAIR_BYTES = 12  # row int32, expert int32, weight float32
 
 

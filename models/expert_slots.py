@@ -68,6 +68,7 @@ class ExpertSlots:
         self.device = device
         self._architecture = weights.architecture
         self._math = {layer: expert_math(experts) for layer, experts in weights.architecture.experts_by_layer.items()}
+        self._shapes = {layer: weights.expert_shapes(layer) for layer in self._math}
         self._layers: dict[int, LayerSlots] = {}
         for layer, experts in sorted(_by_layer(keys).items()):
             self.add(layer, experts, weights.load_expert)
@@ -119,6 +120,15 @@ class ExpertSlots:
         return sum(
             t.numel() * t.element_size() for held in self._layers.values() for t in _named(held.weights).values()
         )
+
+    def expert(self, key: ExpertKey) -> dict[str, Tensor] | None:
+        """Return an expert's tensors by parameter name, as `CheckpointWeights.load_expert` does; None: not held."""
+        held = self._layers.get(key.layer)
+        if held is None or key.expert not in held.experts:
+            return None
+        slot = held.experts.index(key.expert)
+        stored = _named(held.weights)
+        return {name: stored[_STORED_AS[name]][slot] for name in self._shapes[key.layer]}
 
     def layer(self, layer: int) -> LayerSlots | None:
         """Return the slots of a layer as they are now; None where it has none."""

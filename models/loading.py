@@ -100,6 +100,10 @@ class CheckpointWeights:
             for short, (full, shape) in self._expert_parameters[key.layer].items()
         }
 
+    def expert_shapes(self, layer: int) -> dict[str, torch.Size]:
+        """Return the shapes of the parameters of one expert of a layer, by name, without the expert dimension."""
+        return {short: shape[1:] for short, (_, shape) in self._expert_parameters[layer].items()}
+
     def expert_bytes(self) -> int:
         """Return the bytes of one expert of the first MoE layer, in the architecture's dtype."""
         first = self._expert_parameters[self.architecture.moe_layers[0]]

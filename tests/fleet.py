@@ -63,9 +63,11 @@ def break_link(link: Link) -> None:
 
 
 @contextmanager
-def served_link(server: ShardServer, name: str = "pair", *, timeout_s: float = 5.0) -> Iterator[Link]:
+def served_link(
+    server: ShardServer, name: str = "pair", *, timeout_s: float = 5.0, kind: str = "gloo"
+) -> Iterator[Link]:
     """Yield the worker's end of a link that a shard's server answers on a thread of its own."""
-    with link_pair(name, timeout_s=timeout_s) as (worker_end, shard_end):
+    with link_pair(name, timeout_s=timeout_s, kind=kind) as (worker_end, shard_end):
         thread = threading.Thread(target=server.serve, args=(shard_end,), name=name, daemon=True)
         thread.start()
         try:

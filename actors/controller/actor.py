@@ -97,7 +97,7 @@ class Controller:
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
         """Hear from a worker that its link to a shard broke."""
         _log.warning("%s lost its link to %s", worker, shard)
-        self._keeper.alarm()
+        self._keeper.report_lost()
 
     def progress(self, after: int) -> list[str]:
         """Return what `start` has said so far, from line number `after` on."""

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from expertmesh.actors.controller.mover import Mover
 from expertmesh.actors.controller.tiers import Tier, wait_for
 from expertmesh.actors.state import StateStore
-from expertmesh.actors.worker.link_keeper import ShardPeer
 from expertmesh.cluster.errors import ExpertMeshError, StateError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
@@ -29,7 +29,6 @@ _PATIENCE_ROUNDS = 120.0
 # An answer takes milliseconds; a shard that is silent for longer after a worker lost it counts as away for now.
 _ASK_TIMEOUT_S = 5.0
 _ALARM_TIMEOUT_S = 1.0
-_PUBLISH_TIMEOUT_S = 10.0
 # A Redis that was emptied gets its records back after at most this.
 _CHECK_PERIOD_S = 5.0
 
@@ -66,7 +65,9 @@ class Keeper:
         self._is_saved = False
         self._reviving: set[ShardId | WorkerId] = set()
         self._alarm = threading.Event()
+        self._lost = threading.Event()
         self._stopping = threading.Event()
+        self._mover = Mover(shards, workers, settings.start_timeout_s)
 
     def bring_up(self, shard_ids: list[ShardId], worker_ids: list[WorkerId]) -> None:
         """Start what is not there, put a placement in force and let the workers serve. Again: nothing changes.
@@ -93,7 +94,7 @@ class Keeper:
         self.ask(timeout_s)
         placement = self._stored() or self._hosted() or self._first()
         self._note(f"loading experts into the shards, joining workers and shards, epoch {placement.epoch}")
-        self._move_to(placement)
+        self._move_to(placement, urgent=True)
         wait_for([w.start.remote() for w in self.workers.handles.values()], timeout_s)
         self.ask(_ASK_TIMEOUT_S)
 
@@ -103,6 +104,7 @@ class Keeper:
         while not self._stopping.is_set():
             alarmed = self._alarm.wait(_PERIOD_S)
             self._alarm.clear()
+            self._lost.clear()
             try:
                 self.round(_ALARM_TIMEOUT_S if alarmed else _ASK_TIMEOUT_S)
                 self._watchdog.success("fleet's rounds", time.monotonic())
@@ -114,7 +116,12 @@ class Keeper:
                 _log.exception("a round failed; the next is in %.1f s", _PERIOD_S)
 
     def alarm(self) -> None:
-        """Have a round now: a worker lost a shard."""
+        """Have a round now: there is something to do."""
+        self._alarm.set()
+
+    def report_lost(self) -> None:
+        """Have a round now, and give up a move under way: a worker lost a shard."""
+        self._lost.set()
         self._alarm.set()
 
     def stop(self) -> None:
@@ -135,13 +142,13 @@ class Keeper:
         missing = self.placement.missing(hosting)
         if missing and hosting:
             self._note(f"{len(missing)} experts have no live replica; loading them on {len(hosting)} shards")
-            self._move_to(repair(self.placement, hosting, {}, replicas=1, level=False))
+            self._move_to(repair(self.placement, hosting, {}, replicas=1, level=False), urgent=True)
         self._revive_dead()
         if not self._reviving and live and not {s.shard for s in self.placement.shards} == set(live) == set(hosting):
             held = {shard: self._keys_of(shard) for shard in live}
             self._note(f"spreading the experts over {len(live)} shards")
             self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True))
-        self._publish(self.placement, behind_only=True)
+        self._mover.publish(self.placement, behind_only=True)
         self.each_round()
         proposal, self._proposal = self._proposal, None
         if proposal is not None and self.is_calm and proposal[0].epoch == self.placement.epoch + 1:
@@ -202,7 +209,7 @@ class Keeper:
             wait_for([handle.load.remote()], timeout_s)
             placement = self.placement
             assert placement is not None, "start_member() before bring_up()"
-            peers = self._peers([slots.shard for slots in placement.shards])
+            peers = self._mover.peers([slots.shard for slots in placement.shards])
             wait_for([handle.set_fleet.remote(placement.to_bytes(), peers)], timeout_s)
             wait_for([handle.start.remote()], timeout_s)
         tier.admit(member, handle)
@@ -245,49 +252,23 @@ class Keeper:
         """The ready members that have what a placement gave them; a new process has nothing yet."""
         return [s for s in self.shards.ready if s in self.shard_ids and self.shards.facts[s]["epoch"]]
 
-    def _move_to(self, target: Placement) -> None:
-        """Load what the target adds, publish it, and only then free what it drops.
+    def _move_to(self, target: Placement, *, urgent: bool = False) -> None:
+        """Bring what the target adds to the shards, publish it, and only then free what it drops.
+
+        Args:
+            target: the placement to go to.
+            urgent: requests wait for it; else those that are served meanwhile come first.
 
         Raises:
-            ExpertMeshError: a shard could not load, or is gone; the old placement stays in force.
+            ExpertMeshError: a shard could not take experts, or one was lost meanwhile; the old placement stays in
+                force.
         """
-        timeout_s = self._settings.start_timeout_s
-        experts = {slots.shard: slots.experts for slots in target.shards}
-        wait_for([self.shards.handles[s].host.remote(keys) for s, keys in experts.items()], timeout_s)
-        # Joined before they are needed, so that no step waits for a link to be formed.
-        peers = self._peers([slots.shard for slots in target.shards])
-        workers = list(self.workers.handles.values())
-        _try_all([w.join.remote(peers) for w in workers], _PUBLISH_TIMEOUT_S)
+        self._mover.bring(self.placement, target, self._hosting, give_up=None if urgent else self._lost)
         self.placement = target
         self._save()
-        self._publish(target, behind_only=False)
-        _try_all([self.shards.handles[s].settle.remote(keys, target.epoch) for s, keys in experts.items()], timeout_s)
+        self._mover.publish(target)
+        self._mover.settle(target)
         self.ask(_ALARM_TIMEOUT_S)
-
-    def _publish(self, placement: Placement, *, behind_only: bool) -> None:
-        """Tell the workers. One that cannot be told now is told by a later round."""
-        record, peers = placement.to_bytes(), self._peers([slots.shard for slots in placement.shards])
-        told = [
-            handle.set_fleet.remote(record, peers)
-            for worker, handle in self.workers.handles.items()
-            if not behind_only
-            or (
-                self.workers.facts[worker]["state"] == "ready" and self.workers.facts[worker]["epoch"] < placement.epoch
-            )
-        ]
-        _try_all(told, _PUBLISH_TIMEOUT_S)
-
-    def _peers(self, shards: list[ShardId]) -> dict[ShardId, ShardPeer]:
-        """Return how to reach those that are there."""
-        return {
-            shard: ShardPeer(
-                life=str(self.shards.facts[shard]["pid"]),
-                handle=self.shards.handles[shard],
-                end=self.shards.facts[shard]["link_end"],
-            )
-            for shard in shards
-            if shard in self.shards.handles and "link_end" in self.shards.facts[shard]
-        }
 
     def _revive_dead(self) -> None:
         """Begin to replace processes that are gone, each on a thread of its own."""
@@ -388,12 +369,3 @@ class Keeper:
         except UnavailableError as error:
             _log.warning("the placement of epoch %d is not saved yet: %s", self.placement.epoch, error)
             self._is_saved = False
-
-
-def _try_all(references: list[Any], timeout_s: float) -> None:
-    """Wait for each call; one that fails is logged, and a later round makes up for it."""
-    for reference in references:
-        try:
-            wait_for([reference], timeout_s)
-        except UnavailableError as error:
-            _log.warning("a part of the fleet was not told: %s", error)

@@ -1,6 +1,7 @@
 """The named, detached actors of one tier: started, found again, asked how they are, ended."""
 
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from expertmesh.cluster.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 _ROOM_TIMEOUT_S = 60.0
+_LOOK_AGAIN_S = 0.05
 # On CPUs a member reserves its share of a fleet this many times as large, so that one can scale up.
 _ROOM_TO_GROW = 4
 Id = TypeVar("Id", ShardId, WorkerId)
@@ -119,13 +121,15 @@ class Tier(Generic[Id]):
                 self.facts[actor_id] = answer
 
 
-def wait_for(references: Sequence[Any], timeout_s: float) -> list[Any]:
+def wait_for(references: Sequence[Any], timeout_s: float, give_up: threading.Event | None = None) -> list[Any]:
     """Wait for all calls; raise the first failure as it was raised there.
 
     Raises:
-        UnavailableError: an actor died or did not answer within timeout_s.
+        UnavailableError: an actor died, did not answer within timeout_s, or `give_up` was set.
     """
     try:
+        if give_up is not None:
+            _wait_unless(give_up, list(references), timeout_s)
         results: list[Any] = ray.get(list(references), timeout=timeout_s)
     except RayTaskError as error:
         cause = error.cause
@@ -133,6 +137,16 @@ def wait_for(references: Sequence[Any], timeout_s: float) -> list[Any]:
     except RayError as error:
         raise UnavailableError(f"an actor did not do its part: {error}") from error
     return results
+
+
+def _wait_unless(give_up: threading.Event, references: list[Any], timeout_s: float) -> None:
+    """Wait until all calls have ended, or one has failed."""
+    deadline_s = time.monotonic() + timeout_s
+    while references and time.monotonic() < deadline_s:
+        if give_up.is_set():
+            raise UnavailableError("given up: a shard was lost meanwhile")
+        done, references = ray.wait(references, num_returns=len(references), timeout=_LOOK_AGAIN_S)
+        ray.get(done)
 
 
 def _group_prefix(actor_id: str) -> str:

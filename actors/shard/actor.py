@@ -2,24 +2,32 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import psutil
 import ray
 import torch
+from ray.exceptions import RayError
+from torch import Tensor
 
-from expertmesh.actors.cores import claim_cores, use_cores
-from expertmesh.actors.links.base import SHARD_RANK, LinkAddress, open_link
+from expertmesh.actors.cores import claim_cores, in_background, use_cores
+from expertmesh.actors.links.base import SHARD_RANK, Link, LinkAddress, open_link
+from expertmesh.actors.links.peer import ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.runtime import link_end, node_address
+from expertmesh.actors.shard.intake import Intake
 from expertmesh.actors.shard.server import ShardServer
-from expertmesh.cluster.errors import LinkError
+from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models.architecture import open_architecture
 from expertmesh.models.expert_slots import ExpertSlots
 from expertmesh.models.loading import CheckpointWeights
+
+# A shard answers in milliseconds that it is ready to be joined; one that does not is not waited for.
+_JOIN_S = 2.0
 
 
 class ShardActor:
@@ -37,6 +45,10 @@ class ShardActor:
         self._server: ShardServer | None = None
         self._weights: CheckpointWeights | None = None
         self._changing = threading.Lock()
+        self._newest = 0  # number of the last request to host experts
+        self._generations = count(1)  # of the links to other shards
+        self._num_copied = 0
+        self._num_read = 0
         # Workers meet this shard here: no other process takes part in forming a link.
         self._rendezvous = RendezvousServer(self._host)
 
@@ -51,19 +63,25 @@ class ShardActor:
                 self._weights = CheckpointWeights(open_architecture(self._settings.model, self._settings.dtype))
                 self._server = ShardServer(ExpertSlots(self._weights, (), self._device), epoch=0)
 
-    def host(self, keys: Sequence[ExpertKey]) -> None:
-        """Read those of these experts that are not here yet, layer by layer; what is here stays and is served.
+    def host(self, keys: Sequence[ExpertKey], sources: Mapping[ExpertKey, ShardPeer], *, urgent: bool) -> None:
+        """Take those of these experts that are not here yet, layer by layer; what is here stays and is served.
+
+        Args:
+            keys: the experts.
+            sources: the shards to copy them from; what is not in it is read from the checkpoint.
+            urgent: requests wait for them; else the requests that are served meanwhile come first.
 
         Raises:
             CheckpointError: they cannot be read.
+            UnavailableError: given up, as the controller asked for others meanwhile.
         """
+        self._newest += 1
+        number = self._newest
         with self._changing:
-            assert self._server is not None, "host() before open()"
-            assert self._weights is not None
-            slots = self._server.slots
-            new = sorted(set(keys) - slots.keys)
-            for layer in sorted({key.layer for key in new}):
-                slots.add(layer, [key.expert for key in new if key.layer == layer], self._weights.load_expert)
+            if urgent:
+                self._take(number, keys, sources)
+            else:
+                in_background(lambda: self._take(number, keys, sources))
 
     def settle(self, keys: Sequence[ExpertKey], epoch: int) -> None:
         """Keep these experts alone: those of a placement. An older epoch than the last is passed over."""
@@ -101,10 +119,43 @@ class ShardActor:
             "state": "ready" if slots else "loading",
             "num_slots": slots.num_slots if slots else 0,
             "weight_bytes": slots.weight_bytes if slots else 0,
+            "experts_copied": self._num_copied,
+            "experts_read": self._num_read,
             "free_bytes": self._free_bytes(),
             "epoch": self._server.epoch if self._server else 0,
             "link_end": link_end(),
         }
+
+    def _take(self, number: int, keys: Sequence[ExpertKey], sources: Mapping[ExpertKey, ShardPeer]) -> None:
+        assert self._server is not None, "host() before open()"
+        assert self._weights is not None
+        intake = Intake(self._weights, sources, self._join)
+
+        def get(key: ExpertKey) -> dict[str, Tensor]:
+            if number != self._newest:
+                raise UnavailableError(f"{self._id}: given up before {key}: other experts were asked for meanwhile")
+            return intake.get(key)
+
+        try:
+            new = sorted(set(keys) - self._server.slots.keys)
+            for layer in sorted({key.layer for key in new}):
+                self._server.slots.add(layer, [key.expert for key in new if key.layer == layer], get)
+        finally:
+            intake.close()
+            self._num_copied += intake.num_copied
+            self._num_read += intake.num_read
+
+    def _join(self, source: ShardPeer) -> Link:
+        """Form a link to another shard."""
+        generation = next(self._generations)
+        name = f"{self._id}.{os.getpid()}/{source.life}/{generation}"
+        kind = kind_for(link_end(), source, self._settings.links)
+        try:
+            met = ray.get(source.handle.accept_link.remote(name, generation, kind), timeout=_JOIN_S)
+        except RayError as error:
+            raise UnavailableError(f"its shard does not answer: {type(error).__name__}") from error
+        address = calling_end(met, name, generation, self._host, self._settings.link_timeout_s)
+        return open_link(kind, address, self._device)
 
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":

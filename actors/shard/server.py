@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertmesh.actors.cores import give_way
 from expertmesh.actors.links.base import IDLE_S, Link
+from expertmesh.actors.shard.copying import asked_expert, expert_packet
 from expertmesh.actors.wire import Dispatch, combine_packet, read_dispatch
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind
@@ -49,9 +51,13 @@ class ShardServer:
                 header, payload = link.recv(IDLE_S)
                 if header.kind is PacketKind.CLOSE:
                     return
-                if header.kind is not PacketKind.DISPATCH:
+                if header.kind is PacketKind.FETCH:
+                    give_way()  # a link that copies does nothing else, and requests come first
+                    self.hand_over(link, header, payload)
+                elif header.kind is PacketKind.DISPATCH:
+                    self.handle(link, header, payload)
+                else:
                     raise LinkError(f"a packet of kind {header.kind.name} sent to a shard")
-                self.handle(link, header, payload)
         except LinkError as error:
             _logger.info("link of generation %d ended: %s", link.generation, error)
 
@@ -77,6 +83,18 @@ class ShardServer:
                     self._turn.notify_all()
         assert packet.answer is not None, "a packet left the queue without an answer"
         link.send(*packet.answer)
+
+    def hand_over(self, link: Link, header: PacketHeader, payload: Tensor) -> None:
+        """Send the expert that a packet asks for.
+
+        Raises:
+            LinkError: the packet is damaged, or the answer could not be sent.
+        """
+        tensors = self.slots.expert(asked_expert(header, payload))
+        if tensors is None:
+            link.send(*self._empty_answer(header, PacketKind.NOT_HERE))
+        else:
+            link.send(*expert_packet(header, tensors, self.epoch))
 
     def _next_batch(self, packet: _Packet) -> list[_Packet]:
         """Wait for this thread's turn to compute, and return what to compute: nothing once the packet is answered.

@@ -11,11 +11,12 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from expertmesh.actors.links.base import WORKER_RANK, Link, LinkAddress, link_kind, open_link
+from expertmesh.actors.links.base import Link, open_link
+from expertmesh.actors.links.peer import ShardPeer, calling_end, kind_for
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address
 from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
 from expertmesh.actors.worker.engine import Engine
-from expertmesh.actors.worker.link_keeper import LinkKeeper, ShardPeer
+from expertmesh.actors.worker.link_keeper import LinkKeeper
 from expertmesh.actors.worker.outbox import Outbox
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -160,21 +161,13 @@ class WorkerActor:
         generation = self._generation = self._generation + 1
         # The process id keeps a restarted worker from meeting a shard's end of its former life.
         name = f"{self._id}.{os.getpid()}/{shard}/{generation}"
-        kind = link_kind(link_end(), peer.end) if self._settings.links == "auto" else self._settings.links
+        kind = kind_for(link_end(), peer, self._settings.links)
         try:
             async with asyncio.timeout(_JOIN_S):
-                host, port = await peer.handle.accept_link.remote(name, generation, kind)
+                met = await peer.handle.accept_link.remote(name, generation, kind)
         except RayError as error:
             raise UnavailableError(f"{shard}: {type(error).__name__}") from error
-        address = LinkAddress(
-            host=host,
-            port=port,
-            name=name,
-            generation=generation,
-            rank=WORKER_RANK,
-            interface=self._host,
-            timeout_s=self._settings.link_timeout_s,
-        )
+        address = calling_end(met, name, generation, self._host, self._settings.link_timeout_s)
         return await asyncio.to_thread(open_link, kind, address, self._device)
 
     def _use(self, fleet: Fleet) -> None:

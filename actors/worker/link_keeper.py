@@ -3,10 +3,9 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from expertmesh.actors.links.base import Link, LinkEnd
+from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.peer import ShardPeer
 from expertmesh.actors.worker.dispatcher import Fleet
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ShardId
@@ -14,19 +13,6 @@ from expertmesh.cluster.placement import Placement
 
 _log = logging.getLogger(__name__)
 _HEAL_PERIOD_S = 0.5
-
-
-@dataclass(frozen=True)
-class ShardPeer:
-    """How to reach a shard.
-
-    life: differs between two processes that have the shard's name one after the other. handle: its actor. end: where
-    its tensors live.
-    """
-
-    life: str
-    handle: Any
-    end: LinkEnd
 
 
 class LinkKeeper:

@@ -54,6 +54,9 @@ def test_hot_experts_are_replicated_and_the_way_back_is_open(server: Server, tmp
         assert sum(s.num_slots for s in after.shards) > 64
         assert after.balancedness > before.balancedness
 
+        assert sum(s.experts_copied for s in after.shards) >= sum(s.num_slots for s in after.shards) - 64
+        assert sum(s.experts_read for s in after.shards) == 64, "read when the server started, and not again"
+
         epoch = after.epoch
         deadline_s = time.monotonic() + 30
         while server.status().epoch == epoch:  # the weights follow the load of the last seconds

@@ -8,9 +8,10 @@ import pytest
 from torch import Tensor
 
 from expertmesh.actors.links.base import Link, LinkEnd
+from expertmesh.actors.links.peer import ShardPeer
 from expertmesh.actors.worker import link_keeper
 from expertmesh.actors.worker.dispatcher import Fleet
-from expertmesh.actors.worker.link_keeper import LinkKeeper, ShardPeer
+from expertmesh.actors.worker.link_keeper import LinkKeeper
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketHeader

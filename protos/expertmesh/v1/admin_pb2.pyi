@@ -388,6 +388,8 @@ class ShardStatus(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    EXPERTS_COPIED_FIELD_NUMBER: _builtins.int
+    EXPERTS_READ_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its name in placements and logs."""
     pid: _builtins.int
@@ -400,6 +402,10 @@ class ShardStatus(_message.Message):
     """Experts that it holds, over all layers."""
     weight_bytes: _builtins.int
     """Bytes of expert weights that it holds."""
+    experts_copied: _builtins.int
+    """Experts that it copied from other shards since its process began."""
+    experts_read: _builtins.int
+    """Experts that it read from the checkpoint since its process began."""
     def __init__(
         self,
         *,
@@ -409,10 +415,12 @@ class ShardStatus(_message.Message):
         state: _builtins.str = ...,
         num_slots: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
+        experts_copied: _builtins.int = ...,
+        experts_read: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "state", b"state", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts_copied", b"experts_copied", "experts_read", b"experts_read", "id", b"id", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "state", b"state", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,136 @@
+"""Experts copied over real links: the same bits; damaged questions and answers break the link and nothing else."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertmesh.actors.links.base import Link, LinkEnd
+from expertmesh.actors.links.peer import ShardPeer
+from expertmesh.actors.shard.copying import asked_expert, expert_packet, fetch_expert
+from expertmesh.actors.shard.intake import Intake
+from expertmesh.actors.shard.server import ShardServer
+from expertmesh.cluster.errors import LinkError, UnavailableError
+from expertmesh.cluster.ids import ExpertKey
+from expertmesh.cluster.packets import PacketHeader, PacketKind
+from expertmesh.models.architecture import open_architecture
+from expertmesh.models.expert_slots import ExpertSlots
+from expertmesh.models.loading import CheckpointWeights
+from tests.families import write_checkpoint
+from tests.fleet import CPU, link_pair, served_link
+
+HERE = ExpertKey(1, 5)
+
+
+def opened(family: str, directory: Path, dtype: str = "auto") -> CheckpointWeights:
+    write_checkpoint(family, directory)
+    return CheckpointWeights(open_architecture(directory, dtype))
+
+
+def fetch(link: Link, weights: CheckpointWeights, key: ExpertKey, sequence: int = 7) -> dict[str, Tensor]:
+    return fetch_expert(link, key, weights.expert_shapes(key.layer), weights.architecture.dtype, sequence)
+
+
+@pytest.mark.parametrize("kind", ["local", "gloo"])
+@pytest.mark.parametrize(("family", "dtype"), [("mixtral", "float32"), ("gpt_oss", "bfloat16")])
+def test_a_copied_expert_is_the_one_that_the_checkpoint_holds(
+    kind: str, family: str, dtype: str, tmp_path: Path
+) -> None:
+    weights = opened(family, tmp_path, dtype)
+    held = [ExpertKey(1, expert) for expert in (6, 0, 5)]
+    server = ShardServer(ExpertSlots(weights, held, CPU), epoch=3)
+    taken = ExpertSlots(weights, (), CPU)
+    with served_link(server, kind=kind) as link:
+        sequence = iter(range(100))
+        taken.add(1, [5, 6], lambda key: fetch(link, weights, key, next(sequence)))
+    read = ExpertSlots(weights, [ExpertKey(1, 5), ExpertKey(1, 6)], CPU)
+    for key in read.keys:
+        copied, expected = taken.expert(key), read.expert(key)
+        assert copied is not None
+        assert expected is not None
+        assert copied.keys() == expected.keys()
+        assert all(torch.equal(copied[name], expected[name]) for name in expected)
+
+
+def test_an_expert_that_is_not_there_is_said_to_be_unavailable_and_the_link_goes_on(tmp_path: Path) -> None:
+    weights = opened("mixtral", tmp_path)
+    server = ShardServer(ExpertSlots(weights, [HERE], CPU), epoch=3)
+    with served_link(server) as link:
+        for missing in (ExpertKey(1, 4), ExpertKey(0, 5), ExpertKey(99, 5)):
+            with pytest.raises(UnavailableError, match=str(missing)):
+                fetch_expert(link, missing, weights.expert_shapes(1), torch.float32, 1)
+        assert fetch(link, weights, HERE)
+
+
+def of_other_size(request: PacketHeader, _tensors: dict[str, Tensor]) -> tuple[PacketHeader, list[Tensor]]:
+    return expert_packet(request, {"down_proj": torch.zeros(3)}, 1)
+
+
+def of_other_dtype(request: PacketHeader, tensors: dict[str, Tensor]) -> tuple[PacketHeader, list[Tensor]]:
+    return expert_packet(request, {n: t.half().repeat_interleave(2, 0) for n, t in tensors.items()}, 1)
+
+
+def of_another_question(request: PacketHeader, tensors: dict[str, Tensor]) -> tuple[PacketHeader, list[Tensor]]:
+    earlier = PacketHeader(kind=PacketKind.FETCH, generation=1, sequence=request.sequence - 1, epoch=0, layer=1)
+    return expert_packet(earlier, tensors, 1)
+
+
+@pytest.mark.parametrize("answer", [of_other_size, of_other_dtype, of_another_question])
+def test_an_answer_that_does_not_fit_is_a_link_error(
+    answer: Callable[[PacketHeader, dict[str, Tensor]], tuple[PacketHeader, list[Tensor]]], tmp_path: Path
+) -> None:
+    weights = opened("mixtral", tmp_path)
+    with link_pair(kind="local") as (asking, asked):
+
+        def serve() -> None:
+            header, payload = asked.recv()
+            asked.send(*answer(header, weights.load_expert(asked_expert(header, payload))))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(LinkError, match=r"asked for L1E5"):
+            fetch(asking, weights, HERE)
+        thread.join()
+
+
+def test_a_damaged_question_ends_its_link_alone(tmp_path: Path) -> None:
+    weights = opened("mixtral", tmp_path)
+    server = ShardServer(ExpertSlots(weights, [HERE], CPU), epoch=3)
+    with served_link(server, name="bad") as bad, served_link(server, name="good") as good:
+        payload = torch.zeros(3, dtype=torch.uint8)
+        bad.send(
+            PacketHeader(kind=PacketKind.FETCH, generation=1, sequence=1, epoch=0, layer=1, payload_bytes=3), [payload]
+        )
+        assert fetch(good, weights, HERE)
+
+
+def peer(name: str) -> ShardPeer:
+    return ShardPeer(life=name, handle=None, end=LinkEnd(node="here"))
+
+
+def test_an_intake_copies_what_it_can_and_reads_the_rest(tmp_path: Path) -> None:
+    weights = opened("mixtral", tmp_path)
+    server = ShardServer(ExpertSlots(weights, [HERE], CPU), epoch=3)
+    gone, here = peer("gone"), peer("here")
+    asked: list[str] = []
+
+    def join(source: ShardPeer) -> Link:
+        asked.append(source.life)
+        if source is gone:
+            raise UnavailableError("its shard does not answer")
+        return link
+
+    keys = {ExpertKey(0, 1): gone, ExpertKey(0, 2): gone, HERE: here, ExpertKey(1, 4): here, ExpertKey(1, 6): here}
+    with served_link(server) as link:
+        intake = Intake(weights, keys, join)
+        for key in (*keys, ExpertKey(2, 0)):
+            expected = weights.load_expert(key)
+            got = intake.get(key)
+            assert all(torch.equal(got[name], expected[name]) for name in expected)
+        intake.close()
+    # L1E5 came from the shard; it lacked L1E4 and was not asked for L1E6; one that is gone is asked once.
+    assert (intake.num_copied, intake.num_read) == (1, 5)
+    assert asked == ["gone", "here"]
