@@ -17,6 +17,8 @@ from expertmesh.actors.cli.chaos_streams import Record, Streams, mismatches, uns
 from expertmesh.actors.cli.child_server import child_server
 from expertmesh.actors.cli.client import JsonOption
 from expertmesh.cluster.errors import ExpertMeshError, InputError
+from expertmesh.v1.admin_pb2 import GetStatusRequest
+from expertmesh.v1.admin_pb2_grpc import AdminStub
 
 # A step that waits for a new process, or for many experts to be read, does not give up.
 _RECOVERY_S = 60.0
@@ -72,15 +74,18 @@ async def _measure(
     scenario: Scenario, address: str, count: int, new: int, cycles: int, minutes: float, seed: int, plot: Path | None
 ) -> dict[str, Any]:
     async with grpc.aio.insecure_channel(address) as channel:
-        target = Target(channel, seed, cycles, minutes)
-        before = await target.whole()
-        streams = Streams(address, before.model, count, new)
+        model = (await AdminStub(channel).GetStatus(GetStatusRequest(), timeout=30)).model
+        streams = Streams(address, model, count, new)
+        target = Target(channel, streams, seed, cycles, minutes)
+        await target.whole()
         over = asyncio.Event()
         over.set()
         await streams.run_until(over, Record())  # not counted: code and pages are touched for the first time
         calm, rough = Record(), Record()
-        for _ in range(_CALM_RUNS):
-            await streams.run_until(over, calm)
+        for streams.topic in scenario.topics:
+            for _ in range(_CALM_RUNS):
+                await streams.run_until(over, calm)
+        streams.topic = scenario.topics[0]
         done = asyncio.Event()
         error, _ = await asyncio.gather(_act(scenario.act(target), done), streams.run_until(done, rough))
         if not error:
@@ -100,6 +105,7 @@ async def _measure(
         "p99_gap_s": rough.p99_gap_s,
         "calm_longest_gap_s": calm.longest_gap_s,
         "calm_p99_gap_s": calm.p99_gap_s,
+        "facts": target.facts,
         "marks": [what for _, what in target.marks],
         "errors": [*sorted(set(rough.errors))[:5], *changed[:5]],
         "error": error,
@@ -136,6 +142,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
         )
     Console(width=140).print(table)
     for row in rows:
+        for name, value in row["facts"].items():
+            typer.echo(f"{row['event']}: {name.replace('_', ' ')}: {value}")
         for problem in (*row["errors"], row["error"]):
             if problem:
                 typer.echo(f"{row['event']}: {problem}")

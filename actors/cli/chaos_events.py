@@ -6,28 +6,44 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grpc
 import psutil
 
+from expertmesh.actors.cli.chaos_streams import Streams
 from expertmesh.cluster.errors import UnavailableError
-from expertmesh.v1.admin_pb2 import GetStatusRequest, ListOperationsRequest, ScaleRequest, StatusResponse
+from expertmesh.cluster.placement import Placement, ShardSlots
+from expertmesh.v1.admin_pb2 import (
+    GetPlacementRequest,
+    GetStatusRequest,
+    ListOperationsRequest,
+    Operation,
+    PlacementRecord,
+    ScaleRequest,
+    StatusResponse,
+)
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 
 _WHOLE_TIMEOUT_S = 90.0
 _STOPPED_S = 3.0
+# How long prompts keep to a topic, and from which balancedness on the shards count as level.
+_TOPIC_S = 60.0
+_LEVEL = 0.9
 
 
 class Target:
-    """A running server, and what was done to it."""
+    """A running server, the streams from it, what was done to it, and what was found out meanwhile."""
 
-    def __init__(self, channel: grpc.aio.Channel, seed: int, cycles: int, minutes: float) -> None:
+    def __init__(self, channel: grpc.aio.Channel, streams: Streams, seed: int, cycles: int, minutes: float) -> None:
         self._admin = AdminStub(channel)
+        self.streams = streams
         self.rng = random.Random(seed)
         self.cycles = cycles
         self.minutes = minutes
         self.marks: list[tuple[float, str]] = []
+        self.facts: dict[str, Any] = {}
 
     async def status(self) -> StatusResponse:
         """Return the server's status; waits while the controller is away."""
@@ -63,7 +79,17 @@ class Target:
     async def scale(self, shards: int, workers: int) -> None:
         """Scale, and wait for its end."""
         self.marks.append((time.monotonic(), f"{shards} shards, {workers} workers"))
-        operation = await self._admin.Scale(ScaleRequest(shards=shards, workers=workers), timeout=30)
+        await self._finish(await self._admin.Scale(ScaleRequest(shards=shards, workers=workers), timeout=30))
+
+    async def placement(self) -> Placement:
+        """Return the placement in force."""
+        return Placement.from_bytes((await self._admin.GetPlacement(GetPlacementRequest(), timeout=30)).record)
+
+    async def go_to(self, placement: Placement) -> None:
+        """Put a placement in force, and wait for its end."""
+        await self._finish(await self._admin.SetPlacement(PlacementRecord(record=placement.to_bytes()), timeout=30))
+
+    async def _finish(self, operation: Operation) -> None:
         while operation.phase not in ("DONE", "ROLLED_BACK"):
             await asyncio.sleep(0.2)
             listed = await self._admin.ListOperations(ListOperationsRequest(id=operation.id), timeout=30)
@@ -81,6 +107,7 @@ class Scenario:
     shards: int = 2
     workers: int = 1
     replicas: int = 1
+    topics: tuple[str, ...] = ("mixed",)
     config: dict[str, float] = field(default_factory=dict)
 
 
@@ -123,9 +150,56 @@ def _redis_pid(controller_pid: int) -> int:
 
 
 async def _scale_cycles(target: Target) -> None:
+    """Scale up and down. After each cycle the server's memory is read: what its processes have for themselves."""
+    memory: list[int] = []
     for _ in range(target.cycles):
         await target.scale(4, 2)
         await target.scale(2, 1)
+        memory.append(sum(_own_bytes(process) for process in psutil.Process().children(recursive=True)))
+    target.facts["memory_mib_after_each_cycle"] = [num_bytes >> 20 for num_bytes in memory]
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().uss)
+    except psutil.NoSuchProcess:
+        return 0  # ended meanwhile
+
+
+async def _move_experts(target: Target) -> None:
+    """Move every third expert of each shard to the next, and back, again and again."""
+    home = await target.placement()
+    shards = home.shards
+    away = []
+    for at, slots in enumerate(shards):
+        stay = tuple(key for key in slots.experts if key.expert % 3)
+        come = tuple(key for key in shards[at - 1].experts if key.expert % 3 == 0)
+        away.append(ShardSlots(shard=slots.shard, experts=stay + come))
+    num_moves = sum(key.expert % 3 == 0 for slots in shards for key in slots.experts)
+    for _ in range(target.cycles):
+        for placement in (replace(home, shards=tuple(away)), home):
+            target.marks.append((time.monotonic(), f"{num_moves} experts move"))
+            await target.go_to(placement)
+    target.facts["experts_moved"] = 2 * target.cycles * num_moves
+
+
+async def _switch_topic(target: Target) -> None:
+    """Let all prompts change their topic, and see how soon the shards are level again."""
+    target.streams.topic = "code"
+    await asyncio.sleep(_TOPIC_S)
+    target.facts["balancedness_before"] = (await target.status()).recent_balancedness
+    target.streams.topic = "tables"
+    start_s = time.monotonic()
+    target.marks.append((start_s, "topic: tables"))
+    seen: list[tuple[float, float]] = []
+    while time.monotonic() < start_s + _TOPIC_S:
+        await asyncio.sleep(1)
+        seen.append((time.monotonic() - start_s, (await target.status()).recent_balancedness))
+    below = [at_s for at_s, value in seen if value < _LEVEL]
+    target.facts["lowest_balancedness"] = min(value for _, value in seen)
+    target.facts["last_balancedness"] = seen[-1][1]
+    # From then on it was level for good; the streams of the old topic have ended by the time it is first below.
+    target.facts["level_again_after_s"] = max(below, default=0.0)
 
 
 async def _random_faults(target: Target) -> None:
@@ -158,5 +232,7 @@ SCENARIOS = (
     Scenario("SIGKILL of the controller", _kill_controller),
     Scenario("SIGKILL of Redis", _kill_redis),
     Scenario("shards 2-4-2, workers 1-2-1", _scale_cycles),
+    Scenario("experts move", _move_experts, shards=3, config={"rebalance_period_s": 0, "weights_period_s": 0}),
+    Scenario("prompts switch topic", _switch_topic, shards=4, topics=("mixed", "code", "tables")),
     Scenario("random faults", _random_faults, shards=3, workers=2, replicas=2, config={"link_timeout_s": 1.0}),
 )

@@ -21,13 +21,15 @@ _TEXTS = (
     "Permission is hereby granted, free of charge",
     "import os\nimport sys\n\n",
 )
+# What the streams are about: all of it, or one thing alone.
+TOPICS = {"mixed": _TEXTS, "code": (_TEXTS[0], _TEXTS[3], _TEXTS[5]), "tables": (_TEXTS[2],)}
 
 
 @dataclass
 class Record:
-    """What the streams gave. Times are time.monotonic()."""
+    """What the streams gave. Times are time.monotonic(). An output is that of a topic's request."""
 
-    outputs: dict[int, list[list[int]]] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], list[list[int]]] = field(default_factory=dict)
     token_times_s: list[list[float]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
@@ -49,58 +51,72 @@ class Record:
 
 
 class Streams:
-    """A fixed set of requests: half greedy, half sampled with a seed, prompts of several topics."""
+    """A fixed set of requests: half greedy, half sampled with a seed, prompts of several topics.
+
+    topic: what requests that begin from now on are about.
+    """
 
     def __init__(self, address: str, model: ModelStatus, count: int, new_tokens: int) -> None:
         self._address = address
-        self._requests = [self._request(model, number, new_tokens) for number in range(count)]
+        self._requests = {
+            topic: [_request(model, number, new_tokens, texts, at) for number in range(count)]
+            for at, (topic, texts) in enumerate(TOPICS.items())
+        }
+        self.topic = "mixed"
 
     async def run_until(self, done: asyncio.Event, record: Record) -> None:
         """Send all requests at once, and each again when it has ended, until `done`; at least once."""
         async with grpc.aio.insecure_channel(self._address) as channel:
-            count = len(self._requests)
+            count = len(self._requests[self.topic])
             await asyncio.gather(*(self._repeat(channel, number, done, record) for number in range(count)))
 
     async def _repeat(self, channel: grpc.aio.Channel, number: int, done: asyncio.Event, record: Record) -> None:
         first = True
         while first or not done.is_set():
             first = False
+            topic = self.topic
             tokens: list[int] = []
             times: list[float] = []
             record.token_times_s.append(times)
             try:
-                async for response in InferenceStub(channel).Generate(self._requests[number], timeout=_TIMEOUT_S):
+                async for response in InferenceStub(channel).Generate(
+                    self._requests[topic][number], timeout=_TIMEOUT_S
+                ):
                     tokens += response.token_ids
                     times += [time.monotonic()] * len(response.token_ids)
             except grpc.RpcError as error:
                 record.errors.append(f"{error.code().name}: {error.details()}")
                 continue
-            record.outputs.setdefault(number, []).append(tokens)
+            record.outputs.setdefault((topic, number), []).append(tokens)
 
-    def _request(self, model: ModelStatus, number: int, new_tokens: int) -> GenerateRequest:
-        request = GenerateRequest(
-            max_tokens=new_tokens,
-            ignore_eos=True,
-            temperature=0.8 if number % 2 else 0.0,
-            seed=number,
-        )
-        if model.has_tokenizer:
-            request.text = _TEXTS[number % len(_TEXTS)] + " " * (number // len(_TEXTS))
-        else:
-            rng = random.Random(number)
-            request.token_ids.CopyFrom(TokenIds(ids=[rng.randrange(model.vocab_size) for _ in range(16)]))
-        return request
+
+def _request(
+    model: ModelStatus, number: int, new_tokens: int, texts: tuple[str, ...], topic_at: int
+) -> GenerateRequest:
+    request = GenerateRequest(
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        temperature=0.8 if number % 2 else 0.0,
+        seed=number,
+    )
+    if model.has_tokenizer:
+        request.text = texts[number % len(texts)] + " " * (number // len(texts))
+    else:
+        rng = random.Random(1000 * topic_at + number)
+        request.token_ids.CopyFrom(TokenIds(ids=[rng.randrange(model.vocab_size) for _ in range(16)]))
+    return request
 
 
 def mismatches(calm: Record, rough: Record) -> list[str]:
     """Say which outputs of `rough` are none of those that the same request gave in `calm`, and from which token on."""
     found: list[str] = []
-    for number, outputs in sorted(rough.outputs.items()):
+    for (topic, number), outputs in sorted(rough.outputs.items()):
         for output in outputs:
-            if output not in calm.outputs[number]:
-                agreed = max(_agreement(right, output) for right in calm.outputs[number])
+            right = calm.outputs[topic, number]
+            if output not in right:
+                agreed = max(_agreement(one, output) for one in right)
                 kind = "sampled" if number % 2 else "greedy"
-                found.append(f"request {number} ({kind}) differs from token {agreed} on; {len(output)} came")
+                found.append(f"request {number} ({topic}, {kind}) differs from token {agreed} on; {len(output)} came")
     return found
 
 

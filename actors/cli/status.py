@@ -79,7 +79,7 @@ def _watch(url: str, interval_s: float) -> NoReturn:
 
 def _head(state: dict[str, Any]) -> Table:
     model, controller = state["model"], state["controller"]
-    balancedness = state["balancedness"]
+    balancedness, recent = state["balancedness"], state["recent_balancedness"]
     rows = {
         "state": "ready" if state["ready"] else f"not ready: {state['not_ready_reason']}",
         **({"warnings": "; ".join(state["warnings"])} if state["warnings"] else {}),
@@ -90,7 +90,8 @@ def _head(state: dict[str, Any]) -> Table:
         "context": f"{model['max_context']} tokens" + ("" if model["has_tokenizer"] else ", no tokenizer"),
         "plan": state["plan"],
         "placement": f"epoch {state['epoch']}, balancedness "
-        + ("unknown (no traffic yet)" if balancedness is None else f"{balancedness:.3f}"),
+        + ("unknown (no traffic yet)" if balancedness is None else f"{balancedness:.3f} over minutes")
+        + ("" if recent is None else f", {recent:.3f} over the last seconds"),
         "controller": f"pid {controller['pid']} on {controller['node']}" if controller["pid"] else "away",
     }
     table = Table.grid(padding=(0, 2))

@@ -30,6 +30,7 @@ from expertmesh.actors.worker.actor import WorkerActor
 from expertmesh.cluster.balance import balancedness, shard_load_LS
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
+from expertmesh.cluster.load_windows import Load
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.placement import Placement
 from expertmesh.cluster.settings import ServeSettings
@@ -192,7 +193,8 @@ class Controller:
         return {
             "plan": self._plan_name(),
             "epoch": self._keeper.placement.epoch if self._keeper.placement else 0,
-            "balancedness": self._balancedness(),
+            "balancedness": self._balancedness(self._collector.slow(time.time())),
+            "recent_balancedness": self._balancedness(self._collector.fast(time.time())),
             "controller": {"pid": os.getpid(), "node": self._host},
             "shards": [_without(f, "link_end", "epoch", "free_bytes") for f in self._shards.in_order()],
             "workers": [_without(f, "lost_shards", "epoch") for f in self._workers.in_order()],
@@ -236,11 +238,10 @@ class Controller:
     def _no_load(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.zeros((len(self._model.moe_layers), self._model.num_experts), dtype=np.int64)
 
-    def _balancedness(self) -> float | None:
+    def _balancedness(self, load: Load) -> float | None:
         placement = self._keeper.placement
         if placement is None:
             return None
-        load = self._collector.slow(time.time())
         load_LE = load.prefill_LE + load.decode_LE
         return float(balancedness(shard_load_LS(load_LE, placement))) if load_LE.any() else None
 

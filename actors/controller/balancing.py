@@ -1,20 +1,27 @@
 """The two loops that follow the load: dispatch weights every few seconds, replicas and places now and then.
 
 Both only propose; the keeper's thread carries out, and drops what was made for a placement that is no longer in force.
+
+Replicas follow the slow window. Where the load has changed so much that no weights level it any more, they follow the
+fast one at once; and what the slow window wants is left undone where it would do harm to the present load.
 """
 
 import logging
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.loads import LoadCollector
+from expertmesh.cluster.balance import balancedness, shard_load_LS
 from expertmesh.cluster.balancer import rebalance
 from expertmesh.cluster.balancer_types import BalancePlan, BalanceSettings, ShardFacts
 from expertmesh.cluster.dispatch_weights import changed_weights, level_weights
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
+from expertmesh.cluster.load_windows import Load
 from expertmesh.cluster.placement import Placement
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.cluster.watchdog import Watchdog
@@ -25,6 +32,13 @@ _COLLECT_PERIOD_S = 1.0
 _DEAD_BAND = 0.05
 # Fewer tokens than this for each expert and layer say too little.
 _LEAST_TOKENS = 8
+# A load has changed when the best weights stay below this balancedness, in as many looks one after the other, counted
+# over this many tokens for each expert and layer (fewer are uneven by chance).
+_CHANGED_BELOW = 0.9
+_CHANGED_LOOKS = 2
+_CHANGED_TOKENS = 32
+# A load that changed is expected to stay for this long: a copy that does not pay within it is not made.
+_CHANGED_HORIZON_S = 60.0
 
 
 class Balancing:
@@ -35,6 +49,7 @@ class Balancing:
         self._collector = collector
         self._settings = settings
         self._watchdog = watchdog
+        self._looks_changed = 0
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -74,17 +89,19 @@ class Balancing:
         if placement is None:
             raise UnavailableError("the deployment is still starting")
         load = self._collector.slow(time.time())
-        settings = self._settings
+        return self._plan(placement, load, self._collector.expert_s, self._collector.slow_s)
+
+    def _plan(self, placement: Placement, load: Load, expert_time_s: float, horizon_s: float) -> BalancePlan:
         return rebalance(
             placement,
             load.prefill_LE + load.decode_LE,
             self._shard_facts(placement),
             epoch=placement.epoch + 1,
             expert_bytes=self._keeper.expert_bytes,
-            expert_time_s=self._collector.expert_s,
+            expert_time_s=expert_time_s,
             window_s=max(load.span_s, 1.0),
-            horizon_s=self._collector.slow_s,
-            settings=BalanceSettings(min_replicas=min(settings.replicas, len(placement.shards))),
+            horizon_s=horizon_s,
+            settings=BalanceSettings(min_replicas=min(self._settings.replicas, len(placement.shards))),
         )
 
     def _collect(self) -> None:
@@ -97,28 +114,55 @@ class Balancing:
         load_LE = load.prefill_LE + load.decode_LE
         if load_LE.sum() < _LEAST_TOKENS * load_LE.size or not self._keeper.is_calm:
             return
-        weights = changed_weights(placement.weights, level_weights(load_LE, placement), _DEAD_BAND)
+        best = replace(placement, epoch=placement.epoch + 1, weights=level_weights(load_LE, placement))
+        if self._has_changed(load_LE, best) and self._follow_change(placement, load):
+            return
+        weights = changed_weights(placement.weights, best.weights, _DEAD_BAND)
         if weights != placement.weights:
-            self._keeper.propose(
-                Placement(
-                    epoch=placement.epoch + 1,
-                    num_experts=placement.num_experts,
-                    layers=placement.layers,
-                    shards=placement.shards,
-                    weights=weights,
-                ),
-                "new dispatch weights",
-            )
+            self._keeper.propose(replace(best, weights=weights), "new dispatch weights")
+
+    def _has_changed(self, load_LE: npt.NDArray[np.int64], best: Placement) -> bool:
+        """Say whether not even the best weights have levelled the shards for some looks now."""
+        if not self._settings.rebalance_period_s or load_LE.sum() < _CHANGED_TOKENS * load_LE.size:
+            return False
+        is_level = balancedness(shard_load_LS(load_LE, best)) >= _CHANGED_BELOW
+        self._looks_changed = 0 if is_level else self._looks_changed + 1
+        return self._looks_changed >= _CHANGED_LOOKS
+
+    def _follow_change(self, placement: Placement, load: Load) -> bool:
+        """Propose what the present load wants; return whether there was anything."""
+        self._looks_changed = 0
+        slow = self._collector.slow(time.time())
+        part = load.prefill_LE.sum() + load.decode_LE.sum()
+        whole = slow.prefill_LE.sum() + slow.decode_LE.sum()
+        expert_time_s = self._collector.expert_s * float(part) / max(1.0, float(whole))
+        plan = self._plan(placement, load, expert_time_s, _CHANGED_HORIZON_S)
+        if plan.is_worthwhile:
+            self._keeper.propose(plan.placement, f"the load has changed, {len(plan.moves)} moves: {plan.reason}")
+        return plan.is_worthwhile
 
     def _rebalance(self) -> None:
-        load = self._collector.slow(time.time())
-        if int(np.sum(load.prefill_LE + load.decode_LE)) < _LEAST_TOKENS * load.prefill_LE.size:
+        slow, fast = self._collector.slow(time.time()), self._collector.fast(time.time())
+        if int(np.sum(slow.prefill_LE + slow.decode_LE)) < _LEAST_TOKENS * slow.prefill_LE.size:
             return
         if not self._keeper.is_calm:
             return
         plan = self.plan()
-        if plan.is_worthwhile:
+        if plan.is_worthwhile and not self._harms(fast, plan):
             self._keeper.propose(plan.placement, f"{len(plan.moves)} moves: {plan.reason}")
+
+    def _harms(self, fast: Load, plan: BalancePlan) -> bool:
+        """Say whether a plan would level the present load less than the placement in force does."""
+        load_LE = fast.prefill_LE + fast.decode_LE
+        placement = self._keeper.placement
+        assert placement is not None, "the loops began before the fleet"
+        if load_LE.sum() < _CHANGED_TOKENS * load_LE.size:
+            return False
+        now, then = (
+            balancedness(shard_load_LS(load_LE, replace(p, weights=level_weights(load_LE, p))))
+            for p in (placement, plan.placement)
+        )
+        return then < min(now, _CHANGED_BELOW)
 
     def _shard_facts(self, placement: Placement) -> list[ShardFacts]:
         """Give each shard its even part of all replicas and the spare room on top, or what it has already."""

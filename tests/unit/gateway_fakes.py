@@ -36,9 +36,19 @@ STATUS: dict[str, object] = {
     "plan": "2 shards, 1 worker",
     "epoch": 3,
     "balancedness": 0.875,
+    "recent_balancedness": 0.5,
     "controller": {"pid": 11, "node": "n0"},
     "shards": [
-        {"id": f"s{index}", "pid": 20 + index, "node": "n0", "state": "ready", "num_slots": 4, "weight_bytes": 2**33}
+        {
+            "id": f"s{index}",
+            "pid": 20 + index,
+            "node": "n0",
+            "state": "ready",
+            "num_slots": 4,
+            "weight_bytes": 2**33,
+            "experts_copied": 1,
+            "experts_read": 3,
+        }
         for index in range(2)
     ],
     "workers": [

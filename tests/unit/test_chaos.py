@@ -8,7 +8,7 @@ from expertmesh.actors.cli.chaos_streams import Record, mismatches, unsteady
 
 
 def record(outputs: dict[int, list[list[int]]]) -> Record:
-    return Record(outputs=outputs)
+    return Record(outputs={("mixed", number): found for number, found in outputs.items()})
 
 
 def test_an_output_must_be_one_that_was_seen_undisturbed() -> None:
@@ -16,8 +16,8 @@ def test_an_output_must_be_one_that_was_seen_undisturbed() -> None:
     assert unsteady(calm) == 1
     assert mismatches(calm, record({0: [[1, 2, 3]], 1: [[4, 9, 9], [4, 5, 6]]})) == []
     assert mismatches(calm, record({0: [[1, 2, 4]], 1: [[4, 5, 9]]})) == [
-        "request 0 (greedy) differs from token 2 on; 3 came",
-        "request 1 (sampled) differs from token 2 on; 3 came",
+        "request 0 (mixed, greedy) differs from token 2 on; 3 came",
+        "request 1 (mixed, sampled) differs from token 2 on; 3 came",
     ]
 
 

@@ -600,18 +600,21 @@ class StatusResponse(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     NOT_READY_REASON_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    RECENT_BALANCEDNESS_FIELD_NUMBER: _builtins.int
     plan: _builtins.str
     """The resolved plan in words: tiers, counts, devices."""
     epoch: _builtins.int
     """Number of the placement in force, from 1; 0 before the first."""
     balancedness: _builtins.float
-    """Mean shard load over maximal shard load in the last window, above 0 and at most 1; absent before any traffic."""
+    """Mean shard load over maximal shard load in the last minutes, above 0 and at most 1; absent before any traffic."""
     grpc_address: _builtins.str
     """host:port of the gateway that answered."""
     ready: _builtins.bool
     """Whether requests can be served now."""
     not_ready_reason: _builtins.str
     """Why not, in one sentence; empty when ready."""
+    recent_balancedness: _builtins.float
+    """The same as balancedness over the last seconds; absent without traffic in them."""
     @_builtins.property
     def controller(self) -> Global___ControllerStatus:
         """The process that decides placement and scale."""
@@ -651,14 +654,20 @@ class StatusResponse(_message.Message):
         ready: _builtins.bool = ...,
         not_ready_reason: _builtins.str = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        recent_balancedness: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "balancedness", b"balancedness", "controller", b"controller", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "_recent_balancedness", b"_recent_balancedness", "balancedness", b"balancedness", "controller", b"controller", "model", b"model", "recent_balancedness", b"recent_balancedness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "balancedness", b"balancedness", "controller", b"controller", "epoch", b"epoch", "grpc_address", b"grpc_address", "layer_traffic", b"layer_traffic", "model", b"model", "not_ready_reason", b"not_ready_reason", "plan", b"plan", "ready", b"ready", "shards", b"shards", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "_recent_balancedness", b"_recent_balancedness", "balancedness", b"balancedness", "controller", b"controller", "epoch", b"epoch", "grpc_address", b"grpc_address", "layer_traffic", b"layer_traffic", "model", b"model", "not_ready_reason", b"not_ready_reason", "plan", b"plan", "ready", b"ready", "recent_balancedness", b"recent_balancedness", "shards", b"shards", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__balancedness: _TypeAlias = _typing.Literal["balancedness"]  # noqa: Y015
     _WhichOneofArgType__balancedness: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness"]  # noqa: Y015
+    _WhichOneofReturnType__recent_balancedness: _TypeAlias = _typing.Literal["recent_balancedness"]  # noqa: Y015
+    _WhichOneofArgType__recent_balancedness: _TypeAlias = _typing.Literal["_recent_balancedness", b"_recent_balancedness"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__balancedness) -> _WhichOneofReturnType__balancedness | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recent_balancedness) -> _WhichOneofReturnType__recent_balancedness | None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
 
