@@ -6,7 +6,9 @@ the worker that sent the packet, where it takes the place of that worker, who st
 """
 
 import os
+import shutil
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -70,7 +72,36 @@ def give_way() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
+def can_resume() -> bool:
+    """Return whether a thread of this process that gave way may take part again: not every container allows it."""
+
+    def give_way_and_resume() -> bool:
+        give_way()
+        try:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        except PermissionError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(give_way_and_resume).result()
+
+
+def resume(pid: int) -> None:
+    """Have all threads of a process take part again. A thread that ends meanwhile needs nothing."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with suppress(ProcessLookupError):
+            os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+
+
 def in_background(call: Callable[[], _T]) -> _T:
     """Run a call on a thread of its own that gives way to all others; return what it returns, raise what it raises."""
     with ThreadPoolExecutor(1, "background", initializer=give_way) as pool:
         return pool.submit(call).result()
+
+
+def python_that_gives_way() -> str:
+    """Return the command of a Python that gives way to all others until `resume`, where that is possible."""
+    if shutil.which("chrt") and can_resume():
+        return f"chrt --idle 0 {sys.executable}"
+    return sys.executable

@@ -7,7 +7,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from expertmesh.actors.links.base import LinkEnd
+from expertmesh.actors.links.ends import LinkEnd
 from expertmesh.cluster.errors import CapacityError
 
 NAMESPACE = "expertmesh"

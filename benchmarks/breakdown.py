@@ -47,6 +47,7 @@ def watch_worker(kind: str) -> Timers:
     timers = Timers()
     link = {"gloo": gloo.GlooLink, "local": local.LocalLink}[kind]
     timers.watch(dispatcher.Dispatcher, "run", "experts, all")
+    timers.watch(dispatcher.Dispatcher, "_count", "count loads")
     timers.watch(DispatchTable, "choose", "hash")
     timers.watch(dispatcher, "pairs_for_shard", "pairs")
     timers.watch(dispatcher, "dispatch_packet", "pack")
@@ -60,4 +61,8 @@ def report(taken: dict[str, float], *, steps: int, layers: int, step_s: float) -
     """Return one line: microseconds a layer by label, and what of a step is left for the dense half."""
     parts = ", ".join(f"{label} {seconds / steps / layers * 1e6:.0f}" for label, seconds in taken.items())
     dense_us = (step_s - taken["experts, all"] / steps) / layers * 1e6
-    return f"step {step_s * 1e3:.1f} ms; us a layer: {parts}; dense half and the rest {dense_us:.0f}"
+    counting = taken["count loads"] / steps / step_s
+    return (
+        f"step {step_s * 1e3:.1f} ms, {counting:.2%} of it counting loads; us a layer: {parts}; "
+        f"dense half and the rest {dense_us:.0f}"
+    )

@@ -117,7 +117,8 @@ def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_sha
     import torch
 
     from expertmesh.actors.cores import claim_cores, use_cores
-    from expertmesh.actors.links.base import SHARD_RANK, open_link
+    from expertmesh.actors.links.base import open_link
+    from expertmesh.actors.links.ends import SHARD_RANK
     from expertmesh.actors.links.rendezvous import RendezvousServer
     from expertmesh.actors.shard.server import ShardServer
     from expertmesh.models.expert_slots import ExpertSlots
@@ -138,7 +139,8 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
     """One engine process: runs batches that the pipe asks for, and answers with decoded tokens per second."""
     import torch
 
-    from expertmesh.actors.links.base import WORKER_RANK, open_link
+    from expertmesh.actors.links.base import open_link
+    from expertmesh.actors.links.ends import WORKER_RANK
     from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
     from expertmesh.actors.worker.engine import Engine
     from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
@@ -220,7 +222,7 @@ def _open(checkpoint: Path, num_shards: int):  # type: ignore[no-untyped-def]
 
 
 def _address(port: int, rank: int):  # type: ignore[no-untyped-def]
-    from expertmesh.actors.links.base import LinkAddress
+    from expertmesh.actors.links.ends import LinkAddress
 
     return LinkAddress(host=HOST, port=port, name="bench", generation=1, rank=rank, interface=HOST, timeout_s=60)
 

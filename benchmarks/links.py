@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from benchmarks.record import keep
-from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, LinkAddress, open_link
+from expertmesh.actors.links.base import open_link
+from expertmesh.actors.links.ends import SHARD_RANK, WORKER_RANK, LinkAddress
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.ray_env import secure_local_ray
 from expertmesh.cluster.errors import LinkError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkAddress, open_link
+from expertmesh.actors.links.base import Link, open_link
+from expertmesh.actors.links.ends import SHARD_RANK, WORKER_RANK, LinkAddress
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.shard.server import ShardServer
 from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet

@@ -23,10 +23,9 @@ from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.tiers import Tier
+from expertmesh.actors.cores import python_that_gives_way, resume
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address
-from expertmesh.actors.shard.actor import ShardActor
 from expertmesh.actors.state import EmbeddedRedis, StateStore, connect
-from expertmesh.actors.worker.actor import WorkerActor
 from expertmesh.cluster.balance import balancedness, shard_load_LS
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -37,6 +36,7 @@ from expertmesh.cluster.settings import ServeSettings
 from expertmesh.cluster.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
+_SHARD, _WORKER = "expertmesh.actors.shard.actor:ShardActor", "expertmesh.actors.worker.actor:WorkerActor"
 _CALL_TIMEOUT_S = 5.0
 
 
@@ -61,8 +61,8 @@ class Controller:
         cores = psutil.cpu_count() or 1
         shard_threads = settings.shard_threads or max(1, cores // settings.shards)
         worker_threads = settings.worker_threads or max(1, cores // (2 * settings.workers))
-        self._shards = Tier[ShardId](ShardActor, settings, threads=shard_threads, concurrency=8)
-        self._workers = Tier[WorkerId](WorkerActor, settings, threads=worker_threads, concurrency=1000)
+        self._shards = Tier[ShardId](_SHARD, settings, threads=shard_threads, concurrency=8)
+        self._workers = Tier[WorkerId](_WORKER, settings, threads=worker_threads, concurrency=1000)
         store = StateStore(connect(url), model.name)
         self._watchdog = Watchdog()
         self._keeper = Keeper(settings, model, store, self._shards, self._workers, self._note, self._watchdog)
@@ -90,6 +90,8 @@ class Controller:
             [WorkerId(f"worker-{i}") for i in range(settings.workers)],
         )
         self._operator.resume()
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            resume(process.pid)
         self._note("ready")
         self._started = True
         threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
@@ -279,7 +281,8 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
             max_restarts=-1,
             max_concurrency=16,
             num_cpus=0,
-            runtime_env={"env_vars": actor_env(1)},
+            # Tokens flow without a controller: one that is started again gives way to them until it is ready.
+            runtime_env={"env_vars": actor_env(1), "py_executable": python_that_gives_way()},
         )
         .remote(settings, model, str(state_dir))
     )

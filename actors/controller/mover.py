@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from expertmesh.actors.controller.tiers import Tier, wait_for
-from expertmesh.actors.links.peer import ShardPeer
+from expertmesh.actors.links.ends import ShardPeer
 from expertmesh.cluster.copy_sources import copy_sources
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId

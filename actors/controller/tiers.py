@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -30,11 +31,13 @@ class Tier(Generic[Id]):
     facts: the last answer of each to `describe`; its "state" is "unresponsive" or "dead" where none came.
     """
 
-    def __init__(self, actor: type, settings: ServeSettings, *, threads: int, concurrency: int) -> None:
+    def __init__(self, actor: str, settings: ServeSettings, *, threads: int, concurrency: int) -> None:
         """Make an empty tier.
 
         Args:
-            actor: the class, whose constructor takes (id, settings, threads) and which has `describe`.
+            actor: module and name of the class, whose constructor takes (id, settings, threads) and which has
+                `describe`. It is imported when one is started: a controller that is started again finds them all, and
+                is back in a fraction of the time that the import of torch and transformers takes.
             settings: of the deployment.
             threads: each computes with.
             concurrency: calls that an actor may work on at once.
@@ -82,8 +85,9 @@ class Tier(Generic[Id]):
             env=actor_env(self._threads),
             timeout_s=_ROOM_TIMEOUT_S,
         )
+        module, _, name = self._actor.partition(":")
         return (
-            ray.remote(self._actor)
+            ray.remote(getattr(import_module(module), name))
             .options(max_concurrency=self._concurrency, **options)
             .remote(actor_id, settings, self._threads)
         )

@@ -2,45 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from expertmesh.actors.links.ends import LinkAddress
 from expertmesh.cluster.errors import UnknownNameError
 from expertmesh.cluster.packets import PacketHeader
 
-WORKER_RANK = 0
-SHARD_RANK = 1
 # An idle link is no error: a reader waits this long for the next request, and again.
 IDLE_S = 7 * 24 * 3600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkEnd:
-    """Where one end's tensors live: the node's id in Ray, and the id of the GPU on that node ("" on a CPU)."""
-
-    node: str
-    gpu: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkAddress:
-    """Where and under which name the two ends of a link meet.
-
-    host and port are of the shard's rendezvous store; name is unique for the pair of ends and the generation. interface
-    is the address of this end's network interface. timeout_s bounds forming the link and each wait that gives no other
-    bound.
-    """
-
-    host: str
-    port: int
-    name: str
-    generation: int
-    rank: int
-    interface: str
-    timeout_s: float
 
 
 class Link(ABC):
@@ -104,11 +76,3 @@ def open_link(kind: str, address: LinkAddress, device: torch.device) -> Link:
     module, _, name = _KINDS[kind].partition(":")
     link: Link = getattr(import_module(module), name)(address, device)
     return link
-
-
-def link_kind(worker: LinkEnd, shard: LinkEnd) -> str:
-    """Choose the kind for two ends: NCCL between two GPUs (it refuses two ranks on one), a local socket, else Gloo."""
-    same_node = worker.node == shard.node
-    if worker.gpu and shard.gpu and not (same_node and worker.gpu == shard.gpu):
-        return "nccl"
-    return "local" if same_node else "gloo"

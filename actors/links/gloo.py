@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expertmesh.actors.links.base import Link, LinkAddress
+from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.ends import LinkAddress
 from expertmesh.actors.links.rendezvous import RendezvousStore
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind

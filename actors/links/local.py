@@ -16,7 +16,8 @@ from contextlib import closing, suppress
 import torch
 from torch import Tensor
 
-from expertmesh.actors.links.base import SHARD_RANK, Link, LinkAddress
+from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress
 from expertmesh.actors.links.rendezvous import RendezvousStore
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expertmesh.actors.links.base import Link, LinkAddress
+from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.ends import LinkAddress
 from expertmesh.actors.links.gloo import GlooLink
 from expertmesh.actors.links.rendezvous import RendezvousStore
 from expertmesh.cluster.errors import LinkError

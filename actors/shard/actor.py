@@ -13,8 +13,8 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from expertmesh.actors.cores import claim_cores, in_background, use_cores
-from expertmesh.actors.links.base import SHARD_RANK, Link, LinkAddress, open_link
-from expertmesh.actors.links.peer import ShardPeer, calling_end, kind_for
+from expertmesh.actors.links.base import Link, open_link
+from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.runtime import link_end, node_address
 from expertmesh.actors.shard.intake import Intake

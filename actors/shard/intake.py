@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from expertmesh.actors.links.base import Link
-from expertmesh.actors.links.peer import ShardPeer
+from expertmesh.actors.links.ends import ShardPeer
 from expertmesh.actors.shard.copying import fetch_expert
 from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey

@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import RayError
 
 from expertmesh.actors.links.base import Link, open_link
-from expertmesh.actors.links.peer import ShardPeer, calling_end, kind_for
+from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address
 from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
 from expertmesh.actors.worker.engine import Engine

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from expertmesh.actors.links.base import Link
-from expertmesh.actors.links.peer import ShardPeer
+from expertmesh.actors.links.ends import ShardPeer
 from expertmesh.actors.worker.dispatcher import Fleet
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ShardId

@@ -146,7 +146,9 @@ def test_a_shard_that_hangs_is_left_out_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_redis_and_then_the_controller_killed(tmp_path: Path) -> None:
-    with serving(POCKET, tmp_path, "--shards", "2", "--dtype", "float32") as server:
+    config = tmp_path / "serve.toml"
+    config.write_text("rebalance_period_s = 0\n")  # so that the slots can be compared
+    with serving(POCKET, tmp_path, "--shards", "2", "--dtype", "float32", "--config", str(config)) as server:
         expected: list[int] = []
         _stream(server, expected)
         before = server.status()

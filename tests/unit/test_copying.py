@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertmesh.actors.links.base import Link, LinkEnd
-from expertmesh.actors.links.peer import ShardPeer
+from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.ends import LinkEnd, ShardPeer
 from expertmesh.actors.shard.copying import asked_expert, expert_packet, fetch_expert
 from expertmesh.actors.shard.intake import Intake
 from expertmesh.actors.shard.server import ShardServer

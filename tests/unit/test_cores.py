@@ -8,7 +8,14 @@ import threading
 
 import pytest
 
-from expertmesh.actors.cores import claim_cores, use_cores
+from expertmesh.actors.cores import (
+    can_resume,
+    claim_cores,
+    give_way,
+    in_background,
+    python_that_gives_way,
+    use_cores,
+)
 
 # A deployment that runs on this machine has claims of its own.
 REALM = f"test-{secrets.token_hex(8)}"
@@ -84,3 +91,31 @@ def test_threads_started_later_use_the_cores_and_do_not_preempt(pin: bool) -> No
     assert (os.sched_getaffinity(0), os.sched_getscheduler(0)) == before
     if claim:
         claim.release()
+
+
+def test_a_thread_that_gave_way_resumes_where_that_is_allowed() -> None:
+    before = os.sched_getscheduler(0)
+    seen: list[int] = []
+
+    def work() -> None:
+        give_way()
+        seen.append(os.sched_getscheduler(0))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [os.SCHED_IDLE]
+    assert in_background(lambda: os.sched_getscheduler(0)) == os.SCHED_IDLE
+    assert os.sched_getscheduler(0) == before, "only threads of its own give way"
+    if not can_resume():
+        pytest.skip("this container lets no thread come back from SCHED_IDLE")
+    code = """
+import os
+from expertmesh.actors.cores import resume
+print(os.sched_getscheduler(0))
+resume(os.getpid())
+print(os.sched_getscheduler(0))
+"""
+    command = [*python_that_gives_way().split(), "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.split() == [str(os.SCHED_IDLE), str(os.SCHED_OTHER)]

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 import pytest
 from torch import Tensor
 
-from expertmesh.actors.links.base import Link, LinkEnd
-from expertmesh.actors.links.peer import ShardPeer
+from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.ends import LinkEnd, ShardPeer
 from expertmesh.actors.worker import link_keeper
 from expertmesh.actors.worker.dispatcher import Fleet
 from expertmesh.actors.worker.link_keeper import LinkKeeper

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, LinkEnd, link_kind, open_link
+from expertmesh.actors.links.base import Link, open_link
+from expertmesh.actors.links.ends import SHARD_RANK, WORKER_RANK, LinkEnd, link_kind
 from expertmesh.actors.links.gloo import INLINE_BYTES
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.cluster.errors import LinkError, UnknownNameError
@@ -28,7 +29,8 @@ from tests.fleet import CPU, HOST, link_address, link_pair
 ECHO = """
 import sys
 import torch
-from expertmesh.actors.links.base import SHARD_RANK, LinkAddress, open_link
+from expertmesh.actors.links.base import open_link
+from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress
 from expertmesh.cluster.errors import LinkError
 address = LinkAddress(
     host=sys.argv[1], port=int(sys.argv[2]), name="echo", generation=1, rank=SHARD_RANK, interface=sys.argv[1],

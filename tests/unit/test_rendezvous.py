@@ -13,7 +13,8 @@ from datetime import timedelta
 import msgpack
 import pytest
 
-from expertmesh.actors.links.base import SHARD_RANK, WORKER_RANK, Link, open_link
+from expertmesh.actors.links.base import Link, open_link
+from expertmesh.actors.links.ends import SHARD_RANK, WORKER_RANK
 from expertmesh.actors.links.rendezvous import RendezvousServer, RendezvousStore
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind

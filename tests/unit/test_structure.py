@@ -250,3 +250,15 @@ def named_paths(text: str) -> list[str]:
 )
 def test_a_named_path_is_found(text: str, is_named: bool) -> None:
     assert bool(named_paths(text)) == is_named
+
+
+def test_the_controller_is_back_without_importing_what_computes() -> None:
+    heavy = "{'torch', 'transformers', 'grpc'} & set(sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, expertmesh.actors.controller.actor; print(sorted({heavy}))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert found.stdout.strip() == "[]"

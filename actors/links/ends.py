@@ -1,9 +1,36 @@
-"""A shard as others reach it, and the end of a link that they form to it."""
+"""The ends of links: where they are, where they meet, which kind of link joins two. Names no tensor library."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from expertmesh.actors.links.base import WORKER_RANK, LinkAddress, LinkEnd, link_kind
+WORKER_RANK = 0
+SHARD_RANK = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkEnd:
+    """Where one end's tensors live: the node's id in Ray, and the id of the GPU on that node ("" on a CPU)."""
+
+    node: str
+    gpu: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkAddress:
+    """Where and under which name the two ends of a link meet.
+
+    host and port are of the shard's rendezvous store; name is unique for the pair of ends and the generation. interface
+    is the address of this end's network interface. timeout_s bounds forming the link and each wait that gives no other
+    bound.
+    """
+
+    host: str
+    port: int
+    name: str
+    generation: int
+    rank: int
+    interface: str
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -44,3 +71,11 @@ def calling_end(met: tuple[str, int], name: str, generation: int, interface: str
         interface=interface,
         timeout_s=timeout_s,
     )
+
+
+def link_kind(worker: LinkEnd, shard: LinkEnd) -> str:
+    """Choose the kind for two ends: NCCL between two GPUs (it refuses two ranks on one), a local socket, else Gloo."""
+    same_node = worker.node == shard.node
+    if worker.gpu and shard.gpu and not (same_node and worker.gpu == shard.gpu):
+        return "nccl"
+    return "local" if same_node else "gloo"
