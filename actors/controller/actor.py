@@ -23,7 +23,7 @@ from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.tiers import Tier
-from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address
+from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address, on_this_node
 from expertmesh.actors.shard.actor import ShardActor
 from expertmesh.actors.state import EmbeddedRedis, StateStore, connect
 from expertmesh.actors.worker.actor import WorkerActor
@@ -268,7 +268,10 @@ class Controller:
 
 
 def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path) -> Any:
-    """Start the detached controller actor on this Ray cluster and return its handle."""
+    """Start the detached controller actor and return its handle.
+
+    It stays on this node, where its Redis has its files; the deployment ends with this process in any case.
+    """
     return (
         ray.remote(Controller)
         .options(
@@ -278,6 +281,7 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
             max_restarts=-1,
             max_concurrency=16,
             num_cpus=0,
+            label_selector=on_this_node(),
             runtime_env={"env_vars": actor_env(1)},
         )
         .remote(settings, model, str(state_dir))

@@ -15,7 +15,7 @@ from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.actors.gateway.worker_client import WorkerClient
-from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env
+from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, on_this_node
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import SequenceRequest, TokenEvent
@@ -168,7 +168,7 @@ async def _call(reference: Any) -> Any:
 
 
 def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
-    """Run the gateway on Ray Serve, one replica a node, and return the application's handle.
+    """Run the gateway on Ray Serve, on this node: its address was checked here, clients look for it here.
 
     Raises:
         UnavailableError: it did not come up.
@@ -179,7 +179,11 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
         num_replicas=1,
         max_replicas_per_node=1,
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": actor_env(1)}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "label_selector": on_this_node(),
+            "runtime_env": {"env_vars": actor_env(1)},
+        },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
         logging_config={"log_level": "WARNING"},
