@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from expertmesh.actors.controller.tiers import Tier, wait_for
-from expertmesh.actors.state import StateStore
+from expertmesh.actors.controller.records import FleetRecords
+from expertmesh.actors.controller.tiers import Tier, natural, try_all, wait_for
 from expertmesh.actors.worker.link_keeper import ShardPeer
-from expertmesh.cluster.errors import ExpertMeshError, StateError, UnavailableError
+from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.placement import Placement, ShardSlots, initial_placement
@@ -29,9 +29,10 @@ _PATIENCE_ROUNDS = 120.0
 # An answer takes milliseconds; a shard that is silent for longer after a worker lost it counts as away for now.
 _ASK_TIMEOUT_S = 5.0
 _ALARM_TIMEOUT_S = 1.0
-_PUBLISH_TIMEOUT_S = 10.0
-# A Redis that was emptied gets its records back after at most this.
-_CHECK_PERIOD_S = 5.0
+# A worker gives up joining a shard that does not answer before this.
+_PUBLISH_TIMEOUT_S = 6.0
+# A process that is gone is mostly back within this; longer, and the others take its experts' replicas meanwhile.
+_REVIVAL_S = 15.0
 
 
 class Keeper:
@@ -41,7 +42,7 @@ class Keeper:
         self,
         settings: ServeSettings,
         model: ModelInfo,
-        store: StateStore,
+        records: FleetRecords,
         shards: Tier[ShardId],
         workers: Tier[WorkerId],
         note: Callable[[str], None],
@@ -49,7 +50,7 @@ class Keeper:
     ) -> None:
         self._settings = settings
         self._model = model
-        self._store = store
+        self._records = records
         self.shards = shards
         self.workers = workers
         self._note = note
@@ -59,27 +60,20 @@ class Keeper:
         self.shard_ids: list[ShardId] = []
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
-        # Brings the store back if it is ours to do so; says whether it had to.
-        self.ensure_store: Callable[[], bool] = lambda: False
-        self._checked_s = 0.0
         self._proposal: tuple[Placement, str] | None = None
-        self._is_saved = False
         self._reviving: set[ShardId | WorkerId] = set()
+        self._gone_since_s: dict[ShardId | WorkerId, float] = {}
         self._alarm = threading.Event()
         self._stopping = threading.Event()
 
     def bring_up(self, shard_ids: list[ShardId], worker_ids: list[WorkerId]) -> None:
         """Start what is not there, put a placement in force and let the workers serve. Again: nothing changes.
 
-        Args:
-            shard_ids: the shards, unless the store knows of others.
-            worker_ids: the workers, unless the store knows of others.
-
         Raises:
             ExpertMeshError: the first thing that went wrong.
         """
         timeout_s = self._settings.start_timeout_s
-        self.shard_ids, self.worker_ids = self._stored_members() or (shard_ids, worker_ids)
+        self.shard_ids, self.worker_ids = self._records.members() or (shard_ids, worker_ids)
         for shard in self.shard_ids:
             self.shards.admit(shard, self.shards.create(shard))
         for worker in self.worker_ids:
@@ -91,11 +85,35 @@ class Keeper:
             timeout_s,
         )
         self.ask(timeout_s)
-        placement = self._stored() or self._hosted() or self._first()
+        placement = self._records.placement(self.shard_ids, 0) or self._first()
         self._note(f"loading experts into the shards, joining workers and shards, epoch {placement.epoch}")
         self._move_to(placement)
         wait_for([w.start.remote() for w in self.workers.handles.values()], timeout_s)
         self.ask(_ASK_TIMEOUT_S)
+
+    def take_up(self, shard_ids: list[ShardId], worker_ids: list[WorkerId]) -> None:
+        """Go on with a fleet that a former controller left. Whoever is gone or silent is seen to by the rounds.
+
+        Args:
+            shard_ids: shards that are to be there if the store does not know; those that are there stay in any case.
+            worker_ids: likewise.
+        """
+        self.shard_ids, self.worker_ids = self._records.members() or (
+            sorted({*shard_ids, *self.shards.named("shard-")}, key=natural),
+            sorted({*worker_ids, *self.workers.named("worker-")}, key=natural),
+        )
+        for shard in self.shard_ids:
+            self.shards.find_again(shard)
+        for worker in self.worker_ids:
+            self.workers.find_again(worker)
+        self.ask(_ASK_TIMEOUT_S)
+        for tier in (self.shards, self.workers):
+            tier.give_up_loading()
+        newest_epoch = self._newest_epoch()
+        stored = self._records.placement(self.shard_ids, newest_epoch)
+        self.placement = stored or self._hosted(newest_epoch) or self._first()
+        self._note(f"found {len(self.shards.ready)} shards and {len(self.workers.ready)} workers")
+        self._publish(self.placement, behind_only=True)
 
     def run(self) -> None:
         """Do rounds until `stop`."""
@@ -131,13 +149,13 @@ class Keeper:
         assert self.placement is not None, "round() before bring_up()"
         self.ask(ask_timeout_s)
         live, hosting = [s for s in self.shards.ready if s in self.shard_ids], self._hosting
-        self._keep_saved()
+        self._records.keep(self.placement, (self.shard_ids, self.worker_ids))
         missing = self.placement.missing(hosting)
         if missing and hosting:
             self._note(f"{len(missing)} experts have no live replica; loading them on {len(hosting)} shards")
             self._move_to(repair(self.placement, hosting, {}, replicas=1, level=False))
         self._revive_dead()
-        if not self._reviving and live and not {s.shard for s in self.placement.shards} == set(live) == set(hosting):
+        if not self._soon_back and live and not {s.shard for s in self.placement.shards} == set(live) == set(hosting):
             held = {shard: self._keys_of(shard) for shard in live}
             self._note(f"spreading the experts over {len(live)} shards")
             self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True))
@@ -251,31 +269,59 @@ class Keeper:
         Raises:
             ExpertMeshError: a shard could not load, or is gone; the old placement stays in force.
         """
-        timeout_s = self._settings.start_timeout_s
         experts = {slots.shard: slots.experts for slots in target.shards}
-        wait_for([self.shards.handles[s].host.remote(keys) for s, keys in experts.items()], timeout_s)
+        try:
+            self._wait_for_shards({s: self._shard(s).host.remote(keys) for s, keys in experts.items()})
+        except ExpertMeshError:
+            if self.placement is not None:
+                self._settle(self.placement, self._hosting)
+            raise
         # Joined before they are needed, so that no step waits for a link to be formed.
         peers = self._peers([slots.shard for slots in target.shards])
-        workers = list(self.workers.handles.values())
-        _try_all([w.join.remote(peers) for w in workers], _PUBLISH_TIMEOUT_S)
+        try_all([handle.join.remote(peers) for handle in self._listening().values()], _PUBLISH_TIMEOUT_S)
         self.placement = target
         self._save()
         self._publish(target, behind_only=False)
-        _try_all([self.shards.handles[s].settle.remote(keys, target.epoch) for s, keys in experts.items()], timeout_s)
+        self._settle(target, list(experts))
         self.ask(_ALARM_TIMEOUT_S)
+
+    def _settle(self, placement: Placement, shards: list[ShardId]) -> None:
+        """Have shards free what a placement does not give them. One that cannot does so after the next move."""
+        keys = {slots.shard: slots.experts for slots in placement.shards if slots.shard in shards}
+        try:
+            self._wait_for_shards({s: self._shard(s).settle.remote(keys[s], placement.epoch) for s in keys})
+        except UnavailableError as error:
+            _log.warning("a shard may still hold what it no longer needs: %s", error)
+
+    def _wait_for_shards(self, calls: dict[ShardId, Any]) -> None:
+        self.shards.wait_for_all(calls, self._settings.start_timeout_s)
+
+    def _shard(self, shard: ShardId) -> Any:
+        """Return a shard's handle.
+
+        Raises:
+            UnavailableError: it is being started again.
+        """
+        try:
+            return self.shards.handles[shard]
+        except KeyError as error:
+            raise UnavailableError(f"{shard} is not there now") from error
+
+    def _listening(self) -> dict[WorkerId, Any]:
+        """The workers that are not known to be silent or gone."""
+        deaf = {w for w, facts in tuple(self.workers.facts.items()) if facts["state"] in ("unresponsive", "dead")}
+        return {w: handle for w, handle in tuple(self.workers.handles.items()) if w not in deaf}
 
     def _publish(self, placement: Placement, *, behind_only: bool) -> None:
         """Tell the workers. One that cannot be told now is told by a later round."""
         record, peers = placement.to_bytes(), self._peers([slots.shard for slots in placement.shards])
         told = [
             handle.set_fleet.remote(record, peers)
-            for worker, handle in self.workers.handles.items()
+            for worker, handle in self._listening().items()
             if not behind_only
-            or (
-                self.workers.facts[worker]["state"] == "ready" and self.workers.facts[worker]["epoch"] < placement.epoch
-            )
+            or (worker in self.workers.ready and self.workers.facts[worker]["epoch"] < placement.epoch)
         ]
-        _try_all(told, _PUBLISH_TIMEOUT_S)
+        try_all(told, _PUBLISH_TIMEOUT_S)
 
     def _peers(self, shards: list[ShardId]) -> dict[ShardId, ShardPeer]:
         """Return how to reach those that are there."""
@@ -286,7 +332,7 @@ class Keeper:
                 end=self.shards.facts[shard]["link_end"],
             )
             for shard in shards
-            if shard in self.shards.handles and "link_end" in self.shards.facts[shard]
+            if shard in self.shards.handles and "link_end" in self.shards.facts.get(shard, {})
         }
 
     def _revive_dead(self) -> None:
@@ -296,6 +342,7 @@ class Keeper:
                 is_member = actor_id in self.shard_ids or actor_id in self.worker_ids
                 if is_member and actor_id not in self._reviving:
                     self._reviving.add(actor_id)
+                    self._gone_since_s.setdefault(actor_id, time.monotonic())
                     self._note(f"{actor_id} is gone; starting it again")
                     threading.Thread(target=self._revive, args=(tier, actor_id), name=f"revive {actor_id}").start()
 
@@ -303,49 +350,38 @@ class Keeper:
         try:
             tier.dismiss(actor_id)
             self.start_member(actor_id)
+            self._gone_since_s.pop(actor_id, None)
             self._note(f"{actor_id} is back")
         except ExpertMeshError as error:
             _log.warning("%s could not be started again: %s", actor_id, error)
+            tier.handles.pop(actor_id, None)
             tier.facts[actor_id] = {"id": actor_id, "state": "dead"}
         finally:
+            if actor_id not in self.shard_ids and actor_id not in self.worker_ids:
+                tier.dismiss(actor_id)  # it was drained meanwhile
             self._reviving.discard(actor_id)
             self._alarm.set()
+
+    @property
+    def _soon_back(self) -> bool:
+        """Whether a process that is gone may be back in a moment, so that nothing need move because of it."""
+        now_s = time.monotonic()
+        return any(now_s < self._gone_since_s.get(member, 0.0) + _REVIVAL_S for member in self._reviving)
 
     def _tier(self, member: str) -> Any:
         return self.workers if member.startswith("worker-") else self.shards
 
-    def _stored_members(self) -> tuple[list[ShardId], list[WorkerId]] | None:
-        try:
-            return self._store.load_members()
-        except (StateError, UnavailableError) as error:
-            _log.warning("the stored members cannot be used: %s", error)
+    def _hosted(self, newest_epoch: int) -> Placement | None:
+        """Return the placement that the shards which answer make up, if they host anything: the store lost it."""
+        slots = tuple(ShardSlots(shard=shard, experts=tuple(sorted(self._keys_of(shard)))) for shard in self._hosting)
+        if not any(each.experts for each in slots):
             return None
-
-    def _stored(self) -> Placement | None:
-        """Return the placement in the store if it is of this model."""
-        try:
-            stored = self._store.load_placement()
-        except (StateError, UnavailableError) as error:
-            _log.warning("the stored placement cannot be used: %s", error)
-            return None
-        if stored is None:
-            return None
-        fits = stored.layers == self._model.moe_layers and stored.num_experts == self._model.num_experts
-        shards = {slots.shard for slots in stored.shards}
-        return stored if fits and shards <= set(self.shards.handles) else None
-
-    def _hosted(self) -> Placement | None:
-        """Return the placement that the shards themselves make up, if they hold every expert: the store lost it."""
-        slots = tuple(
-            ShardSlots(shard=shard, experts=tuple(sorted(self._keys_of(shard)))) for shard in self.shards.handles
-        )
-        found = Placement(
-            epoch=1 + self._newest_epoch(),
+        return Placement(
+            epoch=1 + newest_epoch,
             num_experts=self._model.num_experts,
             layers=self._model.moe_layers,
             shards=slots,
         )
-        return None if found.missing([s.shard for s in slots]) else found
 
     def _first(self) -> Placement:
         shard_ids = self.shard_ids
@@ -355,45 +391,13 @@ class Keeper:
         )
 
     def _newest_epoch(self) -> int:
-        return max((facts.get("epoch", 0) for facts in self.workers.facts.values()), default=0)
+        known = (*self.workers.facts.values(), *self.shards.facts.values())
+        return max((facts.get("epoch", 0) for facts in known), default=0)
 
     def _keys_of(self, shard: ShardId) -> frozenset[ExpertKey]:
         keys: frozenset[ExpertKey] = wait_for([self.shards.handles[shard].hosted.remote()], _ASK_TIMEOUT_S)[0]
         return keys
 
-    def _keep_saved(self) -> None:
-        """Write again what the store has lost, or could not take before."""
-        try:
-            if self.ensure_store():
-                self._note("Redis is gone; started it again")
-                self._is_saved = False
-        except UnavailableError as error:
-            _log.warning("Redis could not be started again: %s", error)
-        now_s = time.monotonic()
-        if now_s > self._checked_s + _CHECK_PERIOD_S:
-            self._checked_s = now_s
-            stored = self._stored()
-            assert self.placement is not None
-            self._is_saved = self._is_saved and stored is not None and stored.epoch == self.placement.epoch
-        if not self._is_saved:
-            self._save()
-
     def _save(self) -> None:
-        """Keep the placement; without a store it goes on from memory and tries again."""
         assert self.placement is not None
-        try:
-            self._store.save_placement(self.placement)
-            self._store.save_members(self.shard_ids, self.worker_ids)
-            self._is_saved = True
-        except UnavailableError as error:
-            _log.warning("the placement of epoch %d is not saved yet: %s", self.placement.epoch, error)
-            self._is_saved = False
-
-
-def _try_all(references: list[Any], timeout_s: float) -> None:
-    """Wait for each call; one that fails is logged, and a later round makes up for it."""
-    for reference in references:
-        try:
-            wait_for([reference], timeout_s)
-        except UnavailableError as error:
-            _log.warning("a part of the fleet was not told: %s", error)
+        self._records.save(self.placement, (self.shard_ids, self.worker_ids))
