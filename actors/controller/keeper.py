@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from expertmesh.actors.controller.records import FleetRecords
+from expertmesh.actors.controller.reviver import Reviver
 from expertmesh.actors.controller.tiers import Tier, natural, try_all, wait_for
 from expertmesh.actors.worker.link_keeper import ShardPeer
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
@@ -31,8 +32,6 @@ _ASK_TIMEOUT_S = 5.0
 _ALARM_TIMEOUT_S = 1.0
 # A worker gives up joining a shard that does not answer before this.
 _PUBLISH_TIMEOUT_S = 6.0
-# A process that is gone is mostly back within this; longer, and the others take its experts' replicas meanwhile.
-_REVIVAL_S = 15.0
 
 
 class Keeper:
@@ -61,9 +60,8 @@ class Keeper:
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
         self._proposal: tuple[Placement, str] | None = None
-        self._reviving: set[ShardId | WorkerId] = set()
-        self._gone_since_s: dict[ShardId | WorkerId, float] = {}
         self._alarm = threading.Event()
+        self._reviver = Reviver(self.start_member, self._is_member, self._note_and_look)
         self._stopping = threading.Event()
 
     def bring_up(self, shard_ids: list[ShardId], worker_ids: list[WorkerId]) -> None:
@@ -154,8 +152,10 @@ class Keeper:
         if missing and hosting:
             self._note(f"{len(missing)} experts have no live replica; loading them on {len(hosting)} shards")
             self._move_to(repair(self.placement, hosting, {}, replicas=1, level=False))
-        self._revive_dead()
-        if not self._soon_back and live and not {s.shard for s in self.placement.shards} == set(live) == set(hosting):
+        for tier in (self.shards, self.workers):
+            self._reviver.begin(tier)
+        placed = {slots.shard for slots in self.placement.shards}
+        if live and not placed == set(live) == set(hosting) and not self._reviver.may_be_soon_done:
             held = {shard: self._keys_of(shard) for shard in live}
             self._note(f"spreading the experts over {len(live)} shards")
             self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True))
@@ -171,7 +171,7 @@ class Keeper:
         """Whether all shards that are to be there host what the placement says, and none is being started."""
         assert self.placement is not None, "asked before bring_up()"
         hosting = set(self._hosting)
-        return not self._reviving and hosting == set(self.shard_ids) == {s.shard for s in self.placement.shards}
+        return not self._reviver.is_busy and hosting == set(self.shard_ids) == {s.shard for s in self.placement.shards}
 
     def propose(self, target: Placement, reason: str) -> None:
         """Have the next round go to a placement, if it still follows the one in force. Any thread."""
@@ -335,38 +335,12 @@ class Keeper:
             if shard in self.shards.handles and "link_end" in self.shards.facts.get(shard, {})
         }
 
-    def _revive_dead(self) -> None:
-        """Begin to replace processes that are gone, each on a thread of its own."""
-        for tier in (self.shards, self.workers):
-            for actor_id in tier.dead:
-                is_member = actor_id in self.shard_ids or actor_id in self.worker_ids
-                if is_member and actor_id not in self._reviving:
-                    self._reviving.add(actor_id)
-                    self._gone_since_s.setdefault(actor_id, time.monotonic())
-                    self._note(f"{actor_id} is gone; starting it again")
-                    threading.Thread(target=self._revive, args=(tier, actor_id), name=f"revive {actor_id}").start()
+    def _is_member(self, member: ShardId | WorkerId) -> bool:
+        return member in self.shard_ids or member in self.worker_ids
 
-    def _revive(self, tier: Any, actor_id: Any) -> None:
-        try:
-            tier.dismiss(actor_id)
-            self.start_member(actor_id)
-            self._gone_since_s.pop(actor_id, None)
-            self._note(f"{actor_id} is back")
-        except ExpertMeshError as error:
-            _log.warning("%s could not be started again: %s", actor_id, error)
-            tier.handles.pop(actor_id, None)
-            tier.facts[actor_id] = {"id": actor_id, "state": "dead"}
-        finally:
-            if actor_id not in self.shard_ids and actor_id not in self.worker_ids:
-                tier.dismiss(actor_id)  # it was drained meanwhile
-            self._reviving.discard(actor_id)
-            self._alarm.set()
-
-    @property
-    def _soon_back(self) -> bool:
-        """Whether a process that is gone may be back in a moment, so that nothing need move because of it."""
-        now_s = time.monotonic()
-        return any(now_s < self._gone_since_s.get(member, 0.0) + _REVIVAL_S for member in self._reviving)
+    def _note_and_look(self, line: str) -> None:
+        self._note(line)
+        self._alarm.set()
 
     def _tier(self, member: str) -> Any:
         return self.workers if member.startswith("worker-") else self.shards

@@ -24,6 +24,8 @@ from expertmesh.models.tokenizer import open_tokenizer
 
 _log = logging.getLogger(__name__)
 _VIEW_PERIOD_S = 0.5
+# The controller answers in milliseconds; one that hangs is as good as away.
+_VIEW_TIMEOUT_S = 2.0
 
 
 class RayWorkerClient:
@@ -56,7 +58,7 @@ class Gateway:
         self._id = f"gateway-{uuid.uuid4().hex[:8]}"
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._model = model
-        self._engine = Engine(tokenizer=tokenizer, rng=random.Random())
+        self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
@@ -81,9 +83,12 @@ class Gateway:
         while True:
             await asyncio.sleep(_VIEW_PERIOD_S)
             try:
-                await self._look()
-            except UnavailableError as error:
-                _log.warning("the controller is away, going on with %d workers: %s", len(self._clients), error)
+                async with asyncio.timeout(_VIEW_TIMEOUT_S):
+                    await self._look()
+            except (UnavailableError, TimeoutError) as error:
+                _log.warning("the controller is away, going on with %d workers: %r", len(self._clients), error)
+                # Those that were lost to a passing fault are tried again.
+                self._engine.pool.set_workers([client for _, client in self._clients.values()])
 
     async def _look(self) -> None:
         """Ask the controller for workers and readiness."""
