@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from expertmesh.actors.cli.chaos_streams import Record
@@ -151,7 +152,7 @@ def test_a_shard_that_hangs_is_left_out_and_joined_again(server: Server, streams
         with stopped(before["shard-0"]):
             status_when(server, lambda status: status.shards[0].state == "unresponsive" and status.ready)
             assert is_serving(server)
-            await_tokens(rough)
+            await_outputs(rough)
         await_new(server, before)
 
 
@@ -160,8 +161,7 @@ def test_the_streams_of_a_worker_that_hangs_go_on_elsewhere(server: Server, stre
     with streams.running() as rough:
         time.sleep(0.3)
         with stopped(before["worker-0"]):
-            time.sleep(2.5)  # worker_timeout_s and a little
-            await_tokens(rough, of_each=True)
+            await_outputs(rough)
         await_new(server, before)
 
 
@@ -172,7 +172,7 @@ def test_a_worker_and_a_shard_that_hang_and_a_shard_that_dies(server: Server, st
         with stopped(before["worker-1"]), stopped(before["shard-1"]):
             os.kill(before["shard-0"], signal.SIGKILL)
             status_when(server, lambda status: status.shards[0].pid not in (0, before["shard-0"]) and status.ready)
-            await_tokens(rough, of_each=True)
+            await_outputs(rough)
         await_new(server, before, "shard-0")
 
 
@@ -183,9 +183,28 @@ def test_a_controller_that_hangs_is_not_missed(server: Server, streams: LiveStre
         with stopped(before["controller"]):
             time.sleep(3)
             os.kill(before["worker-0"], signal.SIGKILL)
-            await_tokens(rough, of_each=True)
+            await_outputs(rough)
             assert is_serving(server)
         await_new(server, before, "worker-0")
+
+
+def test_the_embedded_redis_killed_and_then_the_controller(server: Server, streams: LiveStreams) -> None:
+    before = server.status()
+    controller = psutil.Process(before.controller.pid)
+    (redis,) = redis_of(controller)
+    with streams.running():
+        os.kill(redis, signal.SIGKILL)
+        deadline_s = time.monotonic() + 30
+        while not redis_of(controller) - {redis}:
+            assert time.monotonic() < deadline_s, "Redis was not started again"
+            time.sleep(0.1)
+        kill(server, "controller")
+        await_new(server, pids(before), "controller")
+    assert server.status().epoch == before.epoch, "the placement was found"
+
+
+def redis_of(controller: psutil.Process) -> set[int]:
+    return {child.pid for child in controller.children(recursive=True) if "redis" in child.name()}
 
 
 @contextmanager
@@ -198,14 +217,10 @@ def stopped(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def await_tokens(rough: Record, *, of_each: bool = False) -> None:
-    """Wait until a token has come, or one of each stream that runs, after now."""
-    now_s = time.monotonic()
-    deadline_s = now_s + 30
-    while True:
-        latest = [times for times in rough.token_times_s[-NUM_STREAMS:] if times]
-        fresh = [times[-1] > now_s for times in latest]
-        if any(fresh) and (all(fresh) or not of_each):
-            return
-        assert time.monotonic() < deadline_s, f"{fresh.count(True)} of {len(fresh)} streams go on"
+def await_outputs(rough: Record) -> None:
+    """Wait until every request has come to its end once more."""
+    before = {number: len(rough.outputs.get(number, ())) for number in range(NUM_STREAMS)}
+    deadline_s = time.monotonic() + 30
+    while waiting := [number for number, count in before.items() if len(rough.outputs.get(number, ())) == count]:
+        assert time.monotonic() < deadline_s, f"the streams of the requests {waiting} do not go on"
         time.sleep(0.05)

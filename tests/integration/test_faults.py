@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
@@ -83,53 +82,3 @@ def test_controller_worker_and_shard_killed_one_after_the_other(server: Server) 
     assert [s.num_slots for s in revived.shards] == [s.num_slots for s in before.shards]
     assert revived.workers[0].pid not in (0, after.workers[0].pid)
     assert _kill_during_a_stream(server, revived.shards[1].pid) == expected, "the revived shard's copies are used"
-
-
-def test_sole_copies_are_loaded_by_the_survivor_and_both_shards_at_once_are_started_again(tmp_path: Path) -> None:
-    with serving(POCKET, tmp_path, "--shards", "2", "--dtype", "float32") as server:
-        expected: list[int] = []
-        _stream(server, expected)
-        before = server.status()
-        assert _kill_during_a_stream(server, before.shards[0].pid) == expected
-        after = status_when(server, lambda status: status.shards[0].pid != before.shards[0].pid and is_whole(status))
-        assert [s.num_slots for s in after.shards] == [s.num_slots for s in before.shards]
-
-        os.kill(after.shards[0].pid, signal.SIGKILL)
-        assert _kill_during_a_stream(server, after.shards[1].pid) == expected, "the stream waited for both"
-        status_when(server)
-
-
-def test_a_shard_that_hangs_is_left_out_and_comes_back(tmp_path: Path) -> None:
-    config = tmp_path / "serve.toml"
-    config.write_text("link_timeout_s = 1.0\n")
-    options = ("--shards", "2", "--replicas", "2", "--dtype", "float32", "--config", str(config))
-    with serving(POCKET, tmp_path, *options) as server:
-        expected: list[int] = []
-        _stream(server, expected)
-        before = server.status()
-        pid = before.shards[0].pid
-        assert _signal_during_a_stream(server, pid, signal.SIGSTOP) == expected
-        assert is_serving(server)
-        os.kill(pid, signal.SIGCONT)
-        after = status_when(server)
-        assert after.shards[0].pid == pid, "it was only slow"
-        assert _kill_during_a_stream(server, after.shards[1].pid) == expected, "it is used again"
-
-
-def test_redis_and_then_the_controller_killed(tmp_path: Path) -> None:
-    with serving(POCKET, tmp_path, "--shards", "2", "--dtype", "float32") as server:
-        expected: list[int] = []
-        _stream(server, expected)
-        before = server.status()
-        redis = next(c for c in psutil.Process(before.controller.pid).children(True) if "redis" in c.name())
-        assert _kill_during_a_stream(server, redis.pid) == expected
-        assert is_serving(server)
-        deadline_s = time.monotonic() + 30
-        while not any("redis" in c.name() for c in psutil.Process(before.controller.pid).children(True)):
-            assert time.monotonic() < deadline_s, "Redis was not started again"
-            time.sleep(0.1)
-        time.sleep(6)  # the controller looks each 5 s at what is kept
-        assert _kill_during_a_stream(server, before.controller.pid) == expected
-        after = status_when(server, lambda status: status.controller.pid != before.controller.pid and is_whole(status))
-        assert after.epoch == before.epoch, "the placement was written back and found"
-        assert [s.pid for s in after.shards] == [s.pid for s in before.shards]
