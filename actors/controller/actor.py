@@ -22,10 +22,11 @@ from expertmesh.actors.controller.balancing import Balancing
 from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.operator import Operator
+from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.cores import python_that_gives_way, resume
-from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address
-from expertmesh.actors.state import EmbeddedRedis, StateStore, connect
+from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address, on_this_node
+from expertmesh.actors.state import EmbeddedRedis, StateStore, open_client
 from expertmesh.cluster.balance import balancedness, shard_load_LS
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -38,6 +39,7 @@ from expertmesh.cluster.watchdog import Watchdog
 _log = logging.getLogger(__name__)
 _SHARD, _WORKER = "expertmesh.actors.shard.actor:ShardActor", "expertmesh.actors.worker.actor:WorkerActor"
 _CALL_TIMEOUT_S = 5.0
+_AGAIN_S = 1.0
 
 
 class Controller:
@@ -63,19 +65,20 @@ class Controller:
         worker_threads = settings.worker_threads or max(1, cores // (2 * settings.workers))
         self._shards = Tier[ShardId](_SHARD, settings, threads=shard_threads, concurrency=8)
         self._workers = Tier[WorkerId](_WORKER, settings, threads=worker_threads, concurrency=1000)
-        store = StateStore(connect(url), model.name)
+        store = StateStore(open_client(url), model.name)
         self._watchdog = Watchdog()
-        self._keeper = Keeper(settings, model, store, self._shards, self._workers, self._note, self._watchdog)
+        records = FleetRecords(store, model)
+        self._keeper = Keeper(settings, model, records, self._shards, self._workers, self._note, self._watchdog)
         self._collector = LoadCollector(model, store, self._workers)
         self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog)
         self._operator = Operator(self._keeper, store)
         self._keeper.each_round = self._operator.step
         if self._redis is not None:
-            self._keeper.ensure_store = self._redis.ensure
+            records.ensure_store = self._redis.ensure
         self._progress: list[str] = []
         self._started = False
         if _was_restarted():
-            threading.Thread(target=self.start, name="restart", daemon=True).start()
+            threading.Thread(target=self._come_back, name="come back", daemon=True).start()
 
     def start(self) -> None:
         """Bring up shards and workers, place the experts, join the two. Asking again changes nothing.
@@ -85,10 +88,20 @@ class Controller:
         """
         settings = self._settings
         self._note(f"starting {settings.shards} expert shards and {settings.workers} attention workers")
-        self._keeper.bring_up(
-            [ShardId(f"shard-{i}") for i in range(settings.shards)],
-            [WorkerId(f"worker-{i}") for i in range(settings.workers)],
-        )
+        self._keeper.bring_up(*_first_members(settings))
+        self._begin()
+
+    def _come_back(self) -> None:
+        """Take up what a former controller left. Nobody waits for it, so whatever goes wrong is tried again."""
+        while not self._started:
+            try:
+                self._keeper.take_up(*_first_members(self._settings))
+                self._begin()
+            except Exception:  # noqa: BLE001  it is told and tried again
+                _log.exception("the fleet could not be taken up; trying again in %.0f s", _AGAIN_S)
+                time.sleep(_AGAIN_S)
+
+    def _begin(self) -> None:
         self._operator.resume()
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             resume(process.pid)
@@ -248,7 +261,7 @@ class Controller:
         return float(balancedness(shard_load_LS(load_LE, placement))) if load_LE.any() else None
 
     def _traffic(self) -> list[dict[str, int]]:
-        counters = self._counters()
+        counters = self._collector.latest()
         return [
             {
                 "layer": layer,
@@ -271,7 +284,10 @@ class Controller:
 
 
 def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path) -> Any:
-    """Start the detached controller actor on this Ray cluster and return its handle."""
+    """Start the detached controller actor and return its handle.
+
+    It stays on this node, where its Redis has its files; the deployment ends with this process in any case.
+    """
     return (
         ray.remote(Controller)
         .options(
@@ -281,10 +297,18 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
             max_restarts=-1,
             max_concurrency=16,
             num_cpus=0,
+            label_selector=on_this_node(),
             # Tokens flow without a controller: one that is started again gives way to them until it is ready.
             runtime_env={"env_vars": actor_env(1), "py_executable": python_that_gives_way()},
         )
         .remote(settings, model, str(state_dir))
+    )
+
+
+def _first_members(settings: ServeSettings) -> tuple[list[ShardId], list[WorkerId]]:
+    return (
+        [ShardId(f"shard-{i}") for i in range(settings.shards)],
+        [WorkerId(f"worker-{i}") for i in range(settings.workers)],
     )
 
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from expertmesh.actors.controller.mover import Mover
-from expertmesh.actors.controller.tiers import Tier, wait_for
-from expertmesh.actors.state import StateStore
-from expertmesh.cluster.errors import ExpertMeshError, StateError, UnavailableError
+from expertmesh.actors.controller.records import FleetRecords
+from expertmesh.actors.controller.reviver import Reviver
+from expertmesh.actors.controller.tiers import Tier, natural, wait_for
+from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.placement import Placement, ShardSlots, initial_placement
@@ -29,8 +30,6 @@ _PATIENCE_ROUNDS = 120.0
 # An answer takes milliseconds; a shard that is silent for longer after a worker lost it counts as away for now.
 _ASK_TIMEOUT_S = 5.0
 _ALARM_TIMEOUT_S = 1.0
-# A Redis that was emptied gets its records back after at most this.
-_CHECK_PERIOD_S = 5.0
 
 
 class Keeper:
@@ -40,7 +39,7 @@ class Keeper:
         self,
         settings: ServeSettings,
         model: ModelInfo,
-        store: StateStore,
+        records: FleetRecords,
         shards: Tier[ShardId],
         workers: Tier[WorkerId],
         note: Callable[[str], None],
@@ -48,7 +47,7 @@ class Keeper:
     ) -> None:
         self._settings = settings
         self._model = model
-        self._store = store
+        self._records = records
         self.shards = shards
         self.workers = workers
         self._note = note
@@ -58,29 +57,21 @@ class Keeper:
         self.shard_ids: list[ShardId] = []
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
-        # Brings the store back if it is ours to do so; says whether it had to.
-        self.ensure_store: Callable[[], bool] = lambda: False
-        self._checked_s = 0.0
         self._proposal: tuple[Placement, str] | None = None
-        self._is_saved = False
-        self._reviving: set[ShardId | WorkerId] = set()
         self._alarm = threading.Event()
         self._lost = threading.Event()
+        self._reviver = Reviver(self.start_member, self._is_member, self._note_and_look)
         self._stopping = threading.Event()
         self._mover = Mover(shards, workers, settings.start_timeout_s)
 
     def bring_up(self, shard_ids: list[ShardId], worker_ids: list[WorkerId]) -> None:
         """Start what is not there, put a placement in force and let the workers serve. Again: nothing changes.
 
-        Args:
-            shard_ids: the shards, unless the store knows of others.
-            worker_ids: the workers, unless the store knows of others.
-
         Raises:
             ExpertMeshError: the first thing that went wrong.
         """
         timeout_s = self._settings.start_timeout_s
-        self.shard_ids, self.worker_ids = self._stored_members() or (shard_ids, worker_ids)
+        self.shard_ids, self.worker_ids = self._records.members() or (shard_ids, worker_ids)
         for shard in self.shard_ids:
             self.shards.admit(shard, self.shards.create(shard))
         for worker in self.worker_ids:
@@ -92,11 +83,35 @@ class Keeper:
             timeout_s,
         )
         self.ask(timeout_s)
-        placement = self._stored() or self._hosted() or self._first()
+        placement = self._records.placement(self.shard_ids, 0) or self._first()
         self._note(f"loading experts into the shards, joining workers and shards, epoch {placement.epoch}")
         self._move_to(placement, urgent=True)
         wait_for([w.start.remote() for w in self.workers.handles.values()], timeout_s)
         self.ask(_ASK_TIMEOUT_S)
+
+    def take_up(self, shard_ids: list[ShardId], worker_ids: list[WorkerId]) -> None:
+        """Go on with a fleet that a former controller left. Whoever is gone or silent is seen to by the rounds.
+
+        Args:
+            shard_ids: shards that are to be there if the store does not know; those that are there stay in any case.
+            worker_ids: likewise.
+        """
+        self.shard_ids, self.worker_ids = self._records.members() or (
+            sorted({*shard_ids, *self.shards.named("shard-")}, key=natural),
+            sorted({*worker_ids, *self.workers.named("worker-")}, key=natural),
+        )
+        for shard in self.shard_ids:
+            self.shards.find_again(shard)
+        for worker in self.worker_ids:
+            self.workers.find_again(worker)
+        self.ask(_ASK_TIMEOUT_S)
+        for tier in (self.shards, self.workers):
+            tier.give_up_loading()
+        newest_epoch = self._newest_epoch()
+        stored = self._records.placement(self.shard_ids, newest_epoch)
+        self.placement = stored or self._hosted(newest_epoch) or self._first()
+        self._note(f"found {len(self.shards.ready)} shards and {len(self.workers.ready)} workers")
+        self._mover.publish(self.placement, behind_only=True)
 
     def run(self) -> None:
         """Do rounds until `stop`."""
@@ -138,13 +153,15 @@ class Keeper:
         assert self.placement is not None, "round() before bring_up()"
         self.ask(ask_timeout_s)
         live, hosting = [s for s in self.shards.ready if s in self.shard_ids], self._hosting
-        self._keep_saved()
+        self._records.keep(self.placement, (self.shard_ids, self.worker_ids))
         missing = self.placement.missing(hosting)
         if missing and hosting:
             self._note(f"{len(missing)} experts have no live replica; loading them on {len(hosting)} shards")
             self._move_to(repair(self.placement, hosting, {}, replicas=1, level=False), urgent=True)
-        self._revive_dead()
-        if not self._reviving and live and not {s.shard for s in self.placement.shards} == set(live) == set(hosting):
+        for tier in (self.shards, self.workers):
+            self._reviver.begin(tier)
+        placed = {slots.shard for slots in self.placement.shards}
+        if live and not placed == set(live) == set(hosting) and not self._reviver.may_be_soon_done:
             held = {shard: self._keys_of(shard) for shard in live}
             self._note(f"spreading the experts over {len(live)} shards")
             self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True))
@@ -160,7 +177,7 @@ class Keeper:
         """Whether all shards that are to be there host what the placement says, and none is being started."""
         assert self.placement is not None, "asked before bring_up()"
         hosting = set(self._hosting)
-        return not self._reviving and hosting == set(self.shard_ids) == {s.shard for s in self.placement.shards}
+        return not self._reviver.is_busy and hosting == set(self.shard_ids) == {s.shard for s in self.placement.shards}
 
     def propose(self, target: Placement, reason: str) -> None:
         """Have the next round go to a placement, if it still follows the one in force. Any thread."""
@@ -263,70 +280,40 @@ class Keeper:
             ExpertMeshError: a shard could not take experts, or one was lost meanwhile; the old placement stays in
                 force.
         """
-        self._mover.bring(self.placement, target, self._hosting, give_up=None if urgent else self._lost)
+        hosting = self._hosting
+        try:
+            self._mover.bring(self.placement, target, hosting, give_up=None if urgent else self._lost)
+        except ExpertMeshError:
+            if self.placement is not None:
+                self._mover.settle(self.placement, hosting)
+            raise
         self.placement = target
         self._save()
         self._mover.publish(target)
-        self._mover.settle(target)
+        self._mover.settle(target, [slots.shard for slots in target.shards])
         self.ask(_ALARM_TIMEOUT_S)
 
-    def _revive_dead(self) -> None:
-        """Begin to replace processes that are gone, each on a thread of its own."""
-        for tier in (self.shards, self.workers):
-            for actor_id in tier.dead:
-                is_member = actor_id in self.shard_ids or actor_id in self.worker_ids
-                if is_member and actor_id not in self._reviving:
-                    self._reviving.add(actor_id)
-                    self._note(f"{actor_id} is gone; starting it again")
-                    threading.Thread(target=self._revive, args=(tier, actor_id), name=f"revive {actor_id}").start()
+    def _is_member(self, member: ShardId | WorkerId) -> bool:
+        return member in self.shard_ids or member in self.worker_ids
 
-    def _revive(self, tier: Any, actor_id: Any) -> None:
-        try:
-            tier.dismiss(actor_id)
-            self.start_member(actor_id)
-            self._note(f"{actor_id} is back")
-        except ExpertMeshError as error:
-            _log.warning("%s could not be started again: %s", actor_id, error)
-            tier.facts[actor_id] = {"id": actor_id, "state": "dead"}
-        finally:
-            self._reviving.discard(actor_id)
-            self._alarm.set()
+    def _note_and_look(self, line: str) -> None:
+        self._note(line)
+        self._alarm.set()
 
     def _tier(self, member: str) -> Any:
         return self.workers if member.startswith("worker-") else self.shards
 
-    def _stored_members(self) -> tuple[list[ShardId], list[WorkerId]] | None:
-        try:
-            return self._store.load_members()
-        except (StateError, UnavailableError) as error:
-            _log.warning("the stored members cannot be used: %s", error)
+    def _hosted(self, newest_epoch: int) -> Placement | None:
+        """Return the placement that the shards which answer make up, if they host anything: the store lost it."""
+        slots = tuple(ShardSlots(shard=shard, experts=tuple(sorted(self._keys_of(shard)))) for shard in self._hosting)
+        if not any(each.experts for each in slots):
             return None
-
-    def _stored(self) -> Placement | None:
-        """Return the placement in the store if it is of this model."""
-        try:
-            stored = self._store.load_placement()
-        except (StateError, UnavailableError) as error:
-            _log.warning("the stored placement cannot be used: %s", error)
-            return None
-        if stored is None:
-            return None
-        fits = stored.layers == self._model.moe_layers and stored.num_experts == self._model.num_experts
-        shards = {slots.shard for slots in stored.shards}
-        return stored if fits and shards <= set(self.shards.handles) else None
-
-    def _hosted(self) -> Placement | None:
-        """Return the placement that the shards themselves make up, if they hold every expert: the store lost it."""
-        slots = tuple(
-            ShardSlots(shard=shard, experts=tuple(sorted(self._keys_of(shard)))) for shard in self.shards.handles
-        )
-        found = Placement(
-            epoch=1 + self._newest_epoch(),
+        return Placement(
+            epoch=1 + newest_epoch,
             num_experts=self._model.num_experts,
             layers=self._model.moe_layers,
             shards=slots,
         )
-        return None if found.missing([s.shard for s in slots]) else found
 
     def _first(self) -> Placement:
         shard_ids = self.shard_ids
@@ -336,36 +323,13 @@ class Keeper:
         )
 
     def _newest_epoch(self) -> int:
-        return max((facts.get("epoch", 0) for facts in self.workers.facts.values()), default=0)
+        known = (*self.workers.facts.values(), *self.shards.facts.values())
+        return max((facts.get("epoch", 0) for facts in known), default=0)
 
     def _keys_of(self, shard: ShardId) -> frozenset[ExpertKey]:
         keys: frozenset[ExpertKey] = wait_for([self.shards.handles[shard].hosted.remote()], _ASK_TIMEOUT_S)[0]
         return keys
 
-    def _keep_saved(self) -> None:
-        """Write again what the store has lost, or could not take before."""
-        try:
-            if self.ensure_store():
-                self._note("Redis is gone; started it again")
-                self._is_saved = False
-        except UnavailableError as error:
-            _log.warning("Redis could not be started again: %s", error)
-        now_s = time.monotonic()
-        if now_s > self._checked_s + _CHECK_PERIOD_S:
-            self._checked_s = now_s
-            stored = self._stored()
-            assert self.placement is not None
-            self._is_saved = self._is_saved and stored is not None and stored.epoch == self.placement.epoch
-        if not self._is_saved:
-            self._save()
-
     def _save(self) -> None:
-        """Keep the placement; without a store it goes on from memory and tries again."""
         assert self.placement is not None
-        try:
-            self._store.save_placement(self.placement)
-            self._store.save_members(self.shard_ids, self.worker_ids)
-            self._is_saved = True
-        except UnavailableError as error:
-            _log.warning("the placement of epoch %d is not saved yet: %s", self.placement.epoch, error)
-            self._is_saved = False
+        self._records.save(self.placement, (self.shard_ids, self.worker_ids))

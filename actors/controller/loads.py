@@ -6,6 +6,7 @@ lost or asked for twice changes nothing, and what was counted while the controll
 
 import logging
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from expertmesh.cluster.load_windows import Load, LoadWindows
 from expertmesh.cluster.model_info import ModelInfo
 
 _log = logging.getLogger(__name__)
-_CALL_TIMEOUT_S = 5.0
+_CALL_TIMEOUT_S = 2.0
 _SAVE_PERIOD_S = 5.0
 
 
@@ -58,6 +59,11 @@ class LoadCollector:
         with self._lock:
             return self._windows.fast(now_s)
 
+    def latest(self) -> list[dict[str, Any]]:
+        """Return what each worker that is there counted when it last answered."""
+        with self._lock:
+            return [counters for worker, counters in self._last.items() if worker in self._workers.handles]
+
     def collect(self, now_s: float) -> None:
         """Ask each ready worker and add what is new.
 
@@ -67,9 +73,10 @@ class LoadCollector:
         handles = {w: handle for w, handle in tuple(self._workers.handles.items()) if w in self._workers.ready}
         asked = {worker: handle.counters.remote() for worker, handle in handles.items()}
         failed: UnavailableError | None = None
+        deadline_s = time.monotonic() + _CALL_TIMEOUT_S
         for worker, reference in asked.items():
             try:
-                counters = wait_for([reference], _CALL_TIMEOUT_S)[0]
+                counters = wait_for([reference], max(0.01, deadline_s - time.monotonic()))[0]
             except UnavailableError as error:
                 failed = error
                 continue

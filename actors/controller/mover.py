@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from expertmesh.actors.controller.tiers import Tier, wait_for
+from expertmesh.actors.controller.tiers import Tier, try_all
 from expertmesh.actors.links.ends import ShardPeer
 from expertmesh.cluster.copy_sources import copy_sources
 from expertmesh.cluster.errors import UnavailableError
@@ -13,7 +13,8 @@ from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
 from expertmesh.cluster.placement import Placement
 
 _log = logging.getLogger(__name__)
-_PUBLISH_TIMEOUT_S = 10.0
+# A worker gives up joining a shard that does not answer before this.
+_PUBLISH_TIMEOUT_S = 6.0
 
 
 class Mover:
@@ -45,34 +46,35 @@ class Mover:
             ExpertMeshError: a shard could not take experts, or give_up was set.
         """
         sources = self._sources(current, target, hosting) if current else {}
-        hosts = [
-            self._shards.handles[s.shard].host.remote(s.experts, sources.get(s.shard, {}), urgent=give_up is None)
+        urgent = give_up is None
+        taking = {
+            s.shard: self._shard(s.shard).host.remote(s.experts, sources.get(s.shard, {}), urgent=urgent)
             for s in target.shards
-        ]
-        wait_for(hosts, self._timeout_s, give_up=give_up)
+        }
+        self._shards.wait_for_all(taking, self._timeout_s, give_up)
         # Joined before they are needed, so that no step waits for a link to be formed.
         peers = self.peers([slots.shard for slots in target.shards])
-        _try_all([w.join.remote(peers) for w in tuple(self._workers.handles.values())], _PUBLISH_TIMEOUT_S)
+        try_all([handle.join.remote(peers) for handle in self._listening().values()], _PUBLISH_TIMEOUT_S)
 
     def publish(self, placement: Placement, *, behind_only: bool = False) -> None:
         """Tell the workers, or those alone that are behind. One that cannot be told now is told by a later round."""
         record, peers = placement.to_bytes(), self.peers([slots.shard for slots in placement.shards])
-        facts = self._workers.facts
+        workers = self._workers
         told = [
             handle.set_fleet.remote(record, peers)
-            for worker, handle in tuple(self._workers.handles.items())
-            if not behind_only or (facts[worker]["state"] == "ready" and facts[worker]["epoch"] < placement.epoch)
+            for worker, handle in self._listening().items()
+            if not behind_only or (worker in workers.ready and workers.facts[worker]["epoch"] < placement.epoch)
         ]
-        _try_all(told, _PUBLISH_TIMEOUT_S)
+        try_all(told, _PUBLISH_TIMEOUT_S)
 
-    def settle(self, placement: Placement) -> None:
-        """Have the shards free what a placement that was published does not give them."""
-        told = [
-            self._shards.handles[s.shard].settle.remote(s.experts, placement.epoch)
-            for s in placement.shards
-            if s.shard in self._shards.handles
-        ]
-        _try_all(told, self._timeout_s)
+    def settle(self, placement: Placement, shards: Sequence[ShardId]) -> None:
+        """Have shards free what a placement does not give them. One that cannot does so after the next move."""
+        keys = {slots.shard: slots.experts for slots in placement.shards if slots.shard in shards}
+        try:
+            told = {s: self._shard(s).settle.remote(keys[s], placement.epoch) for s in keys}
+            self._shards.wait_for_all(told, self._timeout_s)
+        except UnavailableError as error:
+            _log.warning("a shard may still hold what it no longer needs: %s", error)
 
     def peers(self, shards: Sequence[ShardId]) -> dict[ShardId, ShardPeer]:
         """Return how to reach those of these shards that are there."""
@@ -83,7 +85,7 @@ class Mover:
                 end=self._shards.facts[shard]["link_end"],
             )
             for shard in shards
-            if shard in self._shards.handles and "link_end" in self._shards.facts[shard]
+            if shard in self._shards.handles and "link_end" in self._shards.facts.get(shard, {})
         }
 
     def _sources(
@@ -95,11 +97,18 @@ class Mover:
         chosen = copy_sources(current, target, peers, node)
         return {shard: {key: peers[s] for key, s in of.items()} for shard, of in chosen.items()}
 
+    def _shard(self, shard: ShardId) -> Any:
+        """Return a shard's handle.
 
-def _try_all(references: list[Any], timeout_s: float) -> None:
-    """Wait for each call; one that fails is logged, and a later round makes up for it."""
-    for reference in references:
+        Raises:
+            UnavailableError: it is being started again.
+        """
         try:
-            wait_for([reference], timeout_s)
-        except UnavailableError as error:
-            _log.warning("a part of the fleet was not told: %s", error)
+            return self._shards.handles[shard]
+        except KeyError as error:
+            raise UnavailableError(f"{shard} is not there now") from error
+
+    def _listening(self) -> dict[WorkerId, Any]:
+        """The workers that are not known to be silent or gone."""
+        deaf = {w for w, facts in tuple(self._workers.facts.items()) if facts["state"] in ("unresponsive", "dead")}
+        return {w: handle for w, handle in tuple(self._workers.handles.items()) if w not in deaf}

@@ -211,15 +211,17 @@ class Operator:
         keeper = self._keeper
         assert keeper.placement is not None
         target = repair(keeper.placement, staying, {}, replicas=keeper.replicas, level=True)
-        facts = keeper.shards.facts
+        facts = dict(keeper.shards.facts)
         expert_bytes = keeper.expert_bytes
         needed: dict[str, int] = {}
         for slots in target.shards:
             more = len(slots.experts) - keeper.placement.num_slots(slots.shard)
-            node = facts[slots.shard].get("node", "")
+            node = facts.get(slots.shard, {}).get("node")
+            if node is None:
+                raise UnavailableError(f"{slots.shard} is being started; ask again when `status` shows it ready")
             needed[node] = needed.get(node, 0) + max(0, more) * expert_bytes
         for node, num_bytes in needed.items():
-            free = min((f["free_bytes"] for f in facts.values() if f.get("node") == node), default=0)
+            free = min(f["free_bytes"] for f in facts.values() if f.get("node") == node)
             if num_bytes > free:
                 raise CapacityError(
                     f"the shards that stay on {node} would need {num_bytes / 2**30:.2f} GiB more, "

@@ -4,12 +4,13 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 
 from expertmesh.actors.runtime import NAMESPACE, actor_env, pinned_options
@@ -22,6 +23,10 @@ _ROOM_TIMEOUT_S = 60.0
 _LOOK_AGAIN_S = 0.05
 # On CPUs a member reserves its share of a fleet this many times as large, so that one can scale up.
 _ROOM_TO_GROW = 4
+# How often members are looked at while something long is waited for.
+_WATCH_S = 1.0
+# Longer without an answer is away for now.
+_SILENCE_S = 5.0
 Id = TypeVar("Id", ShardId, WorkerId)
 
 
@@ -48,20 +53,22 @@ class Tier(Generic[Id]):
         self._concurrency = concurrency
         self.handles: dict[Id, Any] = {}
         self.facts: dict[Id, dict[str, Any]] = {}
+        # The question to each member that it has not answered yet, with the handle that was asked.
+        self._asked: dict[Id, tuple[Any, Any]] = {}
 
     @property
     def ready(self) -> list[Id]:
         """The members that said they were ready when last asked, in order of id."""
-        return sorted((i for i, facts in self.facts.items() if facts["state"] == "ready"), key=_natural)
+        return sorted((i for i, facts in tuple(self.facts.items()) if facts["state"] == "ready"), key=natural)
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the facts in order of id."""
-        return [facts for _, facts in sorted(self.facts.items(), key=lambda item: _natural(item[0]))]
+        return [facts for _, facts in sorted(self.facts.items(), key=lambda item: natural(item[0]))]
 
     @property
     def dead(self) -> list[Id]:
         """The members whose process is gone."""
-        return [i for i, facts in self.facts.items() if facts["state"] == "dead"]
+        return [i for i, facts in tuple(self.facts.items()) if facts["state"] == "dead"]
 
     def create(self, actor_id: Id) -> Any:
         """Return the actor of that name, started if it is not there; it is no member yet.
@@ -69,10 +76,9 @@ class Tier(Generic[Id]):
         Raises:
             CapacityError: the cluster has no room for it.
         """
-        try:
-            return ray.get_actor(actor_id, NAMESPACE)
-        except ValueError:
-            pass  # it does not exist yet
+        found = self.find(actor_id)
+        if found is not None:
+            return found
         settings = self._settings
         resources = ray.cluster_resources()
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and resources.get("GPU", 0) > 0)
@@ -91,6 +97,32 @@ class Tier(Generic[Id]):
             .options(max_concurrency=self._concurrency, **options)
             .remote(actor_id, settings, self._threads)
         )
+
+    def find(self, actor_id: Id) -> Any | None:
+        """Return the actor of that name if there is one."""
+        try:
+            return ray.get_actor(actor_id, NAMESPACE)
+        except ValueError:
+            return None
+
+    def find_again(self, actor_id: Id) -> None:
+        """Make a member of the actor of that name; one that is gone is a dead member."""
+        handle = self.find(actor_id)
+        if handle is not None:
+            self.admit(actor_id, handle)
+        else:
+            self.facts[actor_id] = {"id": actor_id, "state": "dead"}
+
+    def give_up_loading(self) -> None:
+        """Count as dead who is still loading: whoever had it load is gone, and nobody sees it to the end."""
+        for actor_id, facts in tuple(self.facts.items()):
+            if facts["state"] == "loading":
+                self.facts[actor_id] = {"id": actor_id, "state": "dead"}
+
+    @staticmethod
+    def named(prefix: str) -> list[Any]:
+        """Return the names of this deployment's actors that begin so."""
+        return [name for name in list_named_actors() if name.startswith(prefix)]
 
     def admit(self, actor_id: Id, handle: Any) -> None:
         """Make a created actor a member."""
@@ -111,29 +143,72 @@ class Tier(Generic[Id]):
                 ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
     def ask(self, timeout_s: float) -> None:
-        """Ask all members how they are, together at most timeout_s."""
-        asked = {actor_id: handle.describe.remote() for actor_id, handle in tuple(self.handles.items())}
-        deadline_s = time.monotonic() + timeout_s
-        for actor_id, reference in asked.items():
-            try:
-                answer: dict[str, Any] = ray.get(reference, timeout=max(0.01, deadline_s - time.monotonic()))
-            except GetTimeoutError:
-                answer = {**self.facts.get(actor_id, {"id": actor_id}), "state": "unresponsive"}
-            except RayActorError:
-                answer = {**self.facts.get(actor_id, {"id": actor_id}), "state": "dead"}
-            if actor_id in self.handles:
+        """Ask all members how they are, together at most timeout_s. One thread at a time.
+
+        A member that has not answered an earlier question is not waited for again: it costs the others no time.
+        """
+        handles = dict(self.handles)
+        self._asked = {i: asked for i, asked in self._asked.items() if handles.get(i) is asked[0]}
+        fresh = [i for i in handles if i not in self._asked]
+        self._asked |= {i: (handles[i], handles[i].describe.remote()) for i in fresh}
+        if fresh:
+            ray.wait([self._asked[i][1] for i in fresh], num_returns=len(fresh), timeout=timeout_s)
+        for actor_id, handle in handles.items():
+            answer = self._answer(actor_id)
+            if self.handles.get(actor_id) is handle:
                 self.facts[actor_id] = answer
 
+    def wait_for_all(self, calls: Mapping[Id, Any], timeout_s: float, give_up: threading.Event | None = None) -> None:
+        """Wait for a call to each of these members, which may be long, as long as they are there. The asking thread.
 
-def wait_for(references: Sequence[Any], timeout_s: float, give_up: threading.Event | None = None) -> list[Any]:
+        Args:
+            calls: by member.
+            timeout_s: longest wait.
+            give_up: ends the wait when it is set.
+
+        Raises:
+            ExpertMeshError: the first failure; UnavailableError: a member is gone or silent, timeout_s is over, or
+                give_up was set.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        look_s = time.monotonic() + _WATCH_S
+        pending = list(calls.values())
+        while pending:
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=_LOOK_AGAIN_S)
+            wait_for(done, _WATCH_S)
+            if not pending:
+                return
+            if give_up is not None and give_up.is_set():
+                raise UnavailableError("given up: a shard was lost meanwhile")
+            if time.monotonic() < look_s:
+                continue
+            self.ask(_SILENCE_S)
+            look_s = time.monotonic() + _WATCH_S
+            away = [i for i, call in calls.items() if call in pending and i not in self.ready]
+            if away or time.monotonic() > deadline_s:
+                raise UnavailableError(f"no answer from {', '.join(away) or f'all of them in {timeout_s:g} s'}")
+
+    def _answer(self, actor_id: Id) -> dict[str, Any]:
+        """Return what a member said if it has answered, else what it said before with the state that follows."""
+        try:
+            answer: dict[str, Any] = ray.get(self._asked[actor_id][1], timeout=0)
+        except GetTimeoutError:
+            return {**self.facts.get(actor_id, {"id": actor_id}), "state": "unresponsive"}
+        except ActorUnavailableError:  # cut off, which may pass
+            answer = {**self.facts.get(actor_id, {"id": actor_id}), "state": "unresponsive"}
+        except RayActorError:
+            answer = {**self.facts.get(actor_id, {"id": actor_id}), "state": "dead"}
+        del self._asked[actor_id]
+        return answer
+
+
+def wait_for(references: Sequence[Any], timeout_s: float) -> list[Any]:
     """Wait for all calls; raise the first failure as it was raised there.
 
     Raises:
-        UnavailableError: an actor died, did not answer within timeout_s, or `give_up` was set.
+        UnavailableError: an actor died or did not answer within timeout_s.
     """
     try:
-        if give_up is not None:
-            _wait_unless(give_up, list(references), timeout_s)
         results: list[Any] = ray.get(list(references), timeout=timeout_s)
     except RayTaskError as error:
         cause = error.cause
@@ -143,20 +218,24 @@ def wait_for(references: Sequence[Any], timeout_s: float, give_up: threading.Eve
     return results
 
 
-def _wait_unless(give_up: threading.Event, references: list[Any], timeout_s: float) -> None:
-    """Wait until all calls have ended, or one has failed."""
-    deadline_s = time.monotonic() + timeout_s
-    while references and time.monotonic() < deadline_s:
-        if give_up.is_set():
-            raise UnavailableError("given up: a shard was lost meanwhile")
-        done, references = ray.wait(references, num_returns=len(references), timeout=_LOOK_AGAIN_S)
-        ray.get(done)
+def try_all(references: Sequence[Any], timeout_s: float) -> None:
+    """Wait for all calls, together at most timeout_s; one that fails is logged, and a later round makes up for it."""
+    if not references:
+        return
+    done, pending = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
+    if pending:
+        _log.warning("%d of %d members were not told within %.0f s", len(pending), len(references), timeout_s)
+    for reference in done:
+        try:
+            wait_for([reference], timeout_s)
+        except UnavailableError as error:
+            _log.warning("a part of the fleet was not told: %s", error)
 
 
 def _group_prefix(actor_id: str) -> str:
     return f"pg-{actor_id}~"
 
 
-def _natural(actor_id: str) -> tuple[int, str]:
-    """Order shard-10 after shard-9."""
+def natural(actor_id: str) -> tuple[int, str]:
+    """Return the key that orders shard-10 after shard-9."""
     return len(actor_id), actor_id

@@ -15,7 +15,7 @@ from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.actors.gateway.worker_client import WorkerClient
-from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env
+from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, on_this_node
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import SequenceRequest, TokenEvent
@@ -24,6 +24,8 @@ from expertmesh.models.tokenizer import open_tokenizer
 
 _log = logging.getLogger(__name__)
 _VIEW_PERIOD_S = 0.5
+# The controller answers in milliseconds; one that hangs is as good as away.
+_VIEW_TIMEOUT_S = 2.0
 
 
 class RayWorkerClient:
@@ -56,7 +58,7 @@ class Gateway:
         self._id = f"gateway-{uuid.uuid4().hex[:8]}"
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._model = model
-        self._engine = Engine(tokenizer=tokenizer, rng=random.Random())
+        self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
@@ -81,9 +83,12 @@ class Gateway:
         while True:
             await asyncio.sleep(_VIEW_PERIOD_S)
             try:
-                await self._look()
-            except UnavailableError as error:
-                _log.warning("the controller is away, going on with %d workers: %s", len(self._clients), error)
+                async with asyncio.timeout(_VIEW_TIMEOUT_S):
+                    await self._look()
+            except (UnavailableError, TimeoutError) as error:
+                _log.warning("the controller is away, going on with %d workers: %r", len(self._clients), error)
+                # Those that were lost to a passing fault are tried again.
+                self._engine.pool.set_workers([client for _, client in self._clients.values()])
 
     async def _look(self) -> None:
         """Ask the controller for workers and readiness."""
@@ -168,7 +173,7 @@ async def _call(reference: Any) -> Any:
 
 
 def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
-    """Run the gateway on Ray Serve, one replica a node, and return the application's handle.
+    """Run the gateway on Ray Serve, on this node: its address was checked here, clients look for it here.
 
     Raises:
         UnavailableError: it did not come up.
@@ -179,7 +184,11 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
         num_replicas=1,
         max_replicas_per_node=1,
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": actor_env(1)}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "label_selector": on_this_node(),
+            "runtime_env": {"env_vars": actor_env(1)},
+        },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
         logging_config={"log_level": "WARNING"},

@@ -27,7 +27,8 @@ class WorkerClient(Protocol):
     async def poll(self, after: int) -> tuple[int, list[TokenEvent]]:
         """Return the events newer than `after` in order, and the number to pass next time; 0 is before the first.
 
-        Waits about 10 s for one to happen and then returns none. Events up to `after` are never asked for again.
+        Waits for one to happen, half of the longest silence that a worker may keep, and then returns none. Events up to
+        `after` are never asked for again.
         """
 
 

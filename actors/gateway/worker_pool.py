@@ -32,7 +32,7 @@ class WorkerPool:
         Args:
             journal: of this gateway.
             rng: for the router.
-            call_timeout_s: longest wait for a worker's answer; above the 10 s of a long poll.
+            call_timeout_s: longest wait for a worker's answer; above the time that a poll waits at the worker.
             retry_delay_s: pause before a resumed request asks full workers again.
         """
         self._journal = journal

@@ -72,10 +72,13 @@ class LocalLink(Link):
     def recv(self, timeout_s: float | None = None) -> tuple[PacketHeader, Tensor]:
         """See Link.recv."""
         self._read(memoryview(self._header), self._timeout_s if timeout_s is None else timeout_s)
-        header = PacketHeader.unpack(bytes(self._header))
+        try:
+            header = PacketHeader.unpack(bytes(self._header))
+        except LinkError as error:
+            raise self._broken("receive failed", error) from error
         if header.generation != self.generation:
-            raise LinkError(
-                f"link {self._name}: a packet of generation {header.generation} on generation {self.generation}"
+            raise self._broken(
+                "receive failed", f"a packet of generation {header.generation} on generation {self.generation}"
             )
         size = header.payload_bytes
         payload = self._payload[:size] if size <= KEPT_BYTES else torch.empty(size, dtype=torch.uint8)

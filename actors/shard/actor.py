@@ -85,6 +85,7 @@ class ShardActor:
 
     def settle(self, keys: Sequence[ExpertKey], epoch: int) -> None:
         """Keep these experts alone: those of a placement. An older epoch than the last is passed over."""
+        self._newest += 1  # what is being taken for another placement is not needed
         with self._changing:
             assert self._server is not None, "settle() before open()"
             if epoch >= self._server.epoch:

@@ -30,9 +30,8 @@ from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
 
 _logger = logging.getLogger(__name__)
-_POLL_S = 10.0
-# A shard answers in milliseconds that it is ready to be joined.
-_JOIN_S = 2.0
+# Forming a link takes milliseconds within a host, and some twenty messages between hosts, any of which may be lost.
+_JOIN_S = 5.0
 # Part of the memory that is free when the model is loaded which the KV cache takes, unless kv_tokens says otherwise.
 _KV_PART = {"cpu": 0.1, "cuda": 0.8}
 
@@ -110,7 +109,7 @@ class WorkerActor:
 
     async def poll(self, gateway_id: str, after: int) -> tuple[int, list[TokenEvent]]:
         """See WorkerClient.poll."""
-        return await self._outboxes.setdefault(gateway_id, Outbox()).poll(after, _POLL_S)
+        return await self._outboxes.setdefault(gateway_id, Outbox()).poll(after, self._settings.worker_timeout_s / 2)
 
     async def describe(self) -> dict[str, Any]:
         """Return what `status` shows of a worker."""
@@ -162,13 +161,13 @@ class WorkerActor:
         # The process id keeps a restarted worker from meeting a shard's end of its former life.
         name = f"{self._id}.{os.getpid()}/{shard}/{generation}"
         kind = kind_for(link_end(), peer, self._settings.links)
-        try:
-            async with asyncio.timeout(_JOIN_S):
+        async with asyncio.timeout(_JOIN_S):
+            try:
                 met = await peer.handle.accept_link.remote(name, generation, kind)
-        except RayError as error:
-            raise UnavailableError(f"{shard}: {type(error).__name__}") from error
-        address = calling_end(met, name, generation, self._host, self._settings.link_timeout_s)
-        return await asyncio.to_thread(open_link, kind, address, self._device)
+            except RayError as error:
+                raise UnavailableError(f"{shard}: {type(error).__name__}") from error
+            address = calling_end(met, name, generation, self._host, self._settings.link_timeout_s)
+            return await asyncio.to_thread(open_link, kind, address, self._device)
 
     def _use(self, fleet: Fleet) -> None:
         assert self._dispatcher is not None

@@ -4,19 +4,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertmesh.v1.admin_pb2 import StatusResponse
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from tests.integration.conftest import POCKET, Server, serving
+from tests.integration.streams import is_serving, is_whole, status_when
 
 PROMPT = TokenIds(ids=[40, 41, 42, 43])
 NUM_TOKENS = 300
@@ -43,34 +39,6 @@ def _signal_during_a_stream(server: Server, pid: int, number: signal.Signals) ->
     os.kill(pid, number)
     thread.join(90)
     return tokens
-
-
-def _serving(server: Server) -> bool:
-    with server.channel() as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""), timeout=10)
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-def _is_whole(status: StatusResponse) -> bool:
-    """Say whether everything is ready, and every shard holds as much as the others."""
-    slots = {shard.num_slots for shard in status.shards}
-    return (
-        status.ready
-        and {*(s.state for s in status.shards), *(w.state for w in status.workers)} == {"ready"}
-        and len(slots) == 1
-    )
-
-
-def _await(server: Server, condition: Callable[[StatusResponse], bool]) -> StatusResponse:
-    deadline_s = time.monotonic() + 60
-    while True:
-        status = None
-        with suppress(grpc.RpcError):  # the controller may be away
-            status = server.status()
-            if condition(status):
-                return status
-        assert time.monotonic() < deadline_s, f"{status}\n{server.log.read_text()}"
-        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -104,63 +72,13 @@ def test_controller_worker_and_shard_killed_one_after_the_other(server: Server) 
     # A worker: its stream goes on at the other one. The stream may be at either; kill one, then see.
     assert _kill_during_a_stream(server, after.workers[0].pid) == expected
 
-    assert _serving(server)
+    assert is_serving(server)
     assert _kill_during_a_stream(server, after.shards[0].pid) == expected
-    assert _serving(server), "every expert has a replica on the other shard"
-    revived = _await(server, lambda status: status.shards[0].pid not in (0, after.shards[0].pid) and _is_whole(status))
+    assert is_serving(server), "every expert has a replica on the other shard"
+    revived = status_when(
+        server, lambda status: status.shards[0].pid not in (0, after.shards[0].pid) and is_whole(status)
+    )
     assert revived.epoch > after.epoch
     assert [s.num_slots for s in revived.shards] == [s.num_slots for s in before.shards]
     assert revived.workers[0].pid not in (0, after.workers[0].pid)
     assert _kill_during_a_stream(server, revived.shards[1].pid) == expected, "the revived shard's copies are used"
-
-
-def test_sole_copies_are_loaded_by_the_survivor_and_both_shards_at_once_are_started_again(tmp_path: Path) -> None:
-    with serving(POCKET, tmp_path, "--shards", "2", "--dtype", "float32") as server:
-        expected: list[int] = []
-        _stream(server, expected)
-        before = server.status()
-        assert _kill_during_a_stream(server, before.shards[0].pid) == expected
-        after = _await(server, lambda status: status.shards[0].pid != before.shards[0].pid and _is_whole(status))
-        assert [s.num_slots for s in after.shards] == [s.num_slots for s in before.shards]
-
-        os.kill(after.shards[0].pid, signal.SIGKILL)
-        assert _kill_during_a_stream(server, after.shards[1].pid) == expected, "the stream waited for both"
-        _await(server, _is_whole)
-
-
-def test_a_shard_that_hangs_is_left_out_and_comes_back(tmp_path: Path) -> None:
-    config = tmp_path / "serve.toml"
-    config.write_text("link_timeout_s = 1.0\n")
-    options = ("--shards", "2", "--replicas", "2", "--dtype", "float32", "--config", str(config))
-    with serving(POCKET, tmp_path, *options) as server:
-        expected: list[int] = []
-        _stream(server, expected)
-        before = server.status()
-        pid = before.shards[0].pid
-        assert _signal_during_a_stream(server, pid, signal.SIGSTOP) == expected
-        assert _serving(server)
-        os.kill(pid, signal.SIGCONT)
-        after = _await(server, _is_whole)
-        assert after.shards[0].pid == pid, "it was only slow"
-        assert _kill_during_a_stream(server, after.shards[1].pid) == expected, "it is used again"
-
-
-def test_redis_and_then_the_controller_killed(tmp_path: Path) -> None:
-    config = tmp_path / "serve.toml"
-    config.write_text("rebalance_period_s = 0\n")  # so that the slots can be compared
-    with serving(POCKET, tmp_path, "--shards", "2", "--dtype", "float32", "--config", str(config)) as server:
-        expected: list[int] = []
-        _stream(server, expected)
-        before = server.status()
-        redis = next(c for c in psutil.Process(before.controller.pid).children(True) if "redis" in c.name())
-        assert _kill_during_a_stream(server, redis.pid) == expected
-        assert _serving(server)
-        deadline_s = time.monotonic() + 30
-        while not any("redis" in c.name() for c in psutil.Process(before.controller.pid).children(True)):
-            assert time.monotonic() < deadline_s, "Redis was not started again"
-            time.sleep(0.1)
-        time.sleep(6)  # the controller looks each 5 s at what is kept
-        assert _kill_during_a_stream(server, before.controller.pid) == expected
-        after = _await(server, lambda status: status.controller.pid != before.controller.pid and _is_whole(status))
-        assert after.epoch == before.epoch, "the placement was written back and found"
-        assert [s.pid for s in after.shards] == [s.pid for s in before.shards]

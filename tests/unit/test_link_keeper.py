@@ -42,6 +42,7 @@ class Shards:
 
     def __init__(self) -> None:
         self.away: dict[ShardId, Exception] = {}
+        self.hanging: dict[ShardId, asyncio.Event] = {}
         self.joined: list[ShardId] = []
         self.fleets: list[Fleet] = []
         self.lost: list[ShardId] = []
@@ -49,6 +50,8 @@ class Shards:
 
     async def join(self, shard: ShardId, peer: ShardPeer) -> Link:
         await asyncio.sleep(0)
+        if shard in self.hanging:
+            await self.hanging[shard].wait()
         if shard in self.away:
             raise self.away[shard]
         self.joined.append(shard)
@@ -108,6 +111,34 @@ async def test_a_shard_that_cannot_be_joined_is_tried_again(monkeypatch: pytest.
         await asyncio.sleep(0.05)
         del shards.away[B]
         assert (await shards.next_fleet()).alive_S.tolist() == [True, True]
+
+
+async def test_a_shard_that_hangs_holds_up_no_placement_that_can_do_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link_keeper, "_GRACE_S", 0.01)
+    async with keeping(monkeypatch) as (keeper, shards):
+        await keeper.follow(placement(1, A), {A: peer()})
+        shards.hanging[B] = asyncio.Event()
+        both = initial_placement((0,), 4, (A, B), 2, epoch=2)
+        assert await asyncio.wait_for(keeper.follow(both, {A: peer(), B: peer()}), 5) == 2
+        assert shards.fleets[-1].alive_S.tolist() == [True, False]
+        assert await asyncio.wait_for(keeper.follow(placement(3, A), {A: peer(), B: peer()}), 5) == 3
+        shards.hanging.pop(B).set()
+        assert set((await shards.next_fleet()).links) == {A, B}, "it is used once it is joined"
+
+
+async def test_a_placement_that_needs_a_shard_waits_for_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_keeper, "_GRACE_S", 0.01)
+    async with keeping(monkeypatch) as (keeper, shards):
+        await keeper.follow(placement(1, A), {A: peer()})
+        hanging = shards.hanging[B] = asyncio.Event()
+        following = asyncio.create_task(keeper.follow(placement(2, A, B), {A: peer(), B: peer()}))
+        await asyncio.sleep(0.05)
+        assert len(shards.fleets) == 1, "the old fleet serves meanwhile"
+        hanging.set()
+        assert await asyncio.wait_for(following, 5) == 2
+        assert shards.fleets[-1].alive_S.all()
 
 
 async def test_a_broken_link_is_reported_and_formed_anew(monkeypatch: pytest.MonkeyPatch) -> None:

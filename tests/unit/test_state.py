@@ -11,9 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from expertmesh.actors import state
 from expertmesh.actors.state import EmbeddedRedis, StateStore, connect
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId
+from expertmesh.cluster.operations import Operation, Phase
 from expertmesh.cluster.placement import Placement, initial_placement
 
 PLACEMENT_KEY = "expertmesh:model:placement"
@@ -144,9 +146,69 @@ def test_nothing_listening_is_unavailable_and_a_password_is_not_shown() -> None:
 
 
 def test_a_server_that_cannot_start_says_so_at_once(directory: Path) -> None:
-    (directory / "appendonly.aof").write_text("no record of commands")
+    (directory / "redis.sock").mkdir()  # no socket can be there
     started_s = time.monotonic()
     with pytest.raises(UnavailableError, match=r"ended with exit code 1; see .*redis.log"):
         EmbeddedRedis(directory)
     assert time.monotonic() - started_s < 5
-    assert "append only file" in (directory / "redis.log").read_text()
+
+
+def test_a_damaged_file_is_set_aside_and_told(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (directory / "appendonly.aof").write_text("no record of commands")
+    server = EmbeddedRedis(directory)
+    with closing(connect(server.url)) as client:
+        assert StateStore(client, "model").load_placement() is None
+    server.close()
+    assert (directory / "appendonly.aof.damaged").read_text() == "no record of commands"
+    assert "begins without records; what it refused is now" in caplog.text
+
+
+def test_a_server_that_hangs_is_waited_for_once(
+    server: EmbeddedRedis, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(state, "_AWAY_S", 1.0)
+    with closing(connect(server.url)) as client:
+        store = StateStore(client, "model")
+        (process,) = processes_in(directory)
+        process.suspend()
+        started_s = time.monotonic()
+        try:
+            for _ in range(5):
+                with pytest.raises(UnavailableError, match="Redis"):
+                    store.save_placement(placement(1))
+            assert time.monotonic() - started_s < 1.0  # one wait, not five
+        finally:
+            process.resume()
+        wait_until(lambda: _saves(store), timeout_s=10)
+
+
+def _saves(store: StateStore) -> bool:
+    try:
+        store.save_placement(placement(2))
+    except UnavailableError:
+        return False
+    return store.load_placement() == placement(2)
+
+
+def operation(number: int) -> Operation:
+    return Operation(
+        id=f"op-{number}", request="rebalance", adding=(), removing=(), phase=Phase.DONE, progress="", error="",
+        started_s=1.0, ended_s=2.0, deadline_s=9.0,
+    )  # fmt: skip
+
+
+def test_damaged_operations_are_passed_over_and_told(server: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
+    key = "expertmesh:model:operations"
+    with closing(connect(server.url)) as client:
+        store = StateStore(client, "model")
+        for number in range(3):
+            store.save_operation(operation(number))
+        client.lset(key, 1, "hello")
+        assert [found.id for found in store.load_operations()] == ["op-2", "op-0"]
+        assert "operations, number 1 is damaged and passed over" in caplog.text
+        client.set(key, "no list")
+        with pytest.raises(StateError, match="operations"):
+            store.load_operations()
+        store.save_operation(operation(3))
+        assert [found.id for found in store.load_operations()] == ["op-3"]
