@@ -80,10 +80,8 @@ class Keeper:
         """
         timeout_s = self._settings.start_timeout_s
         self.shard_ids, self.worker_ids = self._stored_members() or (shard_ids, worker_ids)
-        for shard in self.shard_ids:
-            self.shards.admit(shard, self.shards.create(shard))
-        for worker in self.worker_ids:
-            self.workers.admit(worker, self.workers.create(worker))
+        self.shards.create_members(self.shard_ids)
+        self.workers.create_members(self.worker_ids)
         self._note("opening the checkpoint in the shards, loading the dense half into the workers")
         wait_for(
             [s.open.remote() for s in self.shards.handles.values()]
@@ -138,9 +136,9 @@ class Keeper:
             self._move_to(repair(self.placement, hosting, {}, replicas=1, level=False))
         self._revive_dead()
         if not self._reviving and live and not {s.shard for s in self.placement.shards} == set(live) == set(hosting):
-            held = {shard: self._keys_of(shard) for shard in live}
+            held, nodes = {shard: self._keys_of(shard) for shard in live}, self.shards.nodes
             self._note(f"spreading the experts over {len(live)} shards")
-            self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True))
+            self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True, nodes=nodes))
         self._publish(self.placement, behind_only=True)
         self.each_round()
         proposal, self._proposal = self._proposal, None
@@ -223,8 +221,8 @@ class Keeper:
             away = sorted(set(shards) - set(self.shards.ready))
             if away:
                 raise UnavailableError(f"{', '.join(away)} cannot take experts now")
-            held = {shard: self._keys_of(shard) for shard in shards}
-            self._move_to(repair(self.placement, shards, held, replicas=self.replicas, level=True))
+            held, nodes = {shard: self._keys_of(shard) for shard in shards}, self.shards.nodes
+            self._move_to(repair(self.placement, shards, held, replicas=self.replicas, level=True, nodes=nodes))
         self.shard_ids, self.worker_ids = shards, workers
         self._save()
 
@@ -348,11 +346,9 @@ class Keeper:
         return None if found.missing([s.shard for s in slots]) else found
 
     def _first(self) -> Placement:
-        shard_ids = self.shard_ids
-        replicas = min(self.replicas, len(shard_ids))
-        return initial_placement(
-            self._model.moe_layers, self._model.num_experts, shard_ids, replicas, epoch=1 + self._newest_epoch()
-        )
+        model, shards, nodes = self._model, self.shard_ids, self.shards.nodes
+        replicas, epoch = min(self.replicas, len(shards)), 1 + self._newest_epoch()
+        return initial_placement(model.moe_layers, model.num_experts, shards, replicas, epoch=epoch, nodes=nodes)
 
     def _newest_epoch(self) -> int:
         return max((facts.get("epoch", 0) for facts in self.workers.facts.values()), default=0)

@@ -4,6 +4,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -16,9 +17,10 @@ from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
-_ROOM_TIMEOUT_S = 60.0
-# On CPUs a member reserves its share of a fleet this many times as large, so that one can scale up.
+# Unless settings say otherwise, on CPUs a member reserves its share of a fleet this many times as large, which is room
+# to scale up.
 _ROOM_TO_GROW = 4
+_CREATED_AT_ONCE = 32
 Id = TypeVar("Id", ShardId, WorkerId)
 
 
@@ -49,6 +51,11 @@ class Tier(Generic[Id]):
         """The members that said they were ready when last asked, in order of id."""
         return sorted((i for i, facts in self.facts.items() if facts["state"] == "ready"), key=_natural)
 
+    @property
+    def nodes(self) -> dict[Id, str]:
+        """The id of each member's node in Ray, as far as it is known."""
+        return {i: facts["node"] for i, facts in tuple(self.facts.items()) if "node" in facts}
+
     def in_order(self) -> list[dict[str, Any]]:
         """Return the facts in order of id."""
         return [facts for _, facts in sorted(self.facts.items(), key=lambda item: _natural(item[0]))]
@@ -72,19 +79,29 @@ class Tier(Generic[Id]):
         resources = ray.cluster_resources()
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and resources.get("GPU", 0) > 0)
         share = 0.9 * resources.get("CPU", 1) / (settings.shards + settings.workers) / _ROOM_TO_GROW
+        num_cpus = settings.member_cpus or max(0.01, min(1.0, round(share - 0.005, 2)))
         options = pinned_options(
             actor_id,
             f"{_group_prefix(actor_id)}{uuid.uuid4().hex[:8]}",
-            num_cpus=max(0.01, min(1.0, round(share - 0.005, 2))),
+            num_cpus=num_cpus,
             num_gpus=1 if use_gpu else 0,
             env=actor_env(self._threads),
-            timeout_s=_ROOM_TIMEOUT_S,
+            timeout_s=settings.room_timeout_s,
         )
         return (
             ray.remote(self._actor)
             .options(max_concurrency=self._concurrency, **options)
             .remote(actor_id, settings, self._threads)
         )
+
+    def create_members(self, actor_ids: Sequence[Id]) -> None:
+        """Create and admit actors, all at once, so that Ray sees all that is demanded.
+
+        Raises:
+            CapacityError: the cluster has no room for one; the others are members.
+        """
+        with ThreadPoolExecutor(_CREATED_AT_ONCE, "create") as pool:
+            list(pool.map(lambda actor_id: self.admit(actor_id, self.create(actor_id)), actor_ids))
 
     def admit(self, actor_id: Id, handle: Any) -> None:
         """Make a created actor a member."""

@@ -38,7 +38,15 @@ STATUS: dict[str, object] = {
     "balancedness": 0.875,
     "controller": {"pid": 11, "node": "n0"},
     "shards": [
-        {"id": f"s{index}", "pid": 20 + index, "node": "n0", "state": "ready", "num_slots": 4, "weight_bytes": 2**33}
+        {
+            "id": f"s{index}",
+            "pid": 20 + index,
+            "node": "n0",
+            "state": "ready",
+            "num_slots": 4,
+            "weight_bytes": 2**33,
+            "address": "h",
+        }
         for index in range(2)
     ],
     "workers": [
@@ -53,6 +61,7 @@ STATUS: dict[str, object] = {
             "free_pages": 60,
             "num_pages": 64,
             "tokens_generated": 2**35,
+            "address": "h",
         }
     ],
     "grpc_address": "127.0.0.1:50051",
@@ -61,6 +70,7 @@ STATUS: dict[str, object] = {
     "ready": True,
     "not_ready_reason": "",
     "warnings": [],
+    "autoscaler": {"shards": 3, "workers": 1, "reasons": ["shards go from 2 to 3: busy"], "age_s": 1.5, "problem": ""},
 }
 
 
