@@ -12,6 +12,7 @@ from tests.integration.conftest import POCKET, Server, serving
 from tests.integration.fake_nodes import HEAD_ID, Cluster, autoscaling_cluster
 from tests.integration.test_scale import NUM_STREAMS, Streams, cli, finished
 
+pytestmark = pytest.mark.timeout(240)  # a cluster and a server are started, and nodes come and go
 ROOM_TIMEOUT_S = 15
 
 
