@@ -1,10 +1,11 @@
 """Ray as ExpertMesh uses it: names, the environment of the actors, a local cluster of our own."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expertmesh.actors.links.ends import LinkEnd
@@ -31,6 +32,12 @@ def actor_env(threads: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def log_to_stderr() -> None:
+    """Let what our modules say of their decisions reach the actor's log file; Ray leaves out all below a warning."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("expertmesh").setLevel(logging.INFO)
 
 
 def start_local_ray(temp_dir: Path) -> None:
@@ -60,12 +67,15 @@ def pinned_options(
 ) -> dict[str, Any]:
     """Reserve an accelerator, under group_name, for a detached actor and return the actor's options.
 
+    While it waits for room it is a demand that Ray's autoscaler sees.
+
     Raises:
-        CapacityError: the cluster has no room within timeout_s.
+        CapacityError: the cluster has no room within timeout_s; the reservation is withdrawn.
     """
     bundle = {"GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
     group = placement_group([bundle], name=group_name, lifetime="detached")
     if not group.wait(timeout_s):
+        remove_placement_group(group)
         raise CapacityError(
             f"{name}: no node with {bundle} free within {timeout_s:.0f} s; Ray has {ray.available_resources()}"
         )
@@ -80,10 +90,14 @@ def pinned_options(
     }
 
 
+def node_id() -> str:
+    """Return this node's id in the Ray cluster, hexadecimal; two nodes may have one address."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def node_address() -> str:
     """Return the address by which this node is known in the Ray cluster."""
-    node_id = ray.get_runtime_context().get_node_id()
-    return str(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id))
+    return str(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id()))
 
 
 def on_this_node() -> dict[str, str]:
@@ -94,4 +108,4 @@ def on_this_node() -> dict[str, str]:
 def link_end() -> LinkEnd:
     """Return where the calling actor's tensors live."""
     gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-    return LinkEnd(node=ray.get_runtime_context().get_node_id(), gpu=gpus[0] if gpus else "")
+    return LinkEnd(node=node_id(), gpu=gpus[0] if gpus else "")

@@ -123,11 +123,20 @@ class Autoscaler:
         self._shards, self._workers = _Tier("shards", shards), _Tier("workers", workers)
         self._now_s: float | None = None
 
+    def accept(self, shards: int, workers: int) -> None:
+        """Hear that others have brought the tiers to these numbers: they are what is wanted until there is a reason.
+
+        A tier whose number was wanted already goes on as it was; for another a cool-down begins.
+        """
+        self._shards.accept(shards)
+        self._workers.accept(workers)
+
     def decide(self, now_s: float, shards: ShardInputs, workers: WorkerInputs) -> Decision:
         """Return how many shards and workers are wanted.
 
         A number stays wanted until another is, however many members there are so far. A tier with more members than
-        that and the one that leaves was enlarged by others; the autoscaler goes on from there.
+        that and the one that leaves was enlarged by others; the autoscaler goes on from there. Other changes by others
+        are told by `accept`.
 
         Args:
             now_s: seconds of any clock. One that is set back stands still for delays and cool-downs.
@@ -164,6 +173,12 @@ class _Tier:
         self._wanted: int | None = None
         self._since_change_s = math.inf
         self._direction, self._held_wish, self._held_s = 0, 0, 0.0
+
+    def accept(self, count: int) -> None:
+        """Want this number from now on."""
+        if count != self._wanted:
+            self._since_change_s = math.inf if self._wanted is None else 0.0
+            self._wanted, self._direction, self._held_s = count, 0, 0.0
 
     def decide(self, passed_s: float, current: int, floor: int, need: _Need) -> tuple[int, list[str]]:
         """Return the wanted number and sentences that say why."""

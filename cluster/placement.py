@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from expertmesh.cluster.errors import CapacityError, InputError, StateError
 from expertmesh.cluster.ids import ExpertKey, ShardId
+from expertmesh.cluster.spread import node_indices, spread_over_nodes
 
 EVEN_WEIGHT = 1 << 8  # what the replicas of an expert without weights of its own share
 
@@ -95,6 +96,14 @@ class Placement:
         hosted_LE = alive_S[self.replica_table.shard_LER].any(axis=-1)
         return tuple(
             sorted(ExpertKey(self.layers[layer], expert) for layer, expert in np.argwhere(~hosted_LE).tolist())
+        )
+
+    def on_one_node(self, nodes: Mapping[ShardId, str]) -> tuple[ExpertKey, ...]:
+        """Return the experts whose replicas are all on one node, sorted; those without replicas are not among them."""
+        return tuple(
+            key
+            for key in (ExpertKey(layer, expert) for layer in sorted(self.layers) for expert in range(self.num_experts))
+            if len({nodes.get(shard, "") for shard in self.replicas(key)}) == 1
         )
 
     @cached_property
@@ -181,11 +190,13 @@ def initial_placement(
     capacities: Mapping[ShardId, int] | None = None,
     *,
     epoch: int = 0,
+    nodes: Mapping[ShardId, str] | None = None,
 ) -> Placement:
     """Place the same number of replicas of every expert, balanced by slots, before any load is known.
 
     No two replicas of an expert share a shard. Without capacities the slots of two shards differ by at most one, in
-    each layer and in all; with them, slots are in proportion to capacity. Equal arguments give equal placements.
+    each layer and in all; with them, slots are in proportion to capacity. As far as these slots allow, replicas of an
+    expert are on different nodes. Equal arguments give equal placements.
 
     Args:
         layers: the MoE layers' indices in the model.
@@ -194,6 +205,7 @@ def initial_placement(
         replicas: replicas of each expert.
         capacities: the most slots of each shard, over all layers; None: no limit.
         epoch: the placement's number.
+        nodes: of the shards; those that are not in it are on one node of their own.
 
     Raises:
         InputError: more replicas than shards, or arguments that make no placement.
@@ -207,14 +219,33 @@ def initial_placement(
         raise InputError(f"capacities {dict(capacities)} are not those of the shards {list(shards)}")
     num_keys = len(layers) * num_experts
     limit_S = [num_keys if capacities is None else capacities[shard] for shard in shards]
-    num_slots_S = _apportion(num_keys * replicas, limit_S, num_keys)
+    node_S = node_indices(shards, nodes or {})
+    num_slots_LS = _slots_by_layer(num_keys * replicas, limit_S, num_keys, node_S, len(layers))
     experts_S: list[list[ExpertKey]] = [[] for _ in shards]
-    for position, num_slots_of_layer_S in enumerate(_spread(num_slots_S, len(layers))):
-        for expert, hosts in enumerate(_deal(num_slots_of_layer_S, num_experts, replicas, seed=position)):
+    for position, num_slots_of_layer_S in enumerate(num_slots_LS):
+        hosts_E = _deal(num_slots_of_layer_S, num_experts, replicas, seed=position)
+        spread_over_nodes(hosts_E, node_S, replicas)
+        for expert, hosts in enumerate(hosts_E):
             for host in hosts:
                 experts_S[host].append(ExpertKey(layers[position], expert))
     slots = tuple(ShardSlots(shard=shard, experts=tuple(keys)) for shard, keys in zip(shards, experts_S, strict=True))
     return Placement(epoch=epoch, num_experts=num_experts, layers=tuple(layers), shards=slots)
+
+
+def _slots_by_layer(
+    total: int, capacity_S: Sequence[int], most: int, node_S: Sequence[int], num_layers: int
+) -> list[list[int]]:
+    """Apportion slots to shards, and each shard's to the layers, so that nodes of equal shards are as level as these.
+
+    What does not divide evenly goes to the nodes in turn, and to the layers node by node.
+    """
+    shards = range(len(capacity_S))
+    in_turn = sorted(shards, key=lambda shard: list(node_S[:shard]).count(node_S[shard]))
+    num_slots = dict(zip(in_turn, _apportion(total, [capacity_S[s] for s in in_turn], most), strict=True))
+    by_node = sorted(shards, key=lambda shard: node_S[shard])
+    place = {shard: index for index, shard in enumerate(by_node)}
+    spread = _spread([num_slots[s] for s in by_node], num_layers)
+    return [[num_slots_of_layer[place[s]] for s in shards] for num_slots_of_layer in spread]
 
 
 def _apportion(total: int, capacity_S: Sequence[int], most: int) -> list[int]:

@@ -5,6 +5,18 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from expertmesh.cluster.autoscaler import ShardTierSettings, WorkerTierSettings
+
+
+class AutoscaleSettings(BaseModel):
+    """How the two tiers follow the load."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    period_s: float = Field(default=5.0, gt=0, description="seconds between two decisions, over which is measured")
+    shards: ShardTierSettings
+    workers: WorkerTierSettings
+
 
 class ServeSettings(BaseModel):
     """How a model is served. Read from the command line and `--config FILE` (TOML)."""
@@ -43,6 +55,14 @@ class ServeSettings(BaseModel):
         default=3.0, ge=0, description="seconds between two looks at how replicas share their tokens; 0: never"
     )
 
+    autoscale: AutoscaleSettings | None = Field(default=None, description="None: the numbers change only when asked")
+    member_cpus: float = Field(
+        default=0, ge=0, description="cores that a CPU member reserves in Ray; 0: a quarter of an equal share"
+    )
+    room_timeout_s: float = Field(
+        default=60.0, gt=0, description="how long a member waits for room in Ray, in which its autoscaler brings a node"
+    )
+
     link_host: str = Field(default="", description="interface that links listen on; empty: the node's address in Ray")
     links: Literal["auto", "gloo"] = Field(
         default="auto",
@@ -62,4 +82,16 @@ class ServeSettings(BaseModel):
     def _replicas_fit(self) -> "ServeSettings":
         if self.replicas > self.shards:
             raise ValueError(f"replicas={self.replicas} needs at least as many shards, there are shards={self.shards}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_autoscaler(self) -> "ServeSettings":
+        if self.autoscale is None:
+            return self
+        for name, count, tier in (
+            ("shards", self.shards, self.autoscale.shards),
+            ("workers", self.workers, self.autoscale.workers),
+        ):
+            if count > tier.max_count:
+                raise ValueError(f"{name}={count} is above the most that the autoscaler may have, {tier.max_count}")
         return self

@@ -37,7 +37,7 @@ def open_channel(url: str) -> Iterator[grpc.Channel]:
 
 
 def to_dict(message: Message) -> dict[str, Any]:
-    """Return a message as plain values by field name, ready for JSON; absent optional scalars are None.
+    """Return a message as plain values by field name, ready for JSON; what is optional and absent is None.
 
     protobuf's own JSON writes 64-bit numbers as strings and leaves zeros out.
     """
@@ -49,9 +49,11 @@ def _value(message: Message, field: Any) -> Any:
     is_message = field.message_type is not None
     if field.is_repeated:
         return [to_dict(item) if is_message else item for item in value]
-    if is_message:
-        return to_dict(value)
-    return None if field.has_presence and not message.HasField(field.name) else value
+    # A message that is not marked optional is always there, if empty.
+    is_optional = field.containing_oneof is not None if is_message else field.has_presence
+    if is_optional and not message.HasField(field.name):
+        return None
+    return to_dict(value) if is_message else value
 
 
 def _as_our_error(url: str, error: grpc.RpcError) -> ExpertMeshError:

@@ -28,7 +28,7 @@ def rebalance(
     """Move experts to where the load of the last minutes wants them, if that is worth it."""
     with open_channel(url) as channel:
         plan = to_dict(AdminStub(channel).Rebalance(RebalanceRequest(dry_run=dry_run), timeout=_TIMEOUT_S))
-    operation = plan["operation"] if plan["operation"] and plan["operation"]["id"] else None
+    operation = plan["operation"]
     if as_json and not (operation and wait):
         typer.echo(json.dumps({**plan, "operation": operation}))
         return

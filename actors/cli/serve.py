@@ -5,16 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from expertmesh.actors.cli import running
+from expertmesh.actors.cli.configuration import read_settings
 from expertmesh.actors.ray_env import require_auth_mode, secure_local_ray
-from expertmesh.cluster.errors import InputError, UnavailableError
+from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.settings import ServeSettings
 
 _POLL_S = 0.1
@@ -29,6 +28,11 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Port of gRPC, 0: a free one; 50051 unless given.")] = None,
     state: Annotated[str | None, typer.Option(help="redis://..; an embedded server unless given.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; start one here unless given.")] = None,
+    autoscale: Annotated[bool | None, typer.Option(help="Let the load decide how many there are.")] = None,
+    min_shards: Annotated[int | None, typer.Option(help="Fewest shards of --autoscale; 1 unless given.")] = None,
+    max_shards: Annotated[int | None, typer.Option(help="Most shards of --autoscale.")] = None,
+    min_workers: Annotated[int | None, typer.Option(help="Fewest workers of --autoscale; 1 unless given.")] = None,
+    max_workers: Annotated[int | None, typer.Option(help="Most workers of --autoscale.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16; auto unless given.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these and more settings.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `expertmesh stop` ends it.")] = False,
@@ -47,29 +51,21 @@ def serve(
         "state": state,
         "dtype": dtype,
     }
-    settings = read_settings(config, {name: value for name, value in given.items() if value is not None})
+    bounds = {
+        "min_shards": min_shards,
+        "max_shards": max_shards,
+        "min_workers": min_workers,
+        "max_workers": max_workers,
+    }
+    settings = read_settings(config, _without_none(given), autoscale=autoscale, bounds=_without_none(bounds))
     if detach:
         _run_detached()
         return
     _run(settings, address)
 
 
-def read_settings(config: Path | None, given: dict[str, Any]) -> ServeSettings:
-    """Put a configuration file and the options given together.
-
-    Raises:
-        InputError: the file cannot be read, or a setting is unknown or out of range.
-    """
-    try:
-        from_file = tomllib.loads(config.read_text()) if config else {}
-        return ServeSettings(**{**from_file, **given})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"--config {config}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-") + ": " if first["loc"] else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{where}{message}, got {first['input']!r}" if where else message) from error
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _run(settings: ServeSettings, address: str | None) -> None:

@@ -92,7 +92,8 @@ def _head(state: dict[str, Any]) -> Table:
         "placement": f"epoch {state['epoch']}, balancedness "
         + ("unknown (no traffic yet)" if balancedness is None else f"{balancedness:.3f} over minutes")
         + ("" if recent is None else f", {recent:.3f} over the last seconds"),
-        "controller": f"pid {controller['pid']} on {controller['node']}" if controller["pid"] else "away",
+        "controller": f"pid {controller['pid']} on {short_node(controller['node'])}" if controller["pid"] else "away",
+        **_autoscaler(state["autoscaler"]),
     }
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
@@ -100,14 +101,32 @@ def _head(state: dict[str, Any]) -> Table:
     return table
 
 
+def short_node(node_id: str) -> str:
+    """Return enough of a node's id in Ray to tell nodes apart."""
+    return node_id[-8:]
+
+
+def _autoscaler(decision: dict[str, Any] | None) -> dict[str, str]:
+    if decision is None:
+        return {}
+    wanted = f"{decision['shards']} shards and {decision['workers']} workers wanted, {decision['age_s']:.1f} s ago"
+    problem = [f"cannot be had now: {decision['problem']}"] if decision["problem"] else []
+    return {"autoscaler": "\n".join([wanted, *decision["reasons"], *problem])}
+
+
 def _members(title: str, members: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in members[0]:
         table.add_column(column, overflow="fold")
     for member in members:
-        cells = [format_bytes(value) if name.endswith("_bytes") else str(value) for name, value in member.items()]
-        table.add_row(*cells)
+        table.add_row(*(_cell(name, value) for name, value in member.items()))
     return table
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "node":
+        return short_node(value)
+    return format_bytes(value) if name.endswith("_bytes") else str(value)
 
 
 def _traffic(layers: list[dict[str, Any]]) -> Table:

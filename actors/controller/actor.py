@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from google.protobuf.message import Message
 from ray.exceptions import RayError
 
+from expertmesh.actors.controller.autoscaling import Autoscaling
 from expertmesh.actors.controller.balancing import Balancing
 from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.loads import LoadCollector
@@ -25,7 +27,7 @@ from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.cores import python_that_gives_way, resume
-from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, node_address, on_this_node
+from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, log_to_stderr, node_id, on_this_node
 from expertmesh.actors.state import EmbeddedRedis, StateStore, open_client
 from expertmesh.cluster.balance import balancedness, shard_load_LS
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
@@ -35,6 +37,7 @@ from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.placement import Placement
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.cluster.watchdog import Watchdog
+from expertmesh.v1.admin_pb2 import ShardStatus, WorkerStatus
 
 _log = logging.getLogger(__name__)
 _SHARD, _WORKER = "expertmesh.actors.shard.actor:ShardActor", "expertmesh.actors.worker.actor:WorkerActor"
@@ -53,9 +56,9 @@ class Controller:
             model: what the model is.
             state_dir: folder for the embedded Redis, used when settings.state is empty.
         """
+        log_to_stderr()
         self._settings = settings
         self._model = model
-        self._host = node_address()
         self._redis = None if settings.state else EmbeddedRedis(Path(state_dir))
         url = settings.state or (self._redis.url if self._redis else "")
         # Shards of a step compute at the same time, so they share the cores. A worker takes turns with them; half of
@@ -71,7 +74,12 @@ class Controller:
         self._keeper = Keeper(settings, model, records, self._shards, self._workers, self._note, self._watchdog)
         self._collector = LoadCollector(model, store, self._workers)
         self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog)
-        self._operator = Operator(self._keeper, store)
+        self._operator = Operator(self._keeper, store, room_timeout_s=settings.room_timeout_s)
+        self._autoscaling = (
+            Autoscaling(self._keeper, self._operator, settings.autoscale, model, self._watchdog)
+            if settings.autoscale
+            else None
+        )
         self._keeper.each_round = self._operator.step
         if self._redis is not None:
             records.ensure_store = self._redis.ensure
@@ -109,6 +117,8 @@ class Controller:
         self._started = True
         threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
         threading.Thread(target=self._balancing.run, name="balancing", daemon=True).start()
+        if self._autoscaling is not None:
+            threading.Thread(target=self._autoscaling.run, name="autoscaling", daemon=True).start()
 
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
         """Hear from a worker that its link to a shard broke."""
@@ -135,8 +145,10 @@ class Controller:
         }
 
     def scale(self, shards: int | None, workers: int | None) -> dict[str, Any]:
-        """See Operator.scale. Returns the operation's fields."""
+        """See Operator.scale and Autoscaling.require_allowed. Returns the operation's fields."""
         self._require_started()
+        if self._autoscaling is not None:
+            self._autoscaling.require_allowed(shards, workers)
         return asdict(self._operator.scale(shards, workers))
 
     def drain(self, member: str) -> dict[str, Any]:
@@ -210,13 +222,14 @@ class Controller:
             "epoch": self._keeper.placement.epoch if self._keeper.placement else 0,
             "balancedness": self._balancedness(self._collector.slow(time.time())),
             "recent_balancedness": self._balancedness(self._collector.fast(time.time())),
-            "controller": {"pid": os.getpid(), "node": self._host},
-            "shards": [_without(f, "link_end", "epoch", "free_bytes") for f in self._shards.in_order()],
-            "workers": [_without(f, "lost_shards", "epoch") for f in self._workers.in_order()],
+            "controller": {"pid": os.getpid(), "node": node_id()},
+            "shards": [_shown(f, ShardStatus) for f in self._shards.in_order()],
+            "workers": [_shown(f, WorkerStatus) for f in self._workers.in_order()],
             "layer_traffic": self._traffic(),
             "ready": not reason,
             "not_ready_reason": reason,
-            "warnings": self._watchdog.stalled(time.monotonic()),
+            "warnings": [*self._watchdog.stalled(time.monotonic()), *self._exposed()],
+            "autoscaler": self._autoscaling.status(time.monotonic()) if self._autoscaling else None,
         }
 
     def loads(self) -> dict[int, list[int]]:
@@ -226,6 +239,8 @@ class Controller:
 
     def stop(self) -> None:
         """End workers, shards and the embedded Redis, and free what was reserved for them."""
+        if self._autoscaling is not None:
+            self._autoscaling.stop()
         self._balancing.stop()
         self._keeper.stop()
         for worker in tuple(self._workers.handles):
@@ -259,6 +274,16 @@ class Controller:
             return None
         load_LE = load.prefill_LE + load.decode_LE
         return float(balancedness(shard_load_LS(load_LE, placement))) if load_LE.any() else None
+
+    def _exposed(self) -> list[str]:
+        """Say what the loss of a node would cost in spite of replicas."""
+        placement, nodes = self._keeper.placement, self._shards.nodes
+        if placement is None or self._keeper.replicas == 1 or len(set(nodes.values())) == 1:
+            return []
+        exposed = placement.on_one_node(nodes)
+        return (
+            [f"{len(exposed)} experts have all their replicas on one node, {exposed[0]} among them"] if exposed else []
+        )
 
     def _traffic(self) -> list[dict[str, int]]:
         counters = self._collector.latest()
@@ -317,5 +342,6 @@ def _was_restarted() -> bool:
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
-def _without(facts: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if name not in keys}
+def _shown(facts: dict[str, Any], message: type[Message]) -> dict[str, Any]:
+    """Return those facts that the status has a field for."""
+    return {name: value for name, value in facts.items() if name in message.DESCRIPTOR.fields_by_name}

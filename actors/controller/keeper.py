@@ -72,10 +72,8 @@ class Keeper:
         """
         timeout_s = self._settings.start_timeout_s
         self.shard_ids, self.worker_ids = self._records.members() or (shard_ids, worker_ids)
-        for shard in self.shard_ids:
-            self.shards.admit(shard, self.shards.create(shard))
-        for worker in self.worker_ids:
-            self.workers.admit(worker, self.workers.create(worker))
+        self.shards.create_members(self.shard_ids)
+        self.workers.create_members(self.worker_ids)
         self._note("opening the checkpoint in the shards, loading the dense half into the workers")
         wait_for(
             [s.open.remote() for s in self.shards.handles.values()]
@@ -162,9 +160,9 @@ class Keeper:
             self._reviver.begin(tier)
         placed = {slots.shard for slots in self.placement.shards}
         if live and not placed == set(live) == set(hosting) and not self._reviver.may_be_soon_done:
-            held = {shard: self._keys_of(shard) for shard in live}
+            held, nodes = {shard: self._keys_of(shard) for shard in live}, self.shards.nodes
             self._note(f"spreading the experts over {len(live)} shards")
-            self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True))
+            self._move_to(repair(self.placement, live, held, replicas=self.replicas, level=True, nodes=nodes))
         self._mover.publish(self.placement, behind_only=True)
         self.each_round()
         proposal, self._proposal = self._proposal, None
@@ -247,8 +245,8 @@ class Keeper:
             away = sorted(set(shards) - set(self.shards.ready))
             if away:
                 raise UnavailableError(f"{', '.join(away)} cannot take experts now")
-            held = {shard: self._keys_of(shard) for shard in shards}
-            self._move_to(repair(self.placement, shards, held, replicas=self.replicas, level=True))
+            held, nodes = {shard: self._keys_of(shard) for shard in shards}, self.shards.nodes
+            self._move_to(repair(self.placement, shards, held, replicas=self.replicas, level=True, nodes=nodes))
         self.shard_ids, self.worker_ids = shards, workers
         self._save()
 
@@ -316,11 +314,9 @@ class Keeper:
         )
 
     def _first(self) -> Placement:
-        shard_ids = self.shard_ids
-        replicas = min(self.replicas, len(shard_ids))
-        return initial_placement(
-            self._model.moe_layers, self._model.num_experts, shard_ids, replicas, epoch=1 + self._newest_epoch()
-        )
+        model, shards, nodes = self._model, self.shard_ids, self.shards.nodes
+        replicas, epoch = min(self.replicas, len(shards)), 1 + self._newest_epoch()
+        return initial_placement(model.moe_layers, model.num_experts, shards, replicas, epoch=epoch, nodes=nodes)
 
     def _newest_epoch(self) -> int:
         known = (*self.workers.facts.values(), *self.shards.facts.values())

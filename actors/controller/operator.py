@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -33,13 +34,22 @@ _MOST = 1024
 _DEADLINE_S = 900.0
 # What a leaving worker's sequences may take to go on elsewhere before its process ends; they do either way.
 _DRAIN_S = 30.0
+_STARTED_AT_ONCE = 32
 
 
 class Operator:
     """The operations of one deployment. Any thread may ask; the keeper's thread steps."""
 
-    def __init__(self, keeper: Keeper, store: StateStore) -> None:
+    def __init__(self, keeper: Keeper, store: StateStore, *, room_timeout_s: float = 0.0) -> None:
+        """Make an operator without operations.
+
+        Args:
+            keeper: of the fleet.
+            store: keeps the operations.
+            room_timeout_s: what a member may wait for room, and the deadlines allow for.
+        """
         self._keeper = keeper
+        self._deadline_s = _DEADLINE_S + room_timeout_s
         self._store = store
         self._operations: dict[str, Operation] = {}
         self._current: Operation | None = None
@@ -156,6 +166,11 @@ class Operator:
         return list(self._operations.values())
 
     @property
+    def current(self) -> Operation | None:
+        """The operation under way."""
+        return self._current
+
+    @property
     def leaving_workers(self) -> list[str]:
         """Workers whose sequences are to go on elsewhere now."""
         current = self._current
@@ -189,7 +204,7 @@ class Operator:
             error="",
             started_s=now_s,
             ended_s=0.0,
-            deadline_s=now_s + _DEADLINE_S,
+            deadline_s=now_s + self._deadline_s,
         )
         self._note(operation)
         self._keeper.alarm()
@@ -210,21 +225,22 @@ class Operator:
         """Refuse when the shards that stay cannot take the experts of those that leave."""
         keeper = self._keeper
         assert keeper.placement is not None
-        target = repair(keeper.placement, staying, {}, replicas=keeper.replicas, level=True)
+        target = repair(keeper.placement, staying, {}, replicas=keeper.replicas, level=True, nodes=keeper.shards.nodes)
         facts = dict(keeper.shards.facts)
         expert_bytes = keeper.expert_bytes
         needed: dict[str, int] = {}
         for slots in target.shards:
             more = len(slots.experts) - keeper.placement.num_slots(slots.shard)
-            node = facts.get(slots.shard, {}).get("node")
-            if node is None:
+            end = facts.get(slots.shard, {}).get("link_end")
+            if end is None:
                 raise UnavailableError(f"{slots.shard} is being started; ask again when `status` shows it ready")
-            needed[node] = needed.get(node, 0) + max(0, more) * expert_bytes
-        for node, num_bytes in needed.items():
-            free = min(f["free_bytes"] for f in facts.values() if f.get("node") == node)
+            place = str(end)
+            needed[place] = needed.get(place, 0) + max(0, more) * expert_bytes
+        for place, num_bytes in needed.items():
+            free = min(f["free_bytes"] for f in facts.values() if str(f.get("link_end", "")) == place)
             if num_bytes > free:
                 raise CapacityError(
-                    f"the shards that stay on {node} would need {num_bytes / 2**30:.2f} GiB more, "
+                    f"the shards that stay on {place} would need {num_bytes / 2**30:.2f} GiB more, "
                     f"{free / 2**30:.2f} GiB are free"
                 )
 
@@ -245,8 +261,9 @@ class Operator:
 
     def _start(self, operation: Operation) -> None:
         try:
-            for member in operation.adding:
-                self._keeper.start_member(_id(member))
+            # All at once, so that Ray sees all that is demanded and brings the nodes for it together.
+            with ThreadPoolExecutor(_STARTED_AT_ONCE, operation.id) as pool:
+                list(pool.map(lambda member: self._keeper.start_member(_id(member)), operation.adding))
         except ExpertMeshError as error:
             self._start_error = error
         finally:

@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
@@ -19,10 +20,11 @@ from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
-_ROOM_TIMEOUT_S = 60.0
-_LOOK_AGAIN_S = 0.05
-# On CPUs a member reserves its share of a fleet this many times as large, so that one can scale up.
+# Unless settings say otherwise, on CPUs a member reserves its share of a fleet this many times as large, which is room
+# to scale up.
 _ROOM_TO_GROW = 4
+_CREATED_AT_ONCE = 32
+_LOOK_AGAIN_S = 0.05
 # How often members are looked at while something long is waited for.
 _WATCH_S = 1.0
 # Longer without an answer is away for now.
@@ -61,6 +63,11 @@ class Tier(Generic[Id]):
         """The members that said they were ready when last asked, in order of id."""
         return sorted((i for i, facts in tuple(self.facts.items()) if facts["state"] == "ready"), key=natural)
 
+    @property
+    def nodes(self) -> dict[Id, str]:
+        """The id of each member's node in Ray, as far as it is known."""
+        return {i: facts["node"] for i, facts in tuple(self.facts.items()) if "node" in facts}
+
     def in_order(self) -> list[dict[str, Any]]:
         """Return the facts in order of id."""
         return [facts for _, facts in sorted(self.facts.items(), key=lambda item: natural(item[0]))]
@@ -83,13 +90,14 @@ class Tier(Generic[Id]):
         resources = ray.cluster_resources()
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and resources.get("GPU", 0) > 0)
         share = 0.9 * resources.get("CPU", 1) / (settings.shards + settings.workers) / _ROOM_TO_GROW
+        num_cpus = settings.member_cpus or max(0.01, min(1.0, round(share - 0.005, 2)))
         options = pinned_options(
             actor_id,
             f"{_group_prefix(actor_id)}{uuid.uuid4().hex[:8]}",
-            num_cpus=max(0.01, min(1.0, round(share - 0.005, 2))),
+            num_cpus=num_cpus,
             num_gpus=1 if use_gpu else 0,
             env=actor_env(self._threads),
-            timeout_s=_ROOM_TIMEOUT_S,
+            timeout_s=settings.room_timeout_s,
         )
         module, _, name = self._actor.partition(":")
         return (
@@ -97,6 +105,15 @@ class Tier(Generic[Id]):
             .options(max_concurrency=self._concurrency, **options)
             .remote(actor_id, settings, self._threads)
         )
+
+    def create_members(self, actor_ids: Sequence[Id]) -> None:
+        """Create and admit actors, all at once, so that Ray sees all that is demanded.
+
+        Raises:
+            CapacityError: the cluster has no room for one; the others are members.
+        """
+        with ThreadPoolExecutor(_CREATED_AT_ONCE, "create") as pool:
+            list(pool.map(lambda actor_id: self.admit(actor_id, self.create(actor_id)), actor_ids))
 
     def find(self, actor_id: Id) -> Any | None:
         """Return the actor of that name if there is one."""

@@ -14,6 +14,9 @@ class LinkEnd:
     node: str
     gpu: str = ""
 
+    def __str__(self) -> str:
+        return f"GPU {self.gpu} of node {self.node}" if self.gpu else f"node {self.node}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinkAddress:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -16,9 +17,10 @@ from expertmesh.actors.cores import claim_cores, in_background, use_cores
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer
-from expertmesh.actors.runtime import link_end, node_address
+from expertmesh.actors.runtime import link_end, node_address, node_id
 from expertmesh.actors.shard.intake import Intake
 from expertmesh.actors.shard.server import ShardServer
+from expertmesh.cluster.counters import CLOCK
 from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.settings import ServeSettings
@@ -112,19 +114,27 @@ class ShardActor:
 
     def describe(self) -> dict[str, Any]:
         """Return what `status` shows of a shard."""
-        slots = self._server.slots if self._server else None
+        server = self._server
+        slots = server.slots if server else None
         return {
             "id": self._id,
             "pid": os.getpid(),
-            "node": self._host,
+            "node": node_id(),
+            "address": self._host,
             "state": "ready" if slots else "loading",
             "num_slots": slots.num_slots if slots else 0,
             "weight_bytes": slots.weight_bytes if slots else 0,
             "experts_copied": self._num_copied,
             "experts_read": self._num_read,
             "free_bytes": self._free_bytes(),
-            "epoch": self._server.epoch if self._server else 0,
+            "epoch": server.epoch if server else 0,
             "link_end": link_end(),
+            "counters": {
+                CLOCK: time.monotonic(),
+                "busy_s": server.busy_s if server else 0.0,
+                "queue_s": server.queue_s if server else 0.0,
+                "num_packets": server.num_packets if server else 0,
+            },
         }
 
     def _take(self, number: int, keys: Sequence[ExpertKey], sources: Mapping[ExpertKey, ShardPeer]) -> None:

@@ -5,6 +5,7 @@ Shape suffixes: R rows, H hidden, P (row, expert) pairs.
 
 import logging
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -26,13 +27,15 @@ _logger = logging.getLogger(__name__)
 class _Packet:
     header: PacketHeader
     dispatch: Dispatch
+    arrived_s: float
     answer: tuple[PacketHeader, list[Tensor]] | None = None
 
 
 class ShardServer:
     """Answers the packets of all links from one shard's slots. Keeps nothing of a request once it is answered.
 
-    epoch: of the newest placement that the shard was told.
+    epoch: of the newest placement that the shard was told. Since the start: num_packets answered in num_batches, busy_s
+    seconds spent computing them, queue_s seconds that packets waited until that began, summed.
     """
 
     def __init__(self, slots: ExpertSlots, epoch: int) -> None:
@@ -40,6 +43,8 @@ class ShardServer:
         self.epoch = epoch
         self.num_packets = 0
         self.num_batches = 0
+        self.busy_s = 0.0
+        self.queue_s = 0.0
         self._waiting: deque[_Packet] = deque()
         self._computing = False
         self._turn = threading.Condition()
@@ -71,13 +76,17 @@ class ShardServer:
         Raises:
             LinkError: the packet is damaged, or its answer could not be sent.
         """
-        packet = _Packet(header, read_dispatch(header, payload))
+        packet = _Packet(header, read_dispatch(header, payload), time.perf_counter())
         with self._turn:
             self._waiting.append(packet)
         while batch := self._next_batch(packet):
+            began_s = time.perf_counter()
             try:
                 self._answer(batch)
             finally:
+                # Nobody else is here: one computes at a time.
+                self.busy_s += time.perf_counter() - began_s
+                self.queue_s += sum(began_s - waited.arrived_s for waited in batch)
                 with self._turn:
                     self._computing = False
                     self._turn.notify_all()

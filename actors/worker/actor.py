@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from typing import Any
 
 import psutil
@@ -13,11 +14,12 @@ from ray.exceptions import RayError
 
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
-from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address
+from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address, node_id
 from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
 from expertmesh.actors.worker.engine import Engine
 from expertmesh.actors.worker.link_keeper import LinkKeeper
 from expertmesh.actors.worker.outbox import Outbox
+from expertmesh.cluster.counters import CLOCK
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.placement import Placement
@@ -117,7 +119,8 @@ class WorkerActor:
         return {
             "id": self._id,
             "pid": os.getpid(),
-            "node": self._host,
+            "node": node_id(),
+            "address": self._host,
             "state": "ready" if engine else "loading",
             "dense_bytes": self._dense_bytes,
             "running": engine.num_running if engine else 0,
@@ -127,6 +130,13 @@ class WorkerActor:
             "tokens_generated": engine.num_tokens if engine else 0,
             "lost_shards": self._lost_shards(),
             "epoch": self._epoch(),
+            "outstanding_tokens": engine.num_outstanding_tokens if engine else 0,
+            "counters": {
+                CLOCK: time.monotonic(),
+                "busy_s": engine.busy_s if engine else 0.0,
+                "expert_s": self._dispatcher.expert_s if self._dispatcher else 0.0,
+                "num_tokens": engine.num_tokens if engine else 0,
+            },
         }
 
     async def counters(self) -> dict[str, Any]:

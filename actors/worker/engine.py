@@ -66,6 +66,7 @@ class Engine:
         self._stopping = False
         self.num_steps = 0
         self.num_tokens = 0
+        self.busy_s = 0.0  # in steps, since the start
 
     @property
     def num_running(self) -> int:
@@ -81,6 +82,12 @@ class Engine:
     def num_free_pages(self) -> int:
         """KV pages that can be had."""
         return self._scheduler.num_free_pages
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        """Tokens that the live sequences may still ask for."""
+        with self._lock:
+            return sum(live.request.sampling.max_tokens - len(live.output_ids) for live in self._live.values())
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:
         """Take on all of these sequences, or none.
@@ -144,8 +151,9 @@ class Engine:
                 "step of %d sequences failed after %.3f s", len(plan.chunks), time.monotonic() - started_s
             )
             self._fail(plan, contexts, error)
-            return
-        self._commit(plan, contexts, sampled, failed)
+        else:
+            self._commit(plan, contexts, sampled, failed)
+        self.busy_s += time.monotonic() - started_s
 
     def _draw(
         self, plan: StepPlan, contexts: list[_Live], logits_NV: Tensor

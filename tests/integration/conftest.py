@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,10 @@ Serve = Callable[..., "Server"]
 
 
 @contextmanager
-def serving(model: Path, home: Path, *options: str) -> Iterator[Server]:
+def serving(model: Path, home: Path, *options: str, env: Mapping[str, str] = os.environ) -> Iterator[Server]:
     """Run a server while the block lasts, with its own home; check at the end that no process is left."""
     log = home / "serve.log"
-    env = {**os.environ, "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
+    env = {**env, "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
     command = [*CLI, "serve", str(model), "--grpc-port", "0", *options]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)

@@ -25,10 +25,10 @@ NUM_STREAMS = 4
 class Streams:
     """Streams that begin again as soon as they end, and what each gave."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, count: int = NUM_STREAMS) -> None:
         self._server = server
         self._stopping = threading.Event()
-        self.outputs: dict[int, list[list[int]]] = {number: [] for number in range(NUM_STREAMS)}
+        self.outputs: dict[int, list[list[int]]] = {number: [] for number in range(count)}
         self.errors: list[grpc.RpcError] = []
 
     def generate(self, number: int) -> list[int]:
@@ -47,7 +47,7 @@ class Streams:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        threads = [threading.Thread(target=self._repeat, args=(number,)) for number in range(NUM_STREAMS)]
+        threads = [threading.Thread(target=self._repeat, args=(number,)) for number in self.outputs]
         for thread in threads:
             thread.start()
         try:

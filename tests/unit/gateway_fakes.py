@@ -48,6 +48,7 @@ STATUS: dict[str, object] = {
             "weight_bytes": 2**33,
             "experts_copied": 1,
             "experts_read": 3,
+            "address": "h",
         }
         for index in range(2)
     ],
@@ -63,6 +64,7 @@ STATUS: dict[str, object] = {
             "free_pages": 60,
             "num_pages": 64,
             "tokens_generated": 2**35,
+            "address": "h",
         }
     ],
     "grpc_address": "127.0.0.1:50051",
@@ -71,6 +73,7 @@ STATUS: dict[str, object] = {
     "ready": True,
     "not_ready_reason": "",
     "warnings": [],
+    "autoscaler": {"shards": 3, "workers": 1, "reasons": ["shards go from 2 to 3: busy"], "age_s": 1.5, "problem": ""},
 }
 
 

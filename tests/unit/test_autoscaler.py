@@ -167,6 +167,24 @@ def test_a_tier_that_others_enlarged_is_taken_as_it_is() -> None:
     assert decide_shards(scaler, beyond, 63) == [9], "the floor holds for these too"
 
 
+def test_what_others_brought_a_tier_to_is_accepted_after_which_comes_a_cool_down() -> None:
+    scaler = Autoscaler(SHARDS, WORKERS)
+    assert decide_shards(scaler, busy(0.6), 0) == [4]
+    scaler.accept(3, 2)
+    assert decide_shards(scaler, busy(0.9, current=3), 1, 29.9, 31) == [3, 3, 4]
+    scaler.accept(4, 2)
+    assert decide_shards(scaler, busy(1.0), 62, 72) == [4, 6], "nothing new: no second cool-down"
+    scaler.accept(1, 2)
+    assert decide_shards(scaler, busy(0.1, current=1), 73) == [2], "the minimum holds"
+
+
+def test_what_is_accepted_first_is_wanted_though_fewer_can_be_measured() -> None:
+    scaler = Autoscaler(SHARDS, WORKERS)
+    scaler.accept(4, 2)
+    assert decide_shards(scaler, busy(0.9, current=3), 0, 10) == [4, 4]
+    assert decide_shards(scaler, busy(1.0), 11, 21) == [4, 6], "no cool-down before any change"
+
+
 def test_a_lost_member_stays_wanted() -> None:
     scaler = Autoscaler(SHARDS, WORKERS)
     assert decide_shards(scaler, CALM_SHARDS, 0) == [4]

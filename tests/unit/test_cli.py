@@ -17,7 +17,7 @@ from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.server import start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
-from expertmesh.v1.admin_pb2 import ShardStatus, StatusResponse
+from expertmesh.v1.admin_pb2 import AutoscalerStatus, ShardStatus, StatusResponse
 from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker, fake_output, fake_text, save_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -142,6 +142,8 @@ def test_status_prints_tables(run: Run, url: str) -> None:
     assert code == 0
     for text in ("ready", "2 shards, 1 worker", "epoch 3", "0.875", "Expert shards", "8.0 GiB", "Attention workers"):
         assert text in out
+    assert "3 shards and 1 workers wanted, 1.5 s ago" in out
+    assert "shards go from 2 to 3: busy" in out
 
 
 def test_messages_become_plain_values_with_numbers_and_zeros() -> None:
@@ -149,10 +151,12 @@ def test_messages_become_plain_values_with_numbers_and_zeros() -> None:
     assert (plain["balancedness"], plain["epoch"], plain["workers"], plain["controller"]["pid"]) == (None, 0, [], 0)
     assert plain["shards"][0]["weight_bytes"] == 2**40
     assert client.to_dict(StatusResponse(balancedness=0.0))["balancedness"] == 0.0
+    assert plain["autoscaler"] is None
+    assert client.to_dict(StatusResponse(autoscaler=AutoscalerStatus()))["autoscaler"]["shards"] == 0
 
 
 def test_status_before_traffic_and_without_a_controller_can_be_shown(url: str) -> None:
-    state = {**status.fetch(url), "balancedness": None, "shards": [], "layer_traffic": []}
+    state = {**status.fetch(url), "balancedness": None, "shards": [], "layer_traffic": [], "autoscaler": None}
     state["controller"] = {"pid": 0, "node": ""}
     from rich.console import Console
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from expertmesh.actors.controller.operator import Operator
+from expertmesh.actors.links.ends import LinkEnd
 from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.operations import Operation, Phase
@@ -30,14 +31,14 @@ class Store:
 def operator(kept: list[Operation], free_bytes: int = 1 << 30) -> tuple[Operator, Any]:
     adopted: list[object] = []
     changed: list[object] = []
-    facts = {s: {"node": "here", "free_bytes": free_bytes} for s in SHARDS}
+    facts = {s: {"link_end": LinkEnd(node="here"), "free_bytes": free_bytes} for s in SHARDS}
     keeper: Any = SimpleNamespace(
         placement=initial_placement((0,), 4, SHARDS, 1, epoch=3),
         shard_ids=SHARDS,
         worker_ids=["worker-0"],
         replicas=1,
         expert_bytes=1000,
-        shards=SimpleNamespace(facts=facts, ready=SHARDS),
+        shards=SimpleNamespace(facts=facts, ready=SHARDS, nodes=dict.fromkeys(SHARDS, "here")),
         workers=SimpleNamespace(facts={}, ready=["worker-0"]),
         alarm=lambda: None,
         adopt=adopted.append,
@@ -78,7 +79,7 @@ def test_a_placement_that_was_refused_is_not_carried_out_by_the_next_operation()
     found, keeper = operator([], free_bytes=0)
     target = initial_placement((0,), 4, SHARDS, 2)
     keeper.placement = initial_placement((0,), 4, SHARDS[:1], 1, epoch=3)
-    with pytest.raises(CapacityError, match="would need"):
+    with pytest.raises(CapacityError, match="on node here would need"):
         found.go_to(target, "rebalance")
     for facts in keeper.shards.facts.values():
         facts["free_bytes"] = 1 << 30

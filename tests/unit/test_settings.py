@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from expertmesh.actors.cli.serve import read_settings
+from expertmesh.actors.cli.configuration import read_settings
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.settings import ServeSettings
 
@@ -57,6 +57,8 @@ def test_settings_are_frozen() -> None:
         ("link_timeout_s", float("nan")),
         ("recovery_s", -0.1),
         ("recovery_s", float("inf")),
+        ("member_cpus", -1),
+        ("room_timeout_s", 0),
         ("start_timeout_s", 0),
         ("start_timeout_s", float("inf")),
     ],
@@ -122,3 +124,50 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_settings(tmp_path / "nowhere.toml", {"model": MODEL})
     with pytest.raises(InputError, match=f"--config {tmp_path}: "):
         read_settings(tmp_path, {"model": MODEL})
+
+
+TWO_TIERS = "[autoscale.shards]\nmin_count = 2\nmax_count = 8\n[autoscale.workers]\nmax_count = 4\n"
+
+
+def test_the_load_decides_only_when_asked(tmp_path: Path) -> None:
+    assert read_settings(None, {"model": MODEL}).autoscale is None
+    config = write(tmp_path, TWO_TIERS)
+    from_file = read_settings(config, {"model": MODEL}).autoscale
+    assert from_file is not None
+    assert (from_file.shards.min_count, from_file.shards.max_count, from_file.workers.max_count) == (2, 8, 4)
+    assert read_settings(config, {"model": MODEL}, autoscale=False).autoscale is None
+    bounds = {"max_shards": 6, "min_workers": 1, "max_workers": 3}
+    from_options = read_settings(None, {"model": MODEL}, autoscale=True, bounds=bounds).autoscale
+    assert from_options is not None
+    assert (from_options.shards.max_count, from_options.workers.max_count) == (6, 3)
+    both = read_settings(config, {"model": MODEL}, bounds={"max_shards": 5}).autoscale
+    assert both is not None
+    assert (both.shards.min_count, both.shards.max_count) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"max_workers": 2}, "--max-shards: Field required"),
+        ({"max_shards": 0, "max_workers": 2}, "--max-shards: Input should be greater than or equal to 1, got 0"),
+        ({"max_shards": 2, "max_workers": 2, "min_workers": 0}, "--min-workers: .* got 0"),
+        ({"min_shards": 5, "max_shards": 4, "max_workers": 2}, r"autoscale\.shards: min_count=5 is above max_count=4"),
+        ({"max_shards": 1, "max_workers": 2}, "shards=2 is above the most that the autoscaler may have, 1"),
+        ({"max_shards": 2, "max_workers": 2}, "workers=3 is above the most that the autoscaler may have, 2"),
+    ],
+)
+def test_bounds_that_cannot_be_are_refused(bounds: dict[str, int], message: str) -> None:
+    given = {"model": MODEL, "workers": 3 if "workers=3" in message else 1}
+    with pytest.raises(InputError, match=message):
+        read_settings(None, given, autoscale=True, bounds=bounds)
+
+
+def test_other_unfit_words_on_autoscaling_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--max-shards is for --autoscale"):
+        read_settings(None, {"model": MODEL}, bounds={"max_shards": 4})
+    with pytest.raises(InputError, match=r"autoscale\.workers\.up_delay: .*not permitted, got 3"):
+        read_settings(write(tmp_path, TWO_TIERS + "up_delay = 3\n"), {"model": MODEL})
+    with pytest.raises(InputError, match=r"--autoscale: .*, got 3"):
+        read_settings(write(tmp_path, "autoscale = 3\n"), {"model": MODEL})
+    with pytest.raises(InputError, match=r"autoscale\.shards: .*, got 3"):
+        read_settings(write(tmp_path, "[autoscale]\nshards = 3\n"), {"model": MODEL}, bounds={"max_workers": 1})

@@ -377,6 +377,46 @@ class ControllerStatus(_message.Message):
 Global___ControllerStatus: _TypeAlias = ControllerStatus  # noqa: Y015
 
 @_typing.final
+class AutoscalerStatus(_message.Message):
+    """What the autoscaler decided last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARDS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    shards: _builtins.int
+    """Expert shards wanted."""
+    workers: _builtins.int
+    """Attention workers wanted."""
+    age_s: _builtins.float
+    """How long ago, in seconds."""
+    problem: _builtins.str
+    """Why what is wanted could not be had when it was last asked for; empty when it could."""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why, in sentences: one or more of the shards, then of the workers."""
+
+    def __init__(
+        self,
+        *,
+        shards: _builtins.int = ...,
+        workers: _builtins.int = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        age_s: _builtins.float = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "problem", b"problem", "reasons", b"reasons", "shards", b"shards", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AutoscalerStatus: _TypeAlias = AutoscalerStatus  # noqa: Y015
+
+@_typing.final
 class ShardStatus(_message.Message):
     """One expert shard."""
 
@@ -390,6 +430,7 @@ class ShardStatus(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     EXPERTS_COPIED_FIELD_NUMBER: _builtins.int
     EXPERTS_READ_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its name in placements and logs."""
     pid: _builtins.int
@@ -406,6 +447,8 @@ class ShardStatus(_message.Message):
     """Experts that it copied from other shards since its process began."""
     experts_read: _builtins.int
     """Experts that it read from the checkpoint since its process began."""
+    address: _builtins.str
+    """Address of its node."""
     def __init__(
         self,
         *,
@@ -417,10 +460,11 @@ class ShardStatus(_message.Message):
         weight_bytes: _builtins.int = ...,
         experts_copied: _builtins.int = ...,
         experts_read: _builtins.int = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts_copied", b"experts_copied", "experts_read", b"experts_read", "id", b"id", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "state", b"state", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "experts_copied", b"experts_copied", "experts_read", b"experts_read", "id", b"id", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "state", b"state", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,6 +486,7 @@ class WorkerStatus(_message.Message):
     FREE_PAGES_FIELD_NUMBER: _builtins.int
     NUM_PAGES_FIELD_NUMBER: _builtins.int
     TOKENS_GENERATED_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its name in logs."""
     pid: _builtins.int
@@ -462,6 +507,8 @@ class WorkerStatus(_message.Message):
     """All KV-cache pages; 0 where the model's own cache is used."""
     tokens_generated: _builtins.int
     """Tokens generated since it started."""
+    address: _builtins.str
+    """Address of its node."""
     def __init__(
         self,
         *,
@@ -475,10 +522,11 @@ class WorkerStatus(_message.Message):
         free_pages: _builtins.int = ...,
         num_pages: _builtins.int = ...,
         tokens_generated: _builtins.int = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense_bytes", b"dense_bytes", "free_pages", b"free_pages", "id", b"id", "node", b"node", "num_pages", b"num_pages", "pid", b"pid", "running", b"running", "state", b"state", "tokens_generated", b"tokens_generated", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "dense_bytes", b"dense_bytes", "free_pages", b"free_pages", "id", b"id", "node", b"node", "num_pages", b"num_pages", "pid", b"pid", "running", b"running", "state", b"state", "tokens_generated", b"tokens_generated", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -601,6 +649,7 @@ class StatusResponse(_message.Message):
     NOT_READY_REASON_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     RECENT_BALANCEDNESS_FIELD_NUMBER: _builtins.int
+    AUTOSCALER_FIELD_NUMBER: _builtins.int
     plan: _builtins.str
     """The resolved plan in words: tiers, counts, devices."""
     epoch: _builtins.int
@@ -639,6 +688,10 @@ class StatusResponse(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What does not work as it should while requests are served, such as a loop that has not succeeded for long."""
 
+    @_builtins.property
+    def autoscaler(self) -> Global___AutoscalerStatus:
+        """Absent: the numbers of shards and workers change only when asked, or nothing was decided yet."""
+
     def __init__(
         self,
         *,
@@ -655,15 +708,20 @@ class StatusResponse(_message.Message):
         not_ready_reason: _builtins.str = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         recent_balancedness: _builtins.float | None = ...,
+        autoscaler: Global___AutoscalerStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "_recent_balancedness", b"_recent_balancedness", "balancedness", b"balancedness", "controller", b"controller", "model", b"model", "recent_balancedness", b"recent_balancedness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_autoscaler", b"_autoscaler", "_balancedness", b"_balancedness", "_recent_balancedness", b"_recent_balancedness", "autoscaler", b"autoscaler", "balancedness", b"balancedness", "controller", b"controller", "model", b"model", "recent_balancedness", b"recent_balancedness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness", "_recent_balancedness", b"_recent_balancedness", "balancedness", b"balancedness", "controller", b"controller", "epoch", b"epoch", "grpc_address", b"grpc_address", "layer_traffic", b"layer_traffic", "model", b"model", "not_ready_reason", b"not_ready_reason", "plan", b"plan", "ready", b"ready", "recent_balancedness", b"recent_balancedness", "shards", b"shards", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_autoscaler", b"_autoscaler", "_balancedness", b"_balancedness", "_recent_balancedness", b"_recent_balancedness", "autoscaler", b"autoscaler", "balancedness", b"balancedness", "controller", b"controller", "epoch", b"epoch", "grpc_address", b"grpc_address", "layer_traffic", b"layer_traffic", "model", b"model", "not_ready_reason", b"not_ready_reason", "plan", b"plan", "ready", b"ready", "recent_balancedness", b"recent_balancedness", "shards", b"shards", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__autoscaler: _TypeAlias = _typing.Literal["autoscaler"]  # noqa: Y015
+    _WhichOneofArgType__autoscaler: _TypeAlias = _typing.Literal["_autoscaler", b"_autoscaler"]  # noqa: Y015
     _WhichOneofReturnType__balancedness: _TypeAlias = _typing.Literal["balancedness"]  # noqa: Y015
     _WhichOneofArgType__balancedness: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness"]  # noqa: Y015
     _WhichOneofReturnType__recent_balancedness: _TypeAlias = _typing.Literal["recent_balancedness"]  # noqa: Y015
     _WhichOneofArgType__recent_balancedness: _TypeAlias = _typing.Literal["_recent_balancedness", b"_recent_balancedness"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__autoscaler) -> _WhichOneofReturnType__autoscaler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__balancedness) -> _WhichOneofReturnType__balancedness | None: ...
     @_typing.overload
