@@ -3,10 +3,12 @@
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +34,12 @@ class Cluster:
     address: str
     env: dict[str, str]
     head: subprocess.Popen[bytes]
-    log: Path
+    home: Path
+
+    def lines_of(self, pid: int) -> list[str]:
+        """Return what an actor has logged."""
+        logs = (self.home / "session_latest" / "logs").glob(f"*-{pid}.err")
+        return [line for log in logs for line in log.read_text().splitlines()]
 
     def raylets(self) -> dict[str, psutil.Process]:
         """Return the nodes' processes by node id."""
@@ -61,9 +68,10 @@ class Cluster:
 
 
 @contextmanager
-def autoscaling_cluster(home: Path, *, head_cpus: int, node_cpus: int, max_nodes: int) -> Iterator[Cluster]:
+def autoscaling_cluster(*, head_cpus: int, node_cpus: int, max_nodes: int) -> Iterator[Cluster]:
     """Run a cluster of a head and up to max_nodes more, brought when they are needed and ended when idle for 3 s."""
     port = _free_port()
+    home = Path(tempfile.mkdtemp(prefix="nodes-"))  # a short path, as the sockets' names are limited
     config = home / "cluster.json"
     config.write_text(json.dumps(_config(port, head_cpus, node_cpus, max_nodes)))
     env = {
@@ -83,7 +91,7 @@ def autoscaling_cluster(home: Path, *, head_cpus: int, node_cpus: int, max_nodes
         "port": port,
         "num-cpus": head_cpus,
         "object-store-memory": 100 << 20,
-        "temp-dir": home / "r",
+        "temp-dir": home,
         "include-dashboard": "false",
         "ray-client-server-port": _free_port(),
         "dashboard-agent-listen-port": 0,
@@ -97,9 +105,10 @@ def autoscaling_cluster(home: Path, *, head_cpus: int, node_cpus: int, max_nodes
     try:
         _await_start(head, log)
         joining = {name: value for name, value in env.items() if name != "RAY_OVERRIDE_NODE_ID_FOR_TESTING"}
-        yield Cluster(f"127.0.0.1:{port}", joining, head, log)
+        yield Cluster(f"127.0.0.1:{port}", joining, head, home)
     finally:
         _end(head)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _config(port: int, head_cpus: int, node_cpus: int, max_nodes: int) -> dict[str, Any]:

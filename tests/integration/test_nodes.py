@@ -17,10 +17,9 @@ ROOM_TIMEOUT_S = 15
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """Its head has room for two shards and a worker, and one node may come."""
-    home = tmp_path_factory.mktemp("c")
-    with autoscaling_cluster(home, head_cpus=3, node_cpus=1, max_nodes=1) as started:
+    with autoscaling_cluster(head_cpus=3, node_cpus=1, max_nodes=1) as started:
         yield started
 
 
