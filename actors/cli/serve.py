@@ -30,6 +30,9 @@ def serve(
     state: Annotated[str | None, typer.Option(help="redis://..; an embedded server unless given.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; start one here unless given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16; auto unless given.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits whatever the batch, the shards, the faults.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these and more settings.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `expertmesh stop` ends it.")] = False,
 ) -> None:
@@ -46,6 +49,7 @@ def serve(
         "grpc_port": grpc_port,
         "state": state,
         "dtype": dtype,
+        "deterministic": deterministic or None,
     }
     settings = read_settings(config, {name: value for name, value in given.items() if value is not None})
     if detach:

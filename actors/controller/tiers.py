@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group_table
 
 from expertmesh.actors.runtime import NAMESPACE, actor_env, pinned_options
-from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
+from expertmesh.cluster.errors import ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.settings import ServeSettings
 
@@ -63,6 +63,7 @@ class Tier(Generic[Id]):
 
         Raises:
             CapacityError: the cluster has no room for it.
+            InputError: it would compute deterministically on a GPU.
         """
         try:
             return ray.get_actor(actor_id, NAMESPACE)
@@ -71,6 +72,8 @@ class Tier(Generic[Id]):
         settings = self._settings
         resources = ray.cluster_resources()
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and resources.get("GPU", 0) > 0)
+        if use_gpu and settings.deterministic:
+            raise InputError("deterministic mode computes on CPUs: set device to cpu, or leave the GPUs out of Ray")
         share = 0.9 * resources.get("CPU", 1) / (settings.shards + settings.workers) / _ROOM_TO_GROW
         options = pinned_options(
             actor_id,

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models.architecture import open_architecture
+from expertmesh.models.deterministic import deterministic_math
 from expertmesh.models.expert_slots import ExpertSlots
 from expertmesh.models.loading import CheckpointWeights
 
@@ -27,6 +29,10 @@ class ShardActor:
 
     def __init__(self, shard_id: ShardId, settings: ServeSettings, threads: int) -> None:
         torch.set_num_threads(threads)
+        # Kept: what it replaces stays replaced as long as the process lives.
+        self._math = ExitStack()
+        if settings.deterministic:
+            self._math.enter_context(deterministic_math())
         self._id = shard_id
         self._settings = settings
         self._host = settings.link_host or node_address()
