@@ -30,7 +30,7 @@ def batch_invariant() -> Iterator[None]:
         KernelBuildError: a product that keeps to one order could not be compiled on this machine.
     """
     load_invariant_product()
-    library = torch.library.Library("aten", "IMPL")
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             # That a kernel is replaced is what torch warns of, and what is meant.
@@ -113,8 +113,14 @@ def _into(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-_POINTWISE = {"sigmoid": _sigmoid, "silu": _silu, "gelu": _gelu, "softplus": _softplus, "rsqrt": _rsqrt}
-_PRODUCTS = {"mm": mm, "bmm": bmm, "addmm": _added(mm), "baddbmm": _added(bmm)}
+_POINTWISE: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": _sigmoid,
+    "silu": _silu,
+    "gelu": _gelu,
+    "softplus": _softplus,
+    "rsqrt": _rsqrt,
+}
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {"mm": mm, "bmm": bmm, "addmm": _added(mm), "baddbmm": _added(bmm)}
 # By overload: what is returned, what is written over its input, what is written to another tensor.
 REPLACED: dict[str, Callable[..., Tensor]] = {
     **_PRODUCTS,

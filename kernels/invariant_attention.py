@@ -39,9 +39,9 @@ def invariant_attention(
     # heads of a group, with the queries as rows, over the same keys.
     query, key, value = query_NAQD.float(), key_NGLD.float(), value_NGLV.float()
     if num_queries == 1:
-        query = query[:, :, 0].unflatten(1, (num_kv, -1))
+        query = torch.unflatten(query[:, :, 0], 1, (num_kv, -1))
     else:
-        query = query[0].unflatten(0, (num_kv, -1))
+        query = torch.unflatten(query[0], 0, (num_kv, -1))
         key, value = (x[0].unsqueeze(1).expand(-1, query.shape[1], -1, -1) for x in (key, value))
     logits = product_along(query, key) * options.scale
     batch = logits.shape

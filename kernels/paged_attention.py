@@ -182,7 +182,7 @@ class PagedKVCache:
             return _attend_chunk(query_QAD, key_LGD, value_LGV, context, options, _attention)
         key_LGD, value_LGV = key_LGD.float(), value_LGV.float()
         parts = []
-        for part_QAD in query_QAD.split(_QUERIES_AT_ONCE):
+        for part_QAD in torch.split(query_QAD, _QUERIES_AT_ONCE):
             end = context + part_QAD.shape[0]
             parts.append(_attend_chunk(part_QAD, key_LGD[:end], value_LGV[:end], context, options, invariant_attention))
             context = end

@@ -41,27 +41,37 @@ _REDUCTIONS = "amax cumsum layer_norm linalg_vector_norm log_softmax logsumexp m
 # or come down to a product that is replaced:
 _PRODUCTS = "einsum linear matmul"
 _KNOWN = frozenset(" ".join((_MOVES, _ROUNDED_ONCE, _ONE_ROUTINE, _REDUCTIONS, _PRODUCTS)).split())
-_KNOWN |= {name.partition(".")[0] for name in REPLACED}
+_KNOWN |= {name.partition(".")[0] for name in REPLACED} - {"pow"}
 # Powers of these are products.
 _EXPONENTS = (2, 3)
 
 
-class KnownOperators(TorchDispatchMode):
-    """Lets known operators run. Another one raises UnsupportedModelError."""
-
+class _KnownOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See TorchDispatchMode."""
-        name = func.overloadpacket.__name__
-        if func.namespace == "aten" and func._overloadname == "Tensor_Scalar" and name == "pow":
-            known = args[1] in _EXPONENTS
-        else:
-            known = func.namespace == "aten" and name in _KNOWN
-        if not known:
+        if not _is_known(func, args):
             raise UnsupportedModelError(
                 f"deterministic mode: the model uses {func}{[a for a in args if not isinstance(a, Tensor)]}, "
                 "which is not known to give a token the same bits in every batch"
             )
         return func(*args, **(kwargs or {}))
+
+
+def _is_known(func: Any, args: Any) -> bool:
+    if func is torch.ops.aten.pow.Tensor_Scalar:
+        return args[1] in _EXPONENTS
+    return func.namespace == "aten" and (func.overloadpacket.__name__ in _KNOWN or func is torch.ops.aten.pow.Scalar)
+
+
+@contextmanager
+def known_operators() -> Iterator[None]:
+    """Let only operators run that are known to give a token the same bits in every batch.
+
+    Raises:
+        UnsupportedModelError: another one was to be run.
+    """
+    with _KnownOperators():  # type: ignore[no-untyped-call]
+        yield
 
 
 @contextmanager
@@ -83,7 +93,7 @@ def deterministic_math() -> Iterator[None]:
 
 
 def require_deterministic(architecture: Architecture) -> None:
-    """Check what can be seen of a model before its weights are read; `KnownOperators` sees the rest.
+    """Check what can be seen of a model before its weights are read; `known_operators` sees the rest.
 
     Raises:
         UnsupportedModelError: it cannot be served in deterministic mode.
@@ -97,9 +107,21 @@ def require_deterministic(architecture: Architecture) -> None:
         )
     if architecture.dtype not in _DTYPES:
         raise UnsupportedModelError(f"{where} computes in float32 or bfloat16, not {architecture.dtype}")
+    for rope_type in _rope_types(architecture.config):
+        if rope_type == "longrope" or "dynamic" in rope_type:
+            raise UnsupportedModelError(
+                f"{where}: rope_type {rope_type!r} takes its frequencies from the longest sequence of a step"
+            )
     experts = next(iter(architecture.experts_by_layer.values()))
-    with deterministic_math(), KnownOperators(), torch.inference_mode():
+    with deterministic_math(), known_operators(), torch.inference_mode():
         expert_math(experts).activate(torch.zeros(2, 32, dtype=architecture.dtype))
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Return the kinds of rotary embedding, one for the model or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)]
+    return {p.get("rope_type", "default") for p in nested or [parameters]}
 
 
 def _rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +129,7 @@ def _rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = freqs_cis.real.unsqueeze(1), freqs_cis.imag.unsqueeze(1)
 
     def rotate(x: Tensor) -> Tensor:
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        a, b = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
     return rotate(xq), rotate(xk)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from expertmesh.cluster.scheduler import Chunk
 from expertmesh.kernels.paged_attention import ChunkSpan, PagedKVCache, step_layout
 from expertmesh.models import hooks
-from expertmesh.models.deterministic import KnownOperators
+from expertmesh.models.deterministic import known_operators
 
 
 class StepRunner(ABC):
@@ -56,7 +56,7 @@ class PagedRunner(StepRunner):
         self._device = device
         self._cache = PagedKVCache(page_size=page_size, device=device, is_invariant=deterministic)
         hooks.attach_cache(model, self._cache)
-        with KnownOperators() if deterministic else nullcontext():
+        with known_operators() if deterministic else nullcontext():
             self._probe()
 
     @property

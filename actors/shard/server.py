@@ -140,7 +140,7 @@ def _kind_of(header: PacketHeader) -> tuple[int, WireDtype, bool]:
 def _compute(slots: LayerSlots, dispatches: list[Dispatch]) -> list[Tensor]:
     """Run one grouped MLP over several packets. Return each packet's rows, float32."""
     out_RH = slots.run(*_joined(dispatches))
-    return list(out_RH.split([d.rows_RH.shape[0] for d in dispatches]))
+    return list(torch.split(out_RH, [d.rows_RH.shape[0] for d in dispatches]))
 
 
 @torch.inference_mode()
@@ -148,7 +148,7 @@ def _compute_pairs(slots: LayerSlots, dispatches: list[Dispatch]) -> list[Tensor
     """Run one grouped MLP over several packets. Return each packet's pairs' outputs."""
     joined = _joined(dispatches)
     out_PH = slots.run_pairs(joined.rows_RH, joined.row_P, joined.expert_P)
-    return list(out_PH.split([d.row_P.shape[0] for d in dispatches]))
+    return list(torch.split(out_PH, [d.row_P.shape[0] for d in dispatches]))
 
 
 def _joined(dispatches: list[Dispatch]) -> Dispatch:

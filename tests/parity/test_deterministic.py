@@ -49,6 +49,10 @@ def first_link(fleet: LocalFleet) -> Link:
     return next(iter(fleet.links.values()))
 
 
+def tokens(stream: Stream) -> list[int]:
+    return [event.token_id for event in stream if event.token_id is not None]
+
+
 def alone(fleet: LocalFleet) -> dict[str, Stream]:
     """Return each request's stream by itself."""
     return {name: stream for request in requests() for name, stream in streams(fleet, [request]).items()}
@@ -62,3 +66,57 @@ def test_a_batch_changes_no_bit(family: str, dtype: str, tmp_path: Path) -> None
         expected = alone(fleet)
     with LocalFleet(tmp_path, dtype=dtype, deterministic=True, shards=3, replicas=2, max_batch_tokens=23) as fleet:
         assert streams(fleet, requests()) == expected
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory: Path = tmp_path_factory.mktemp("qwen3_moe")
+    write_checkpoint("qwen3_moe", directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def expected(request: pytest.FixtureRequest, qwen: Path) -> tuple[str, dict[str, Stream]]:
+    """Return a dtype, and each request's stream by itself on one shard."""
+    with LocalFleet(qwen, shards=1, dtype=request.param, deterministic=True) as fleet:
+        return request.param, alone(fleet)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 7, 200])
+def test_chunks_and_order_change_no_bit(
+    max_batch_tokens: int, qwen: Path, expected: tuple[str, dict[str, Stream]]
+) -> None:
+    dtype, by_itself = expected
+    with LocalFleet(qwen, dtype=dtype, deterministic=True, max_batch_tokens=max_batch_tokens) as fleet:
+        assert streams(fleet, requests()[::-1]) == by_itself
+        # Once more, over the pages that the first time left behind.
+        assert streams(fleet, requests()) == by_itself
+        assert fleet.scheduler.num_reused_tokens
+
+
+@pytest.mark.parametrize("num_sent", [1, 9, NUM_TOKENS - 1])
+def test_a_resumed_request_goes_on_to_the_bit(
+    num_sent: int, qwen: Path, expected: tuple[str, dict[str, Stream]]
+) -> None:
+    """As after the death of its worker: the prompt and what was sent are prefilled at another one."""
+    dtype, by_itself = expected
+    resumed = [replace(r, output_ids=tuple(tokens(by_itself[r.sequence_id])[:num_sent])) for r in requests()]
+    with LocalFleet(qwen, dtype=dtype, deterministic=True, max_batch_tokens=50) as fleet:
+        assert streams(fleet, resumed) == {name: stream[num_sent:] for name, stream in by_itself.items()}
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_a_shard_lost_on_the_way_changes_no_bit(
+    shards: int, qwen: Path, expected: tuple[str, dict[str, Stream]]
+) -> None:
+    dtype, by_itself = expected
+    with LocalFleet(qwen, dtype=dtype, deterministic=True, shards=shards, replicas=2) as fleet:
+        assert streams(fleet, requests(), break_at=5) == by_itself
+        assert not fleet.dispatcher.fleet.alive_S.all()  # type: ignore[union-attr]  # it has one
+
+
+def test_preempted_sequences_change_no_bit(qwen: Path, expected: tuple[str, dict[str, Stream]]) -> None:
+    dtype, by_itself = expected
+    with LocalFleet(qwen, dtype=dtype, deterministic=True, num_pages=19) as fleet:
+        assert streams(fleet, requests()) == by_itself
+        assert fleet.scheduler.num_preempted
