@@ -160,7 +160,10 @@ def _inspect(settings: ServeSettings) -> tuple[Any, ExpertMeshError | None]:
 
     load_library()  # compiled once here, so that shards and workers find it ready
     try:
-        return inspect_checkpoint(settings.model, settings.dtype, settings.max_context), None
+        facts = inspect_checkpoint(
+            settings.model, settings.dtype, settings.max_context, deterministic=settings.deterministic
+        )
+        return facts, None
     except ExpertMeshError as error:
         return None, error
 

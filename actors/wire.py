@@ -44,9 +44,9 @@ class Dispatch(NamedTuple):
 
 
 def dispatch_packet(
-    rows_RH: Tensor, pairs: ShardPairs, *, layer: int, generation: int, sequence: int, epoch: int
+    rows_RH: Tensor, pairs: ShardPairs, *, layer: int, generation: int, sequence: int, epoch: int, by_pair: bool = False
 ) -> tuple[PacketHeader, list[Tensor]]:
-    """Return the header and parts of a request to a shard."""
+    """Return the header and parts of a request to a shard; by_pair asks for each pair's output by itself."""
     num_pairs = len(pairs.row_P)
     pair_block = torch.from_numpy(
         np.concatenate([pairs.row_P.view(np.uint8), pairs.expert_P.view(np.uint8), pairs.weight_P.view(np.uint8)])
@@ -62,6 +62,7 @@ def dispatch_packet(
         hidden=rows_RH.shape[1],
         dtype=_WIRE_DTYPE[rows_RH.dtype],
         payload_bytes=rows_RH.numel() * rows_RH.element_size() + num_pairs * PAIR_BYTES,
+        by_pair=by_pair,
     )
     return header, [rows_RH.contiguous(), pair_block.to(rows_RH.device)]
 
@@ -90,7 +91,7 @@ def read_dispatch(header: PacketHeader, payload: Tensor) -> Dispatch:
 
 
 def combine_packet(request: PacketHeader, rows_RH: Tensor, epoch: int) -> tuple[PacketHeader, list[Tensor]]:
-    """Return the header and parts of an answer; rows travel in the request's dtype."""
+    """Return the header and parts of an answer: a row for each row or pair asked, in the request's dtype."""
     rows_RH = rows_RH.to(_TORCH_DTYPE[request.dtype])
     header = PacketHeader(
         kind=PacketKind.COMBINE,
@@ -102,6 +103,7 @@ def combine_packet(request: PacketHeader, rows_RH: Tensor, epoch: int) -> tuple[
         hidden=rows_RH.shape[1],
         dtype=request.dtype,
         payload_bytes=rows_RH.numel() * rows_RH.element_size(),
+        by_pair=request.by_pair,
     )
     return header, [rows_RH]
 

@@ -16,7 +16,7 @@ class PacketKind(IntEnum):
     """What a message is."""
 
     DISPATCH = 1  # worker to shard: rows of a layer and the (row, expert, weight) pairs
-    COMBINE = 2  # shard to worker: one summed row for each row asked
+    COMBINE = 2  # shard to worker: one summed row for each row asked, or one row for each pair
     NOT_HERE = (
         3  # shard to worker: at least one expert asked for is not hosted; epoch says which placement the shard has
     )
@@ -39,7 +39,8 @@ class PacketHeader:
     """A message's header.
 
     generation: of the link, so that a packet of a former life is dropped. sequence: number of the request, repeated in
-    its answer. num_rows rows of hidden elements of dtype, and num_pairs pairs, make up payload_bytes.
+    its answer. num_rows rows of hidden elements of dtype, and num_pairs pairs, make up payload_bytes. by_pair: the
+    answer is to have, or has, each pair's output by itself, not weighted.
     """
 
     kind: PacketKind
@@ -52,6 +53,7 @@ class PacketHeader:
     hidden: int = 0
     dtype: WireDtype = WireDtype.FLOAT32
     payload_bytes: int = 0
+    by_pair: bool = False
 
     def pack(self) -> bytes:
         """Return the header as HEADER_BYTES bytes."""
@@ -60,7 +62,7 @@ class PacketHeader:
                 _MAGIC,
                 self.kind,
                 self.dtype,
-                0,
+                self.by_pair,
                 self.generation,
                 self.sequence,
                 self.epoch,
@@ -82,9 +84,12 @@ class PacketHeader:
         """
         if len(data) != HEADER_BYTES:
             raise LinkError(f"a header has {HEADER_BYTES} bytes, not {len(data)}")
-        magic, kind, dtype, _, generation, sequence, epoch, layer, rows, pairs, hidden, size = _LAYOUT.unpack_from(data)
+        magic, kind, dtype, flags, generation, sequence, epoch, *numbers = _LAYOUT.unpack_from(data)
+        layer, rows, pairs, hidden, size = numbers
         if magic != _MAGIC:
             raise LinkError(f"a header begins with {_MAGIC:#x}, not {magic:#x}")
+        if flags not in (0, 1):
+            raise LinkError(f"a header with unknown flags {flags:#x}")
         try:
             return cls(
                 kind=PacketKind(kind),
@@ -97,6 +102,7 @@ class PacketHeader:
                 num_pairs=pairs,
                 hidden=hidden,
                 payload_bytes=size,
+                by_pair=bool(flags),
             )
         except ValueError as error:
             raise LinkError(f"a header with an unknown field: {error}") from error

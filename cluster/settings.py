@@ -29,6 +29,10 @@ class ServeSettings(BaseModel):
     replicas: int = Field(default=1, ge=1, description="shards that hold each expert, at most the number of shards")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where Ray has GPUs")
+    deterministic: bool = Field(
+        default=False,
+        description="tokens and logprobs equal to the bit whatever the batch, the shards, the replicas, the faults",
+    )
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="0 takes a free one")
     state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
@@ -77,6 +81,12 @@ class ServeSettings(BaseModel):
     )
     recovery_s: float = Field(default=10.0, ge=0, description="how long a step waits for a lost expert's new replica")
     start_timeout_s: float = Field(default=600.0, gt=0, description="longest time until everything is ready")
+
+    @model_validator(mode="after")
+    def _deterministic_on_cpu(self) -> "ServeSettings":
+        if self.deterministic and self.device == "cuda":
+            raise ValueError("deterministic=true computes on CPUs, and device is cuda")
+        return self
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> "ServeSettings":

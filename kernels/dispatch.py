@@ -48,6 +48,14 @@ def gather_rows(hidden_TH: Tensor, pairs: ShardPairs) -> Tensor:
     return hidden_TH if pairs.token_R is None else hidden_TH.index_select(0, pairs.token_R.to(hidden_TH.device))
 
 
+def sum_pairs(pairs_TKH: Tensor, weights_TK: Tensor) -> Tensor:
+    """Return each token's weighted sum, float32 [T, H]: multiplied, rounded and added, one choice after another."""
+    out_TH = torch.zeros((pairs_TKH.shape[0], pairs_TKH.shape[2]), dtype=torch.float32, device=pairs_TKH.device)
+    for choice in range(pairs_TKH.shape[1]):
+        out_TH += pairs_TKH[:, choice].float() * weights_TK[:, choice, None].float()
+    return out_TH
+
+
 def add_rows(out_TH: Tensor, rows_RH: Tensor, pairs: ShardPairs) -> None:
     """Add a shard's answer to out_TH (float32) in place."""
     if pairs.token_R is None:

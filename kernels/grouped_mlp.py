@@ -58,21 +58,36 @@ def grouped_mlp(
     """
     order_P = torch.argsort(slot_P, stable=True)
     row_sorted_P = row_P[order_P]
-    slot_sorted_P = slot_P[order_P]
-    counts_S = torch.bincount(slot_sorted_P, minlength=slots.up_SUH.shape[0])
-    pairs_PH = rows_TH[row_sorted_P]
-    up_PU = _project(pairs_PH, slots.up_SUH, counts_S, math.is_transposed)
-    if slots.up_bias_SU is not None:
-        up_PU = up_PU + slots.up_bias_SU[slot_sorted_P]
-    mid_PW = math.activate(up_PU)
-    out_PH = _project(mid_PW, slots.down_SHW, counts_S, math.is_transposed)
-    if slots.down_bias_SH is not None:
-        out_PH = out_PH + slots.down_bias_SH[slot_sorted_P]
-    if math.post_norm is not None:
-        out_PH = math.post_norm(out_PH)
+    out_PH = _run_sorted(rows_TH[row_sorted_P], slot_P[order_P], slots, math)
     weighted_PH = out_PH.float() * weight_P[order_P].unsqueeze(1)
     out_TH = torch.zeros(rows_TH.shape, dtype=torch.float32, device=rows_TH.device)
     return out_TH.index_add_(0, row_sorted_P, weighted_PH)
+
+
+def grouped_mlp_pairs(
+    rows_TH: Tensor, *, row_P: Tensor, slot_P: Tensor, slots: SlotWeights, math: ExpertMath
+) -> Tensor:
+    """Run each pair's expert over its row, as `grouped_mlp` does, and sum nothing.
+
+    Returns:
+        [P, H], in the order of the pairs, not weighted, dtype of the rows.
+    """
+    order_P = torch.argsort(slot_P, stable=True)
+    out_PH = _run_sorted(rows_TH[row_P[order_P]], slot_P[order_P], slots, math)
+    return torch.empty_like(out_PH).index_copy_(0, order_P, out_PH)
+
+
+def _run_sorted(pairs_PH: Tensor, slot_P: Tensor, slots: SlotWeights, math: ExpertMath) -> Tensor:
+    """Return each pair's expert output [P, H]; slot_P rises."""
+    counts_S = torch.bincount(slot_P, minlength=slots.up_SUH.shape[0])
+    up_PU = _project(pairs_PH, slots.up_SUH, counts_S, math.is_transposed)
+    if slots.up_bias_SU is not None:
+        up_PU = up_PU + slots.up_bias_SU[slot_P]
+    mid_PW = math.activate(up_PU)
+    out_PH = _project(mid_PW, slots.down_SHW, counts_S, math.is_transposed)
+    if slots.down_bias_SH is not None:
+        out_PH = out_PH + slots.down_bias_SH[slot_P]
+    return out_PH if math.post_norm is None else math.post_norm(out_PH)
 
 
 def _project(x_PI: Tensor, weight_SOI: Tensor, counts_S: Tensor, is_transposed: bool) -> Tensor:

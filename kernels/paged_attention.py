@@ -4,11 +4,17 @@ Shape suffixes: T tokens of a step (all sequences one after another), N sequence
 context's length, A attention heads, G KV heads, D key size, V value size, C cache rows (pages times page size).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from expertmesh.kernels.invariant_attention import invariant_attention
+
+# Queries whose logits are in memory at once, where the whole chunk's are not left to torch.
+_QUERIES_AT_ONCE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +95,22 @@ class AttentionOptions:
     sinks_A: Tensor | None = None
 
 
+# (query, key, value, allowed, options) -> output; see _attention.
+_Attention = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionOptions], Tensor]
+
+
 @dataclass
 class PagedKVCache:
     """The KV cache of all layers of one model.
 
     Before `allocate` it is in probe mode: attention runs over the new tokens alone and notes each layer's shapes, so
-    that no family's head layout need be known in advance.
+    that no family's head layout need be known in advance. is_invariant: a token's result is to be the same to the bit
+    whatever else is in its step, and however its sequence is cut into steps.
     """
 
     page_size: int
     device: torch.device
+    is_invariant: bool = False
     shapes: dict[int, KVShape] = field(default_factory=dict)
     layout: StepLayout | None = None
     _keys: dict[int, Tensor] = field(default_factory=dict)
@@ -136,7 +148,7 @@ class PagedKVCache:
                 value_size=value_TGV.shape[2],
                 dtype=value_TGV.dtype,
             )
-            return _attend_chunk(query_TAD, key_TGD, value_TGV, 0, options).unsqueeze(0)
+            return self._attend_chunk(query_TAD, key_TGD, value_TGV, 0, options).unsqueeze(0)
         assert self.layout is not None, "attend() without a step layout"
         layout, keys_CGD, values_CGV = self.layout, self._keys[layer], self._values[layer]
         keys_CGD.index_copy_(0, layout.write_T, key_TGD.to(keys_CGD.dtype))
@@ -150,10 +162,11 @@ class PagedKVCache:
                 _gather(values_CGV, read_NL),
                 layout.decode_length_N,
                 options,
+                invariant_attention if self.is_invariant else _attention,
             )
         for span, read_L in layout.prefill:
             end = span.start + span.length
-            out_TAV[span.start : end] = _attend_chunk(
+            out_TAV[span.start : end] = self._attend_chunk(
                 query_TAD[span.start : end],
                 _gather(keys_CGD, read_L),
                 _gather(values_CGV, read_L),
@@ -162,6 +175,19 @@ class PagedKVCache:
             )
         return out_TAV.unsqueeze(0)
 
+    def _attend_chunk(
+        self, query_QAD: Tensor, key_LGD: Tensor, value_LGV: Tensor, context: int, options: AttentionOptions
+    ) -> Tensor:
+        if not self.is_invariant:
+            return _attend_chunk(query_QAD, key_LGD, value_LGV, context, options, _attention)
+        key_LGD, value_LGV = key_LGD.float(), value_LGV.float()
+        parts = []
+        for part_QAD in torch.split(query_QAD, _QUERIES_AT_ONCE):
+            end = context + part_QAD.shape[0]
+            parts.append(_attend_chunk(part_QAD, key_LGD[:end], value_LGV[:end], context, options, invariant_attention))
+            context = end
+        return torch.cat(parts)
+
 
 def _gather(cache_CGX: Tensor, rows: Tensor) -> Tensor:
     """Return the cache rows of an index of any shape. On CPU index_select copies whole rows, cache[rows] elements."""
@@ -169,7 +195,12 @@ def _gather(cache_CGX: Tensor, rows: Tensor) -> Tensor:
 
 
 def _attend_chunk(
-    query_QAD: Tensor, key_LGD: Tensor, value_LGV: Tensor, context: int, options: AttentionOptions
+    query_QAD: Tensor,
+    key_LGD: Tensor,
+    value_LGV: Tensor,
+    context: int,
+    options: AttentionOptions,
+    attention: _Attention,
 ) -> Tensor:
     """Causal attention of Q new tokens, the first of them at position context, over L = context + Q keys."""
     positions_Q = torch.arange(context, context + query_QAD.shape[0], device=query_QAD.device)
@@ -177,7 +208,7 @@ def _attend_chunk(
     allowed_QL = positions_L <= positions_Q.unsqueeze(1)
     if options.window is not None:
         allowed_QL &= positions_L > positions_Q.unsqueeze(1) - options.window
-    out_1AQV = _attention(
+    out_1AQV = attention(
         query_QAD.transpose(0, 1).unsqueeze(0),
         key_LGD.transpose(0, 1).unsqueeze(0),
         value_LGV.transpose(0, 1).unsqueeze(0),
@@ -188,14 +219,19 @@ def _attend_chunk(
 
 
 def _attend_decode(
-    query_NAD: Tensor, key_NLGD: Tensor, value_NLGV: Tensor, length_N: Tensor, options: AttentionOptions
+    query_NAD: Tensor,
+    key_NLGD: Tensor,
+    value_NLGV: Tensor,
+    length_N: Tensor,
+    options: AttentionOptions,
+    attention: _Attention,
 ) -> Tensor:
     """Attention of one new token a sequence over its own length_N keys."""
     positions_L = torch.arange(key_NLGD.shape[1], device=query_NAD.device)
     allowed_NL = positions_L < length_N.unsqueeze(1)
     if options.window is not None:
         allowed_NL &= positions_L >= length_N.unsqueeze(1) - options.window
-    out_NA1V = _attention(
+    out_NA1V = attention(
         query_NAD.unsqueeze(2),
         key_NLGD.transpose(1, 2),
         value_NLGV.transpose(1, 2),

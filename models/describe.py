@@ -5,6 +5,7 @@ from pathlib import Path
 
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.models.architecture import Architecture, open_architecture
+from expertmesh.models.deterministic import require_deterministic
 from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.tokenizer import open_tokenizer
 
@@ -27,13 +28,18 @@ class CheckpointFacts:
     expert_bytes: int
 
 
-def inspect_checkpoint(directory: Path, dtype: str, max_context: int) -> CheckpointFacts:
+def inspect_checkpoint(
+    directory: Path, dtype: str, max_context: int, *, deterministic: bool = False
+) -> CheckpointFacts:
     """Check that a directory can be served, from its configuration and the headers of its files.
 
     Raises:
         CheckpointError: it cannot; the message says what was found and what is supported.
+        InputError: it is to be deterministic, and this machine cannot compute so.
     """
     architecture = open_architecture(directory, dtype)
+    if deterministic:
+        require_deterministic(architecture)
     weights = CheckpointWeights(architecture)
     return CheckpointFacts(
         info=describe_model(architecture, max_context),

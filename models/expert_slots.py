@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.ids import ExpertKey
-from expertmesh.kernels.grouped_mlp import ExpertMath, SlotWeights, grouped_mlp
+from expertmesh.kernels.grouped_mlp import ExpertMath, SlotWeights, grouped_mlp, grouped_mlp_pairs
 from expertmesh.models.architecture import expert_math
 from expertmesh.models.loading import CheckpointWeights
 
@@ -50,6 +50,15 @@ class LayerSlots:
         """
         slot_P = self.slot_E[expert_P]
         return grouped_mlp(rows_RH, row_P=row_P, slot_P=slot_P, weight_P=weight_P, slots=self.weights, math=self.math)
+
+    def run_pairs(self, rows_RH: Tensor, row_P: Tensor, expert_P: Tensor) -> Tensor:
+        """Run experts over pairs of rows and experts; see `grouped_mlp_pairs`. All experts must be hosted.
+
+        Returns:
+            [P, H], each pair's output by itself, dtype of the rows.
+        """
+        slot_P = self.slot_E[expert_P]
+        return grouped_mlp_pairs(rows_RH, row_P=row_P, slot_P=slot_P, slots=self.weights, math=self.math)
 
 
 class ExpertSlots:

@@ -6,6 +6,7 @@ run one sequence a step.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from expertmesh.cluster.scheduler import Chunk
 from expertmesh.kernels.paged_attention import ChunkSpan, PagedKVCache, step_layout
 from expertmesh.models import hooks
+from expertmesh.models.deterministic import known_operators
 
 
 class StepRunner(ABC):
@@ -36,19 +38,26 @@ class StepRunner(ABC):
 class PagedRunner(StepRunner):
     """Runs a model whose attention layers keep their keys and values in one paged cache."""
 
-    def __init__(self, model: PreTrainedModel, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, page_size: int, device: torch.device, *, deterministic: bool = False
+    ) -> None:
         """Attach a cache to the model; `allocate` must be called before the first `run`.
 
         Args:
             model: the dense half; its experts must be attached already, as the probe runs them.
             page_size: tokens a page.
             device: where the model is.
+            deterministic: have a token's logits be the same to the bit in every batch; within `deterministic_math`.
+
+        Raises:
+            UnsupportedModelError: the model cannot be deterministic.
         """
         self._model = model
         self._device = device
-        self._cache = PagedKVCache(page_size=page_size, device=device)
+        self._cache = PagedKVCache(page_size=page_size, device=device, is_invariant=deterministic)
         hooks.attach_cache(model, self._cache)
-        self._probe()
+        with known_operators() if deterministic else nullcontext():
+            self._probe()
 
     @property
     def bytes_per_token(self) -> int:

@@ -20,6 +20,7 @@ from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEv
 from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
 from expertmesh.models import hooks
 from expertmesh.models.architecture import open_architecture
+from expertmesh.models.deterministic import deterministic_math
 from expertmesh.models.expert_slots import ExpertSlots
 from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
@@ -83,8 +84,18 @@ def served_link(
 class LocalFleet:
     """Shards, a dispatcher and an engine for one checkpoint."""
 
-    def __init__(self, directory: Path, *, shards: int = 2, replicas: int = 1, num_pages: int = 128) -> None:
-        architecture = open_architecture(directory)
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        shards: int = 2,
+        replicas: int = 1,
+        num_pages: int = 128,
+        max_batch_tokens: int = 48,
+        dtype: str = "auto",
+        deterministic: bool = False,
+    ) -> None:
+        architecture = open_architecture(directory, dtype)
         weights = CheckpointWeights(architecture)
         names = [ShardId(f"shard-{i}") for i in range(shards)]
         self.placement: Placement = initial_placement(
@@ -102,10 +113,14 @@ class LocalFleet:
         for name in names:
             self.links[name] = self._contexts.enter_context(served_link(self.servers[name], f"worker/{name}"))
         self.model = weights.load_dense(CPU)
-        self.dispatcher = Dispatcher(architecture.moe_layers, architecture.num_experts, recovery_s=0.2)
+        self.dispatcher = Dispatcher(
+            architecture.moe_layers, architecture.num_experts, recovery_s=0.2, by_pair=deterministic
+        )
         self.dispatcher.set_fleet(Fleet(self.placement, self.links))
         hooks.attach_experts(architecture.experts_by_layer, self.dispatcher.run)
-        self.engine = self._make_engine(num_pages)
+        if deterministic:
+            self._contexts.enter_context(deterministic_math())
+        self.engine = self._make_engine(num_pages, max_batch_tokens, deterministic)
 
     def __enter__(self) -> "LocalFleet":
         return self
@@ -130,16 +145,20 @@ class LocalFleet:
         self.events.clear()
         return tokens
 
-    def _make_engine(self, num_pages: int) -> Engine:
+    def _make_engine(self, num_pages: int, max_batch_tokens: int, deterministic: bool) -> Engine:
         runner: StepRunner
         page_size = 8
         if self.architecture.uses_own_cache:
             runner, num_pages, page_size = OwnCacheRunner(self.model, CPU), 0, 0
         else:
-            runner = PagedRunner(self.model, page_size, CPU)
+            runner = PagedRunner(self.model, page_size, CPU, deterministic=deterministic)
             runner.allocate(num_pages)
         config = SchedulerConfig(
-            max_batch_tokens=48, max_sequences=16, num_pages=num_pages, page_size=page_size, max_context=256
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=16,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_context=256,
         )
         self.scheduler = Scheduler(config)
         return Engine(

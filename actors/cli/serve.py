@@ -34,6 +34,9 @@ def serve(
     min_workers: Annotated[int | None, typer.Option(help="Fewest workers of --autoscale; 1 unless given.")] = None,
     max_workers: Annotated[int | None, typer.Option(help="Most workers of --autoscale.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16; auto unless given.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits whatever the batch, the shards, the faults.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these and more settings.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `expertmesh stop` ends it.")] = False,
 ) -> None:
@@ -50,6 +53,7 @@ def serve(
         "grpc_port": grpc_port,
         "state": state,
         "dtype": dtype,
+        "deterministic": deterministic or None,
     }
     bounds = {
         "min_shards": min_shards,

@@ -15,7 +15,7 @@ from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 
 from expertmesh.actors.runtime import NAMESPACE, actor_env, pinned_options
-from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
+from expertmesh.cluster.errors import ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.settings import ServeSettings
 
@@ -82,6 +82,7 @@ class Tier(Generic[Id]):
 
         Raises:
             CapacityError: the cluster has no room for it.
+            InputError: it would compute deterministically on a GPU.
         """
         found = self.find(actor_id)
         if found is not None:
@@ -89,6 +90,8 @@ class Tier(Generic[Id]):
         settings = self._settings
         resources = ray.cluster_resources()
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and resources.get("GPU", 0) > 0)
+        if use_gpu and settings.deterministic:
+            raise InputError("deterministic mode computes on CPUs: set device to cpu, or leave the GPUs out of Ray")
         share = 0.9 * resources.get("CPU", 1) / (settings.shards + settings.workers) / _ROOM_TO_GROW
         num_cpus = settings.member_cpus or max(0.01, min(1.0, round(share - 0.005, 2)))
         options = pinned_options(

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import count
 from typing import Any
 
@@ -25,6 +26,7 @@ from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models.architecture import open_architecture
+from expertmesh.models.deterministic import deterministic_math
 from expertmesh.models.expert_slots import ExpertSlots
 from expertmesh.models.loading import CheckpointWeights
 
@@ -37,6 +39,10 @@ class ShardActor:
 
     def __init__(self, shard_id: ShardId, settings: ServeSettings, threads: int) -> None:
         torch.set_num_threads(threads)
+        # Kept: what it replaces stays replaced as long as the process lives.
+        self._math = ExitStack()
+        if settings.deterministic:
+            self._math.enter_context(deterministic_math())
         self._id = shard_id
         self._settings = settings
         self._host = settings.link_host or node_address()

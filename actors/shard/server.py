@@ -17,7 +17,7 @@ from expertmesh.actors.links.base import IDLE_S, Link
 from expertmesh.actors.shard.copying import asked_expert, expert_packet
 from expertmesh.actors.wire import Dispatch, combine_packet, read_dispatch
 from expertmesh.cluster.errors import LinkError
-from expertmesh.cluster.packets import PacketHeader, PacketKind
+from expertmesh.cluster.packets import PacketHeader, PacketKind, WireDtype
 from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 
 _logger = logging.getLogger(__name__)
@@ -108,15 +108,15 @@ class ShardServer:
     def _next_batch(self, packet: _Packet) -> list[_Packet]:
         """Wait for this thread's turn to compute, and return what to compute: nothing once the packet is answered.
 
-        A batch is the oldest packet that waits, and all others of its layer and dtype.
+        A batch is the oldest packet that waits, and all others of its layer and dtype that ask for the same answer.
         """
         with self._turn:
             self._turn.wait_for(lambda: packet.answer is not None or not self._computing)
             if packet.answer is not None:
                 return []
             self._computing = True
-            first = self._waiting[0].header
-            batch = [p for p in self._waiting if p.header.layer == first.layer and p.header.dtype == first.dtype]
+            first = _kind_of(self._waiting[0].header)
+            batch = [p for p in self._waiting if _kind_of(p.header) == first]
             self._waiting = deque(p for p in self._waiting if p not in batch)
         return batch
 
@@ -125,7 +125,8 @@ class ShardServer:
         try:
             slots = self.slots.layer(batch[0].header.layer)
             here = [p for p in batch if slots is not None and slots.hosts(p.dispatch.expert_P)]
-            outputs = _compute(slots, [p.dispatch for p in here]) if slots is not None and here else []
+            compute = _compute_pairs if batch[0].header.by_pair else _compute
+            outputs = compute(slots, [p.dispatch for p in here]) if slots is not None and here else []
             answers = [combine_packet(p.header, rows, self.epoch) for p, rows in zip(here, outputs, strict=True)]
         except Exception as error:
             if len(batch) > 1:
@@ -157,17 +158,35 @@ class ShardServer:
         return header, [payload]
 
 
+def _kind_of(header: PacketHeader) -> tuple[int, WireDtype, bool]:
+    """Return what packets that are computed together have in common."""
+    return header.layer, header.dtype, header.by_pair
+
+
 @torch.inference_mode()
 def _compute(slots: LayerSlots, dispatches: list[Dispatch]) -> list[Tensor]:
     """Run one grouped MLP over several packets. Return each packet's rows, float32."""
+    out_RH = slots.run(*_joined(dispatches))
+    return list(torch.split(out_RH, [d.rows_RH.shape[0] for d in dispatches]))
+
+
+@torch.inference_mode()
+def _compute_pairs(slots: LayerSlots, dispatches: list[Dispatch]) -> list[Tensor]:
+    """Run one grouped MLP over several packets. Return each packet's pairs' outputs."""
+    joined = _joined(dispatches)
+    out_PH = slots.run_pairs(joined.rows_RH, joined.row_P, joined.expert_P)
+    return list(torch.split(out_PH, [d.row_P.shape[0] for d in dispatches]))
+
+
+def _joined(dispatches: list[Dispatch]) -> Dispatch:
+    """Return several dispatches as one, their rows and their pairs one after another."""
     if len(dispatches) == 1:
-        return [slots.run(*dispatches[0])]
+        return dispatches[0]
     sizes = [d.rows_RH.shape[0] for d in dispatches]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    out_RH = slots.run(
+    return Dispatch(
         torch.cat([d.rows_RH for d in dispatches]),
         torch.cat([d.row_P + start for d, start in zip(dispatches, starts, strict=True)]),
         torch.cat([d.expert_P for d in dispatches]),
         torch.cat([d.weight_P for d in dispatches]),
     )
-    return [out_RH[start : start + size] for start, size in zip(starts, sizes, strict=True)]

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -28,6 +29,7 @@ from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models import hooks
 from expertmesh.models.architecture import Architecture, open_architecture
+from expertmesh.models.deterministic import deterministic_math
 from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
 
@@ -43,6 +45,10 @@ class WorkerActor:
 
     def __init__(self, worker_id: WorkerId, settings: ServeSettings, threads: int) -> None:
         torch.set_num_threads(threads)
+        # Kept: what it replaces stays replaced as long as the process lives.
+        self._math = ExitStack()
+        if settings.deterministic:
+            self._math.enter_context(deterministic_math())
         self._id = worker_id
         self._settings = settings
         self._host = settings.link_host or node_address()
@@ -161,6 +167,7 @@ class WorkerActor:
             architecture.num_experts,
             recovery_s=self._settings.recovery_s,
             on_lost=self._link_broke,
+            by_pair=self._settings.deterministic,
         )
         hooks.attach_experts(architecture.experts_by_layer, self._dispatcher.run)
         self._architecture = architecture
@@ -203,7 +210,8 @@ class WorkerActor:
         if architecture.uses_own_cache:
             runner, page_size = OwnCacheRunner(architecture.model, self._device), 0
         else:
-            runner, page_size = PagedRunner(architecture.model, settings.page_size, self._device), settings.page_size
+            page_size = settings.page_size
+            runner = PagedRunner(architecture.model, page_size, self._device, deterministic=settings.deterministic)
             self._num_pages = self._choose_num_pages(runner.bytes_per_token, max_context)
             runner.allocate(self._num_pages)
         scheduler = Scheduler(

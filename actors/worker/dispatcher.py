@@ -22,7 +22,7 @@ from expertmesh.cluster.errors import LinkError, NoReplicaError, UnavailableErro
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketKind
 from expertmesh.cluster.placement import Placement
-from expertmesh.kernels.dispatch import ShardPairs, add_rows, gather_rows, pairs_for_shard
+from expertmesh.kernels.dispatch import ShardPairs, add_rows, gather_rows, pairs_for_shard, sum_pairs
 
 _log = logging.getLogger(__name__)
 OnLost = Callable[[ShardId, Link], None]
@@ -58,7 +58,13 @@ class Dispatcher:
     """The worker's side of the experts. `run` is what the model's MoE layers call; one thread at a time."""
 
     def __init__(
-        self, layers: tuple[int, ...], num_experts: int, *, recovery_s: float, on_lost: OnLost | None = None
+        self,
+        layers: tuple[int, ...],
+        num_experts: int,
+        *,
+        recovery_s: float,
+        on_lost: OnLost | None = None,
+        by_pair: bool = False,
     ) -> None:
         """Make a dispatcher without a fleet.
 
@@ -67,11 +73,14 @@ class Dispatcher:
             num_experts: experts of each.
             recovery_s: how long a step waits for a newer fleet when an expert has no live replica.
             on_lost: told each link that broke, by the thread that found out.
+            by_pair: have the shards answer with each pair's output, and sum a token's here in the order of its choices,
+                so that the sum does not depend on which shards computed. More bytes come back.
         """
         self._row_of_layer = {layer: row for row, layer in enumerate(layers)}
         self._num_experts = num_experts
         self._recovery_s = recovery_s
         self._on_lost = on_lost
+        self._by_pair = by_pair
         self._fleet: Fleet | None = None
         self._changed = threading.Condition()
         # One key, for the token with which a runner learns the layers' shapes before the first step.
@@ -115,7 +124,11 @@ class Dispatcher:
         weights_TK = topk_weights_TK.float().cpu().numpy()
         started_s = time.perf_counter()
         self._count(self._row_of_layer[layer], ids_TK)
-        out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
+        # With by_pair [T, K, H], and every answer writes its own part of it.
+        if self._by_pair:
+            out = hidden_TH.new_empty((*ids_TK.shape, hidden_TH.shape[1]))
+        else:
+            out = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
         keys_T = self._token_keys_T[: len(ids_TK)]
         assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
         todo_TK = np.ones(ids_TK.shape, dtype=np.bool_)
@@ -131,7 +144,7 @@ class Dispatcher:
                 continue
             asked = self._send_all(fleet, layer, hidden_TH, ids_TK, weights_TK, shard_TK, todo_TK)
             # Every answer is taken before anything is waited for, so that no link is left with one under way.
-            answers = [self._receive(fleet, layer, request, out_TH) for request in asked]
+            answers = [self._receive(fleet, layer, request, out) for request in asked]
             for request, answer in zip(asked, answers, strict=True):
                 if answer is PacketKind.COMBINE:
                     todo_TK &= ~request.mine_TK
@@ -140,6 +153,7 @@ class Dispatcher:
                 self._await_fleet(
                     fleet, UnavailableError(f"layer {layer}: a shard does not host what epoch {epoch} says")
                 )
+        out_TH = sum_pairs(out, topk_weights_TK) if self._by_pair else out
         self.expert_s += time.perf_counter() - started_s
         return out_TH.to(hidden_TH.dtype)
 
@@ -179,6 +193,7 @@ class Dispatcher:
                 generation=link.generation,
                 sequence=self._sequence,
                 epoch=fleet.placement.epoch,
+                by_pair=self._by_pair,
             )
             try:
                 link.send(header, parts)
@@ -189,8 +204,8 @@ class Dispatcher:
             asked.append(_Asked(shard=index, pairs=pairs, mine_TK=mine_TK, sequence=self._sequence))
         return asked
 
-    def _receive(self, fleet: Fleet, layer: int, request: _Asked, out_TH: Tensor) -> PacketKind:
-        """Take one answer, into out_TH if it is one; return its kind. FAILED: the shard is lost."""
+    def _receive(self, fleet: Fleet, layer: int, request: _Asked, out: Tensor) -> PacketKind:
+        """Take one answer, into out if it is one; return its kind. FAILED: the shard is lost."""
         link = fleet.links[fleet.shards[request.shard]]
         try:
             header, payload = link.recv()
@@ -201,10 +216,14 @@ class Dispatcher:
             if header.kind not in (PacketKind.COMBINE, PacketKind.NOT_HERE):
                 raise LinkError(f"an answer of kind {header.kind.name}")
             if header.kind is PacketKind.COMBINE:
-                rows_RH = read_combine(header, payload)
-                if rows_RH.shape != (request.pairs.num_rows, out_TH.shape[1]):
-                    raise LinkError(f"asked for {request.pairs.num_rows} rows of {out_TH.shape[1]}, got {header}")
-                add_rows(out_TH, rows_RH, request.pairs)
+                rows = read_combine(header, payload)
+                num_rows = len(request.pairs.row_P) if self._by_pair else request.pairs.num_rows
+                if rows.shape != (num_rows, out.shape[-1]) or header.by_pair != self._by_pair:
+                    raise LinkError(f"asked for {num_rows} rows of {out.shape[-1]}, got {header}")
+                if self._by_pair:
+                    out[torch.from_numpy(request.mine_TK)] = rows
+                else:
+                    add_rows(out, rows, request.pairs)
                 self.combine_bytes_L[self._row_of_layer[layer]] += header.payload_bytes
         except LinkError as error:
             self._lose(fleet, request.shard, error)

@@ -13,9 +13,12 @@ from pathlib import Path
 import torch
 
 _logger = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("grouped_linear.cpp")
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 _TIMEOUT_S = 120.0
+
+
+class KernelBuildError(RuntimeError):
+    """A kernel that something cannot do without was not compiled, or this processor cannot run it."""
 
 
 @functools.cache
@@ -33,24 +36,43 @@ def load_library() -> ctypes.CDLL | None:
     if not {"avx512_bf16", "amx_bf16"} & cpu_features():
         _logger.info("the processor has neither AMX nor AVX-512 BF16: experts run on torch's kernels")
         return None
+    try:
+        return _load("grouped_linear.cpp")
+    except KernelBuildError as error:
+        _logger.warning("experts run on torch's kernels, about half as fast: %s", error)
+        return None
+
+
+@functools.cache
+def load_invariant_product() -> ctypes.CDLL:
+    """Return the compiled product of `invariant_product`, which nothing of torch's can stand in for.
+
+    Raises:
+        KernelBuildError: it cannot be compiled here, or the processor has no fused multiply-adds.
+    """
+    library = _load("invariant_product.cpp")
+    if not library.can_multiply():
+        raise KernelBuildError("this processor has no AVX2 with fused multiply-adds")
+    return library
+
+
+def _load(source: str) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        _logger.warning("no C++ compiler (apt-get install g++): experts run on torch's kernels, about half as fast")
-        return None
+        raise KernelBuildError("no C++ compiler (apt-get install g++)")
     try:
-        path = _build(compiler)
+        path = _build(compiler, Path(__file__).with_name(source))
         _share_openmp()
         return ctypes.CDLL(str(path))
     except (subprocess.SubprocessError, OSError) as error:
         detail = getattr(error, "stderr", "") or str(error)
-        _logger.warning("the CPU kernels cannot be built, experts run on torch's: %s", detail.strip()[-500:])
-        return None
+        raise KernelBuildError(f"{source} cannot be built: {detail.strip()[-500:]}") from error
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str, source: Path) -> Path:
     """Compile unless it was done before. Several processes may do so at once: all builds are equal."""
     version = _run([compiler, "--version"])
-    key = hashlib.blake2b(repr((_SOURCE.read_bytes(), _FLAGS, version)).encode(), digest_size=12).hexdigest()
+    key = hashlib.blake2b(repr((source.read_bytes(), _FLAGS, version)).encode(), digest_size=12).hexdigest()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
     path = root / f"kernels-{key}.so"
     if path.is_file():
@@ -58,7 +80,7 @@ def _build(compiler: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as folder:
         built = Path(folder) / "kernels.so"
-        _run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)])
+        _run([compiler, *_FLAGS, str(source), "-o", str(built)])
         built.rename(path)
     return path
 

@@ -29,11 +29,18 @@ def instruction_set() -> str | None:
     return "avx512" if "avx512_bf16" in cpu_features() else None
 
 
-def is_supported(x_PI: Tensor, weight_SOI: Tensor, most_rows: int) -> bool:
-    """Say whether `grouped_linear` can do a product, and is the faster way, with at most most_rows rows a slot."""
+def can_multiply(x_PI: Tensor, weight_SOI: Tensor) -> bool:
+    """Say whether `grouped_linear` can do a product, whatever the number of rows."""
     if x_PI.dtype != torch.bfloat16 or x_PI.device.type != "cpu" or weight_SOI.dtype != torch.bfloat16:
         return False
     if weight_SOI.shape[1] % 16 or weight_SOI.shape[2] % 32 or not weight_SOI.is_contiguous():
+        return False
+    return instruction_set() is not None
+
+
+def is_supported(x_PI: Tensor, weight_SOI: Tensor, most_rows: int) -> bool:
+    """Say whether `grouped_linear` can do a product, and is the faster way, with at most most_rows rows a slot."""
+    if not can_multiply(x_PI, weight_SOI):
         return False
     found = instruction_set()
     return found is not None and most_rows <= _MOST_ROWS[found]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import gelu, relu, rms_norm, silu
 
-from expertmesh.kernels.grouped_mlp import ExpertMath, SlotWeights, grouped_mlp, reference_mlp
+from expertmesh.kernels.grouped_mlp import ExpertMath, SlotWeights, grouped_mlp, grouped_mlp_pairs, reference_mlp
 
 # float32: the two differ in the order of sums of at most 24 products, and of a row's pairs.
 FLOAT32_TOLERANCE = 1e-5
@@ -66,8 +66,10 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def compute(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Return what the fast path and the slow twin make of a case."""
+def inputs(
+    case: Case, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, dict[str, Tensor], SlotWeights, ExpertMath]:
+    """Return a case's rows, its pairs (row_P, slot_P, weight_P), the slots' weights and the experts' function."""
     rows, slots, hidden = case.sizes
     up_width = 2 * case.width if case.has_gate else case.width
     generator = torch.Generator().manual_seed(case.seed)
@@ -98,11 +100,28 @@ def compute(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor
     weight_P = torch.rand(len(case.pairs), generator=generator).to(device)
     if case.is_whole:
         weight_P = (weight_P * 4).ceil() / 4
-    arguments = {"row_P": row_P, "slot_P": slot_P, "weight_P": weight_P}
+    return rows_TH, {"row_P": row_P, "slot_P": slot_P, "weight_P": weight_P}, weights, math
+
+
+def compute(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return what the fast path and the slow twin make of a case."""
+    rows_TH, arguments, weights, math = inputs(case, dtype, device)
     return (
         grouped_mlp(rows_TH, **arguments, slots=weights, math=math),
         reference_mlp(rows_TH, **arguments, slots=weights, math=math),
     )
+
+
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_pairs_are_the_outputs_that_are_summed(case: Case) -> None:
+    """Each pair's output by itself, in the order of the pairs: weighted and added up they are the rows."""
+    rows_TH, pairs, weights, math = inputs(case, torch.float32)
+    out_PH = grouped_mlp_pairs(rows_TH, row_P=pairs["row_P"], slot_P=pairs["slot_P"], slots=weights, math=math)
+    weighted_PH = out_PH * pairs["weight_P"].unsqueeze(1)
+    got_TH = torch.zeros_like(rows_TH).index_add_(0, pairs["row_P"], weighted_PH)
+    expected_TH = reference_mlp(rows_TH, **pairs, slots=weights, math=math)
+    torch.testing.assert_close(got_TH, expected_TH, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
 
 
 def assert_close_in_bf16(got_TH: Tensor, expected_TH: Tensor) -> None:

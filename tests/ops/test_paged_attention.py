@@ -6,7 +6,7 @@ C cache rows.
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def plain_attention(sequence: Sequence, heads: Heads, sinks_A: Tensor | None) ->
 class Rig:
     """Sequences with random inputs on random pages of a cache whose every row is NaN until it is written."""
 
-    def __init__(self, schedule: Schedule, heads: Heads, dtype: torch.dtype) -> None:
+    def __init__(self, schedule: Schedule, heads: Heads, dtype: torch.dtype, *, is_invariant: bool = False) -> None:
         self.generator = torch.Generator().manual_seed(schedule.seed)
         self.heads, self.schedule, self.dtype = heads, schedule, dtype
         lengths = [sum(chunks) for chunks in schedule.chunks_by_sequence]
@@ -99,7 +99,7 @@ class Rig:
             softcap=heads.softcap,
             sinks_A=self._random(heads.num_heads) if heads.has_sinks else None,
         )
-        self.cache = PagedKVCache(page_size=schedule.page_size, device=CPU)
+        self.cache = PagedKVCache(page_size=schedule.page_size, device=CPU, is_invariant=is_invariant)
         probe = self._sequence(1, [])
         self._attend([probe], [slice(0, 1)])
         self.cache.allocate(num_pages)
@@ -215,17 +215,52 @@ FEATURES = {
 @given(schedules(), heads_strategy)
 @settings(max_examples=40, deadline=None)
 def test_any_schedule_equals_plain_attention(schedule: Schedule, heads: Heads) -> None:
-    rig = Rig(schedule, heads, torch.float32)
-    rig.run()
-    rig.check()
+    for is_invariant in (False, True):
+        rig = Rig(schedule, heads, torch.float32, is_invariant=is_invariant)
+        rig.run()
+        rig.check()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@given(schedule=schedules(), heads=heads_strategy)
+@settings(max_examples=20, deadline=None)
+def test_invariant_attention_gives_the_same_bits_under_any_schedule(
+    dtype: torch.dtype, schedule: Schedule, heads: Heads
+) -> None:
+    """Against each sequence by itself, token after token: the other end of what a schedule can be."""
+    together = Rig(schedule, heads, dtype, is_invariant=True)
+    together.run()
+    lengths = [sum(chunks) for chunks in schedule.chunks_by_sequence]
+    one_by_one = replace(
+        schedule,
+        chunks_by_sequence=tuple((1,) * length for length in lengths),
+        first_steps=tuple(sum(lengths[:i]) for i in range(len(lengths))),
+    )
+    alone = Rig(one_by_one, heads, dtype, is_invariant=True)
+    alone.run()
+    for got, expected in zip(together.sequences, alone.sequences, strict=True):
+        assert torch.equal(torch.cat(got.outputs), torch.cat(expected.outputs))
+
+
+def test_an_invariant_chunk_longer_than_its_parts() -> None:
+    """Chunks of 150 and 129 tokens are computed in parts of 128; the second leaves a part of one query."""
+    found = []
+    for chunks in ((150, 129), (279,)):
+        schedule = Schedule(chunks_by_sequence=(chunks,), first_steps=(0,))
+        rig = Rig(schedule, Heads(window=90), torch.float32, is_invariant=True)
+        rig.run()
+        rig.check()
+        found.append(torch.cat(rig.sequences[0].outputs))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_over_mixed_batches(feature: str, dtype: torch.dtype) -> None:
-    rig = Rig(MIXED, FEATURES[feature], dtype)
-    rig.run()
-    rig.check()
+    for is_invariant in (False, True):
+        rig = Rig(MIXED, FEATURES[feature], dtype, is_invariant=is_invariant)
+        rig.run()
+        rig.check()
 
 
 @pytest.mark.parametrize("feature", ["window", "soft cap", "sinks"])

@@ -78,9 +78,13 @@ class MemoryShard(Link):
             reason = torch.tensor(list(b"no memory"), dtype=torch.uint8)
             header = replace(request, kind=kinds[fault], payload_bytes=reason.numel(), num_rows=0, num_pairs=0)
             return header, [reason]
+        rows_PH = dispatch.rows_RH[dispatch.row_P].float()
+        pairs_PH = torch.stack([row @ EXPERTS_EHH[e] for row, e in zip(rows_PH, dispatch.expert_P, strict=True)])
         rows_RH = torch.zeros(dispatch.rows_RH.shape)
-        for row, expert, weight in zip(dispatch.row_P, dispatch.expert_P, dispatch.weight_P, strict=True):
-            rows_RH[row] += dispatch.rows_RH[row].float() @ EXPERTS_EHH[expert] * weight
+        if request.by_pair and fault != "summed":
+            rows_RH = pairs_PH
+        else:
+            rows_RH.index_add_(0, dispatch.row_P, pairs_PH * dispatch.weight_P.unsqueeze(1))
         header, parts = combine_packet(request, rows_RH if fault != "no_rows" else rows_RH[:0], epoch=0)
         if fault == "narrow":
             header, parts = combine_packet(request, rows_RH[:, :1].contiguous(), epoch=0)
@@ -142,8 +146,8 @@ def memory_fleet(
     return Fleet(placement_of(experts_of_shard, weights=weights), shards), list(shards.values())
 
 
-def dispatcher_of(fleet: Fleet, recovery_s: float = 0.1) -> Dispatcher:
-    dispatcher = Dispatcher((1, LAYER), NUM_EXPERTS, recovery_s=recovery_s)
+def dispatcher_of(fleet: Fleet, recovery_s: float = 0.1, *, by_pair: bool = False) -> Dispatcher:
+    dispatcher = Dispatcher((1, LAYER), NUM_EXPERTS, recovery_s=recovery_s, by_pair=by_pair)
     dispatcher.set_fleet(fleet)
     return dispatcher
 
@@ -170,6 +174,28 @@ def test_the_result_is_that_of_a_local_computation(num_shards: int, replicas: in
         batch = Batch(num_tokens, seed=seed)
         batch.check(batch.run(dispatcher))
     assert sum(len(shard.asked) > 0 for shard in shards) == num_shards
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_by_pair_the_sum_is_the_same_to_the_bit_whoever_computes(dtype: torch.dtype) -> None:
+    """One shard; four; replicas; a link that breaks either way: a token's choices are added in their order."""
+    batch = Batch(num_tokens=40, top_k=4, dtype=dtype)
+    found = []
+    for num_shards, replicas, fault in ((1, 1, ""), (4, 1, ""), (4, 2, ""), (4, 2, "recv"), (2, 2, "send")):
+        fleet, shards = even_fleet(num_shards, replicas)
+        shards[0].faults.append(fault)
+        found.append(batch.run(dispatcher_of(fleet, by_pair=True)))
+    assert all(torch.equal(out_TH, found[0]) for out_TH in found)
+    tolerance = TOLERANCE if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found[0].float(), batch.expected(), rtol=tolerance, atol=tolerance)
+
+
+def test_by_pair_an_answer_of_sums_is_refused() -> None:
+    fleet, shards = even_fleet(2, 2)
+    shards[0].faults.append("summed")
+    batch = Batch()
+    batch.check(batch.run(dispatcher_of(fleet, by_pair=True)))
+    assert fleet.alive_S.tolist() == [False, True]
 
 
 def test_each_row_travels_once_to_a_shard_and_each_pair_once_in_all() -> None:

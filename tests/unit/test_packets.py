@@ -25,6 +25,7 @@ HEADER = PacketHeader(kind=PacketKind.DISPATCH, generation=1, sequence=2, epoch=
         hidden=UINT32,
         dtype=st.sampled_from(WireDtype),
         payload_bytes=UINT64,
+        by_pair=st.booleans(),
     )
 )
 def test_a_header_survives_the_wire(header: PacketHeader) -> None:
@@ -46,9 +47,10 @@ def test_the_layout_is_fixed() -> None:
         hidden=6,
         dtype=WireDtype.FLOAT16,
         payload_bytes=7,
+        by_pair=True,
     )
     numbers = struct.pack("<QQIIIIQ", 1, 2, 3, 4, 5, 6, 7)
-    assert header.pack() == b"EMX1" + bytes([2, 2, 0, 0]) + b"\x0d\x0c\x0b\x0a" + numbers + bytes(12)
+    assert header.pack() == b"EMX1" + bytes([2, 2, 1, 0]) + b"\x0d\x0c\x0b\x0a" + numbers + bytes(12)
 
 
 @pytest.mark.parametrize("size", [0, 1, HEADER_BYTES - 1, HEADER_BYTES + 1])
@@ -71,4 +73,11 @@ def test_an_unknown_kind_or_dtype_is_refused(offset: int, value: int) -> None:
     data = bytearray(HEADER.pack())
     data[offset] = value
     with pytest.raises(LinkError, match=f"unknown field: {value} is not a valid"):
+        PacketHeader.unpack(bytes(data))
+
+
+def test_unknown_flags_are_refused() -> None:
+    data = bytearray(HEADER.pack())
+    data[6] = 2
+    with pytest.raises(LinkError, match="unknown flags 0x2"):
         PacketHeader.unpack(bytes(data))

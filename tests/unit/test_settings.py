@@ -91,6 +91,13 @@ def test_more_replicas_than_shards_are_refused() -> None:
         read_settings(None, {"model": MODEL, "replicas": 3})
 
 
+def test_deterministic_is_for_cpus() -> None:
+    assert not read_settings(None, {"model": MODEL}).deterministic
+    assert read_settings(None, {"model": MODEL, "deterministic": True}).deterministic
+    with pytest.raises(InputError, match="deterministic=true computes on CPUs, and device is cuda"):
+        read_settings(None, {"model": MODEL, "deterministic": True, "device": "cuda"})
+
+
 def test_the_model_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--model: Field required"):
         read_settings(write(tmp_path, "shards = 3"), {})

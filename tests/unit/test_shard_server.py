@@ -24,6 +24,7 @@ from expertmesh.cluster.packets import PacketHeader, PacketKind
 from expertmesh.kernels.dispatch import ShardPairs
 from expertmesh.kernels.grouped_mlp import SlotWeights, reference_mlp
 from expertmesh.models.architecture import expert_math, open_architecture
+from expertmesh.models.deterministic import deterministic_math
 from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 from expertmesh.models.loading import CheckpointWeights
 from tests.families import write_checkpoint
@@ -63,12 +64,9 @@ class Request:
             num_rows=3, token_R=None, row_P=row_P, expert_P=np.array(experts, dtype=np.int32), weight_P=weight_P
         )
 
-    def send(self, link: Link) -> None:
-        link.send(
-            *dispatch_packet(
-                self.rows_RH, self.pairs, layer=self.layer, generation=1, sequence=self.sequence, epoch=EPOCH
-            )
-        )
+    def send(self, link: Link, *, by_pair: bool = False) -> None:
+        numbers = {"layer": self.layer, "generation": 1, "sequence": self.sequence, "epoch": EPOCH}
+        link.send(*dispatch_packet(self.rows_RH, self.pairs, **numbers, by_pair=by_pair))
 
     def expected(self, weights: CheckpointWeights) -> Tensor:
         experts = [weights.load_expert(ExpertKey(self.layer, expert)) for expert in range(8)]
@@ -166,6 +164,38 @@ def test_packets_of_a_layer_that_wait_are_computed_together(
     # The first alone, the three of its layer that came meanwhile, and the one of another layer.
     assert sorted(gate.num_rows) == [3, 3, 9]
     assert (server.num_packets, server.num_batches) == (5, 3)
+
+
+def test_pairs_are_answered_by_themselves_and_the_same_whoever_waits(
+    server: ShardServer, weights: CheckpointWeights, gate: Gate
+) -> None:
+    held, summed, *requests = [Request(n, [n, 2, n + 1, 2]) for n in range(5)]
+    with deterministic_math(), workers(server, 5) as links:
+        alone = []
+        for request in requests:
+            request.send(links[0], by_pair=True)
+            alone.append(read_combine(*links[0].recv(3.0)).clone())  # the link reuses its buffer
+        before = server.num_batches
+        held.send(links[0])
+        gate.await_waiting(0)
+        summed.send(links[1])
+        for request, link in zip(requests, links[2:], strict=True):
+            request.send(link, by_pair=True)
+        gate.open_when_waiting(4)
+        held.check_answer(links[0], weights)
+        summed.check_answer(links[1], weights)
+        for request, link, expected_PH in zip(requests, links[2:], alone, strict=True):
+            header, payload = link.recv(3.0)
+            assert header.by_pair
+            out_PH = read_combine(header, payload)
+            assert torch.equal(out_PH, expected_PH)
+            out_RH = torch.zeros(3, HIDDEN)
+            out_RH.index_add_(
+                0, torch.from_numpy(request.pairs.row_P), out_PH * torch.from_numpy(request.pairs.weight_P).unsqueeze(1)
+            )
+            torch.testing.assert_close(out_RH, request.expected(weights), rtol=TOLERANCE, atol=TOLERANCE)
+    # The one held, the one that is summed, and the three others together.
+    assert server.num_batches - before == 3
 
 
 def test_an_expert_that_is_not_hosted_is_not_here(server: ShardServer, weights: CheckpointWeights) -> None:
