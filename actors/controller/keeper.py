@@ -254,11 +254,12 @@ class Keeper:
         """Say why requests cannot be served now; "" when they can."""
         if self.placement is None:
             return "starting"
-        lost = {shard for facts in self.workers.facts.values() for shard in facts.get("lost_shards", ())}
+        ready = self.workers.ready  # what one that is cut off has lost is no reason
+        lost = {shard for worker in ready for shard in self.workers.facts.get(worker, {}).get("lost_shards", ())}
         missing = self.placement.missing(set(self._hosting) - lost)
         if missing:
             return f"{len(missing)} experts have no live replica, {missing[0]} among them"
-        if not self.workers.ready:
+        if not ready:
             return "no attention worker is ready"
         return ""
 

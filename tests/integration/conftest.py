@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +42,21 @@ Serve = Callable[..., "Server"]
 
 
 @contextmanager
-def serving(model: Path, home: Path, *options: str, env: Mapping[str, str] = os.environ) -> Iterator[Server]:
-    """Run a server while the block lasts, with its own home; check at the end that no process is left."""
+def serving(
+    model: Path, home: Path, *options: str, env: Mapping[str, str] | None = None, within: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Run a server while the block lasts, with its own home; check at the end that no process is left.
+
+    Args:
+        model: checkpoint directory.
+        home: of the server.
+        options: of `serve`.
+        env: variables beside those of this process.
+        within: a command that runs the one that follows it, such as one that enters a network namespace.
+    """
     log = home / "serve.log"
-    env = {**env, "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
-    command = [*CLI, "serve", str(model), "--grpc-port", "0", *options]
+    env = {**os.environ, **(env or {}), "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
+    command = [*within, *CLI, "serve", str(model), "--grpc-port", "0", *options]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
     tree: list[psutil.Process] = []

@@ -60,6 +60,11 @@ def is_serving(server: Server) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+def member_pids(status: StatusResponse) -> dict[str, int]:
+    """Return the process of each shard and worker."""
+    return {**{shard.id: shard.pid for shard in status.shards}, **{worker.id: worker.pid for worker in status.workers}}
+
+
 def is_whole(status: StatusResponse) -> bool:
     """Say whether everything is ready, and every shard holds as much as the others."""
     slots = {shard.num_slots for shard in status.shards}

@@ -20,7 +20,7 @@ from expertmesh.v1.admin_pb2 import (
 )
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 from tests.integration.conftest import POCKET, Server, serving
-from tests.integration.streams import NUM_STREAMS, LiveStreams, is_serving, is_whole, status_when
+from tests.integration.streams import NUM_STREAMS, LiveStreams, is_serving, is_whole, member_pids, status_when
 from tests.integration.test_scale import finished
 
 CONFIG = """
@@ -49,8 +49,7 @@ def streams(server: Server) -> LiveStreams:
 
 
 def pids(status: StatusResponse) -> dict[str, int]:
-    members = {**{s.id: s.pid for s in status.shards}, **{w.id: w.pid for w in status.workers}}
-    return {**members, "controller": status.controller.pid}
+    return {**member_pids(status), "controller": status.controller.pid}
 
 
 def kill(server: Server, *members: str) -> None:
