@@ -4,6 +4,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,19 @@ _SETTLE_S = 1.0
 _CALM_RUNS = 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The command's options; options are those that `serve` gets."""
+
+    options: tuple[str, ...]
+    streams: int
+    new_tokens: int
+    cycles: int
+    minutes: float
+    seed: int
+    plot: Path | None
+
+
 def chaos(
     model: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     only: Annotated[str, typer.Option(help="Scenarios whose name contains this.")] = "",
@@ -35,6 +49,8 @@ def chaos(
     cycles: Annotated[int, typer.Option(help="Cycles of scaling up and down.", min=1)] = 5,
     minutes: Annotated[float, typer.Option(help="How long random faults go on, one every 5 s.", min=0.1)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random faults.")] = 0,
+    dtype: Annotated[str, typer.Option(help="As for `serve`.")] = "float32",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="As for `serve`.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture for each scenario to this folder (PNG).")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,12 +60,22 @@ def chaos(
         raise InputError(f"--only {only!r} names none of: {'; '.join(s.name for s in SCENARIOS)}")
     if plot is not None:
         plot.mkdir(parents=True, exist_ok=True)
+    asked = _Asked(
+        options=("--dtype", dtype, *(("--deterministic",) if deterministic else ())),
+        streams=streams,
+        new_tokens=new,
+        cycles=cycles,
+        minutes=minutes,
+        seed=seed,
+        plot=plot,
+    )
     rows: list[dict[str, Any]] = []
     for scenario in chosen:
         typer.echo(f"{scenario.name} ...", err=True)
-        rows.append(_run(scenario, model, streams, new, cycles, minutes, seed, plot))
+        rows.append(_run(scenario, model, asked))
     if as_json:
-        typer.echo(json.dumps({"model": model.name, "streams": streams, "new_tokens": new, "rows": rows}))
+        how = {"streams": streams, "new_tokens": new, "dtype": dtype, "deterministic": deterministic}
+        typer.echo(json.dumps({"model": model.name, **how, "rows": rows}))
     else:
         _print(rows)
     broken = [row["event"] for row in rows if row["failed"] or row["changed"] or row["error"]]
@@ -57,26 +83,22 @@ def chaos(
         raise ExpertMeshError(f"not as promised: {', '.join(broken)}")
 
 
-def _run(
-    scenario: Scenario, model: Path, streams: int, new: int, cycles: int, minutes: float, seed: int, plot: Path | None
-) -> dict[str, Any]:
+def _run(scenario: Scenario, model: Path, asked: _Asked) -> dict[str, Any]:
     config = {"recovery_s": _RECOVERY_S, **scenario.config}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "chaos.toml"
         file.write_text("".join(f"{name} = {value}\n" for name, value in config.items()))
-        options = ["--shards", str(scenario.shards), "--workers", str(scenario.workers)]
-        options += ["--replicas", str(scenario.replicas), "--dtype", "float32", "--config", str(file)]
+        options = [*asked.options, "--shards", str(scenario.shards), "--workers", str(scenario.workers)]
+        options += ["--replicas", str(scenario.replicas), "--config", str(file)]
         with child_server(model, options) as address:
-            return asyncio.run(_measure(scenario, address, streams, new, cycles, minutes, seed, plot))
+            return asyncio.run(_measure(scenario, address, asked))
 
 
-async def _measure(
-    scenario: Scenario, address: str, count: int, new: int, cycles: int, minutes: float, seed: int, plot: Path | None
-) -> dict[str, Any]:
+async def _measure(scenario: Scenario, address: str, asked: _Asked) -> dict[str, Any]:
     async with grpc.aio.insecure_channel(address) as channel:
         model = (await AdminStub(channel).GetStatus(GetStatusRequest(), timeout=30)).model
-        streams = Streams(address, model, count, new)
-        target = Target(channel, streams, seed, cycles, minutes)
+        streams = Streams(address, model, asked.streams, asked.new_tokens)
+        target = Target(channel, streams, asked.seed, asked.cycles, asked.minutes)
         await target.whole()
         over = asyncio.Event()
         over.set()
@@ -90,10 +112,10 @@ async def _measure(
         error, _ = await asyncio.gather(_act(scenario.act(target), done), streams.run_until(done, rough))
         if not error:
             await target.whole()
-    if plot is not None:
+    if asked.plot is not None:
         from expertmesh.actors.cli.chaos_plot import draw
 
-        draw(plot / f"{_file_name(scenario.name)}.png", scenario.name, rough, target.marks)
+        draw(asked.plot / f"{_file_name(scenario.name)}.png", scenario.name, rough, target.marks)
     changed = mismatches(calm, rough)
     return {
         "event": scenario.name,
