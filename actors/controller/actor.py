@@ -18,6 +18,7 @@ import psutil
 import ray
 from google.protobuf.message import Message
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from expertmesh.actors.controller.autoscaling import Autoscaling
 from expertmesh.actors.controller.balancing import Balancing
@@ -303,6 +304,8 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
             max_restarts=-1,
             max_concurrency=16,
             num_cpus=0,
+            # Where the embedded Redis has its files; and on no node that is to go when its shards have gone.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id(), soft=True),
             runtime_env={"env_vars": actor_env(1)},
         )
         .remote(settings, model, str(state_dir))

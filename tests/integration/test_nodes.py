@@ -36,7 +36,7 @@ def server(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def nodes_of(server: Server) -> dict[str, str]:
     status = server.status()
-    return {member.id: member.node for member in (*status.shards, *status.workers)}
+    return {s.id: s.node for s in status.shards} | {w.id: w.node for w in status.workers}
 
 
 def wait_until(what: Callable[[], bool], server: Server, timeout_s: float = 60) -> None:
