@@ -322,6 +322,7 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
             max_restarts=-1,
             max_concurrency=16,
             num_cpus=0,
+            # Where the embedded Redis has its files; and on no node that is to go when its shards have gone.
             label_selector=on_this_node(),
             # Tokens flow without a controller: one that is started again gives way to them until it is ready.
             runtime_env={"env_vars": actor_env(1), "py_executable": python_that_gives_way()},
