@@ -118,8 +118,15 @@ async def _kill_shard(target: Target) -> None:
 
 
 async def _stop_shard(target: Target) -> None:
-    pid = (await target.status()).shards[0].pid
-    target.signal(pid, signal.SIGSTOP, "SIGSTOP shard-0")
+    await _stop(target, (await target.status()).shards[0].pid, "shard-0")
+
+
+async def _stop_worker(target: Target) -> None:
+    await _stop(target, (await target.status()).workers[0].pid, "worker-0")
+
+
+async def _stop(target: Target, pid: int, name: str) -> None:
+    target.signal(pid, signal.SIGSTOP, f"SIGSTOP {name}")
     await asyncio.sleep(_STOPPED_S)
     target.signal(pid, signal.SIGCONT, "SIGCONT")
     await target.whole()
@@ -229,6 +236,7 @@ SCENARIOS = (
     Scenario("SIGKILL of a shard, sole copies", _kill_shard),
     Scenario("SIGSTOP of a shard", _stop_shard, replicas=2, config={"link_timeout_s": 1.0}),
     Scenario("SIGKILL of a worker, another alive", _kill_worker, workers=2),
+    Scenario("SIGSTOP of a worker, another alive", _stop_worker, workers=2, config={"worker_timeout_s": 1.0}),
     Scenario("SIGKILL of the controller", _kill_controller),
     Scenario("SIGKILL of Redis", _kill_redis),
     Scenario("shards 2-4-2, workers 1-2-1", _scale_cycles),

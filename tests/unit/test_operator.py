@@ -7,7 +7,7 @@ import pytest
 
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.links.ends import LinkEnd
-from expertmesh.cluster.errors import CapacityError
+from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.operations import Operation, Phase
 from expertmesh.cluster.placement import initial_placement
@@ -88,3 +88,20 @@ def test_a_placement_that_was_refused_is_not_carried_out_by_the_next_operation()
         found.step()
     assert found.get(same.id).phase is Phase.DONE
     assert not keeper.adopted
+
+
+def test_the_last_of_a_tier_and_a_stranger_are_not_drained() -> None:
+    found, _ = operator([])
+    with pytest.raises(InputError, match="worker-0 is the last of its kind and cannot be drained"):
+        found.drain("worker-0")
+    with pytest.raises(InputError, match="there is no 'shard-7'; there are shard-0, shard-1, worker-0"):
+        found.drain("shard-7")
+    assert not found.all()
+
+
+def test_nothing_is_moved_onto_a_shard_that_is_being_started() -> None:
+    found, keeper = operator([])
+    del keeper.shards.facts[SHARDS[1]]
+    with pytest.raises(UnavailableError, match="shard-1 is being started; ask again"):
+        found.drain("shard-0")
+    assert not found.all()
