@@ -209,13 +209,13 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
         events.clear()
 
 
-def _open(checkpoint: Path, num_shards: int):  # type: ignore[no-untyped-def]
+def _open(checkpoint: Path, num_shards: int, dtype: str = "auto"):  # type: ignore[no-untyped-def]
     from expertmesh.cluster.ids import ShardId
     from expertmesh.cluster.placement import initial_placement
     from expertmesh.models.architecture import open_architecture
     from expertmesh.models.loading import CheckpointWeights
 
-    weights = CheckpointWeights(open_architecture(checkpoint))
+    weights = CheckpointWeights(open_architecture(checkpoint, dtype))
     architecture = weights.architecture
     shards = [ShardId(f"shard-{i}") for i in range(num_shards)]
     return weights, initial_placement(architecture.moe_layers, architecture.num_experts, shards, 1, epoch=1)

@@ -123,7 +123,7 @@ def test_functions_are_torchs_but_for_rounding(name: str, dtype: torch.dtype) ->
 def test_an_element_does_not_depend_on_where_it_lies(name: str, dtype: torch.dtype) -> None:
     """Sizes around those of registers, and one that several threads share at odd bounds."""
     function = POINTWISE[name]
-    for count, size in ((1, 31), (1, 70), (2, 70001), (3, 70001)):
+    for count, size in ((1, 31), (1, 70), (2, 40001)):
         torch.set_num_threads(count)
         x = random(size, dtype=dtype, seed=size)
         expected = function(torch.cat([x, x.new_ones(128)]))[:size]
