@@ -79,7 +79,8 @@ def _shard(
     """One shard process: serves the link of its engine."""
     import torch
 
-    from expertmesh.actors.links.base import SHARD_RANK, open_link
+    from expertmesh.actors.links.base import open_link
+    from expertmesh.actors.links.ends import SHARD_RANK
     from expertmesh.actors.links.rendezvous import RendezvousServer
     from expertmesh.actors.shard.server import ShardServer
     from expertmesh.models.deterministic import deterministic_math
@@ -101,7 +102,8 @@ def _engine(
     """One engine process: runs what the pipe asks for; answers with the rate and the first stream's tokens."""
     import torch
 
-    from expertmesh.actors.links.base import WORKER_RANK, open_link
+    from expertmesh.actors.links.base import open_link
+    from expertmesh.actors.links.ends import WORKER_RANK
     from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
     from expertmesh.actors.worker.engine import Engine
     from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent

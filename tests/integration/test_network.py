@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, hosts: Hosts) -> Iterator[S
 @pytest.fixture(scope="module")
 def streams(server: Server, hosts: Hosts) -> LiveStreams:
     status = server.status()
-    for tier in ([shard.node for shard in status.shards], [worker.node for worker in status.workers]):
+    for tier in ([shard.address for shard in status.shards], [worker.address for worker in status.workers]):
         assert sorted(tier) == hosts.addresses, status
     return LiveStreams(server, NUM_TOKENS)
 
@@ -88,7 +88,7 @@ def test_a_loss_of_5_percent(server: Server, hosts: Hosts, streams: LiveStreams)
 
 def test_a_partition(server: Server, hosts: Hosts, streams: LiveStreams) -> None:
     before = server.status()
-    beyond = {shard.id for shard in before.shards if shard.node == hosts.addresses[1]}
+    beyond = {shard.id for shard in before.shards if shard.address == hosts.addresses[1]}
     with streams.running():
         time.sleep(0.5)
         with wire(hosts, loss=1.0):
