@@ -214,6 +214,8 @@ async def _random_faults(target: Target) -> None:
     while time.monotonic() < end_s:
         await asyncio.sleep(5)
         status = await target.status()
+        if not (status.shards and status.workers):
+            continue  # a controller that has just come back knows nobody yet
         shard, worker = target.rng.choice(status.shards), target.rng.choice(status.workers)
         match target.rng.randrange(5):
             case 0 if shard.pid:
