@@ -7,10 +7,14 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from tests.families import write_checkpoint
 from tests.integration.conftest import CLI, POCKET, Server, serving
+
+pytestmark = pytest.mark.timeout(240)  # six streams alone, then together, three times
 
 NUM_TOKENS = 90
 # (token, logprob, [(token, logprob), ...]) of each position.
