@@ -13,6 +13,8 @@ from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from tests.families import write_checkpoint
 from tests.integration.conftest import CLI, POCKET, Server, serving
+from tests.integration.streams import is_whole, status_when
+from tests.integration.test_scale import cli
 
 pytestmark = pytest.mark.timeout(240)  # six streams alone, then together, three times
 
@@ -70,16 +72,10 @@ def test_alone_together_and_under_faults_the_bits_are_the_same(tmp_path: Path) -
         assert _together(server, numbers, status.shards[0].pid) == expected
         # With one worker killed, what it had goes on at the other; its half of the streams is prefilled there.
         assert _together(server, numbers[::-1], status.workers[0].pid) == expected
-
-
-def test_another_number_of_shards_gives_the_same_bits(tmp_path: Path) -> None:
-    found = []
-    for number, options in enumerate((("--shards", "1"), ("--shards", "3", "--replicas", "2"))):
-        home = tmp_path / str(number)
-        home.mkdir()
-        with serving(POCKET, home, "--deterministic", "--dtype", "float32", *options) as server:
-            found.append(_together(server, [0, 1, 2, 3]))
-    assert found[0] == found[1]
+        status_when(server, is_whole)
+        for number in ("3", "1"):
+            assert cli(server, "scale", "--shards", number, "--wait").returncode == 0
+            assert _together(server, numbers) == expected, f"{number} shards"
 
 
 def test_a_family_that_cannot_be_deterministic_is_refused_at_once(tmp_path: Path) -> None:
