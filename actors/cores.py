@@ -6,6 +6,7 @@ the worker that sent the packet, where it takes the place of that worker, who st
 """
 
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -88,10 +89,11 @@ def can_resume() -> bool:
 
 
 def resume(pid: int) -> None:
-    """Have all threads of a process take part again. A thread that ends meanwhile needs nothing."""
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with suppress(ProcessLookupError):
-            os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+    """Have all threads of a process take part again. A thread, or a process, that ends meanwhile needs nothing."""
+    with suppress(FileNotFoundError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(ProcessLookupError):
+                os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 def in_background(call: Callable[[], _T]) -> _T:
@@ -101,7 +103,6 @@ def in_background(call: Callable[[], _T]) -> _T:
 
 
 def python_that_gives_way() -> str:
-    """Return the command of a Python that gives way to all others until `resume`, where that is possible."""
-    if shutil.which("chrt") and can_resume():
-        return f"chrt --idle 0 {sys.executable}"
-    return sys.executable
+    """Return the shell's words for a Python that gives way to all others until `resume`, where that is possible."""
+    python = shlex.quote(sys.executable)
+    return f"chrt --idle 0 {python}" if shutil.which("chrt") and can_resume() else python

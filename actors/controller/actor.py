@@ -311,7 +311,8 @@ class Controller:
 def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path) -> Any:
     """Start the detached controller actor and return its handle.
 
-    It stays on this node, where its Redis has its files; the deployment ends with this process in any case.
+    It stays on this node, where its Redis has its files, and which does not go when its shards have gone; the
+    deployment ends with this process in any case.
     """
     return (
         ray.remote(Controller)
@@ -322,7 +323,6 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
             max_restarts=-1,
             max_concurrency=16,
             num_cpus=0,
-            # Where the embedded Redis has its files; and on no node that is to go when its shards have gone.
             label_selector=on_this_node(),
             # Tokens flow without a controller: one that is started again gives way to them until it is ready.
             runtime_env={"env_vars": actor_env(1), "py_executable": python_that_gives_way()},

@@ -10,6 +10,7 @@ end of its input.
 """
 
 import ctypes
+import errno
 import fcntl
 import heapq
 import os
@@ -72,7 +73,11 @@ def main() -> None:
                 heapq.heappush(under_way, (time.monotonic() + delay_s, count, opposite[key.fd], frame))
             while under_way and under_way[0][0] <= time.monotonic():
                 _, _, tap, frame = heapq.heappop(under_way)
-                os.write(tap, frame)
+                try:
+                    os.write(tap, frame)
+                except OSError as error:
+                    if error.errno != errno.EIO:  # the device is down, and what comes over a wire then is lost
+                        raise
 
 
 if __name__ == "__main__":

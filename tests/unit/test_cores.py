@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from expertmesh.actors.cores import (
     give_way,
     in_background,
     python_that_gives_way,
+    resume,
     use_cores,
 )
 
@@ -116,6 +118,12 @@ print(os.sched_getscheduler(0))
 resume(os.getpid())
 print(os.sched_getscheduler(0))
 """
-    command = [*python_that_gives_way().split(), "-c", code]
+    command = [*shlex.split(python_that_gives_way()), "-c", code]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.split() == [str(os.SCHED_IDLE), str(os.SCHED_OTHER)]
+
+
+def test_a_process_that_has_ended_needs_not_resume() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(30)
+    resume(process.pid)
