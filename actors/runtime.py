@@ -25,6 +25,8 @@ def actor_env(threads: int) -> dict[str, str]:
         # A step's large temporaries come from the heap again and again, not from fresh pages that must be cleared.
         "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        # Threads that come and go with links would each leave free memory behind in an arena of its own.
+        "MALLOC_ARENA_MAX": "2",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
@@ -54,6 +56,8 @@ def start_local_ray(temp_dir: Path) -> None:
         logging_level="ERROR",
         _node_ip_address="127.0.0.1",
         _temp_dir=str(temp_dir),
+        # No record of each call to an actor: nobody reads it here, and Ray keeps 100,000 of them in memory.
+        _system_config={"task_events_report_interval_ms": 0},
     )
 
 
@@ -63,11 +67,12 @@ def join_ray(address: str) -> None:
 
 
 def pinned_options(
-    name: str, group_name: str, *, num_cpus: float, num_gpus: float, env: dict[str, str], timeout_s: float
+    name: str, group_name: str, *, num_cpus: float, num_gpus: float, env: dict[str, str], timeout_s: float, python: str
 ) -> dict[str, Any]:
     """Reserve an accelerator, under group_name, for a detached actor and return the actor's options.
 
-    While it waits for room it is a demand that Ray's autoscaler sees.
+    While it waits for room it is a demand that Ray's autoscaler sees. python is the shell's words for the Python that
+    runs it.
 
     Raises:
         CapacityError: the cluster has no room within timeout_s; the reservation is withdrawn.
@@ -86,7 +91,7 @@ def pinned_options(
         "num_cpus": bundle.get("CPU", 0),
         "num_gpus": num_gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-        "runtime_env": {"env_vars": env},
+        "runtime_env": {"env_vars": env, "py_executable": python},
     }
 
 

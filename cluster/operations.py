@@ -12,7 +12,7 @@ import msgpack
 
 from expertmesh.cluster.errors import StateError
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Phase(StrEnum):
@@ -38,8 +38,9 @@ _NEXT = {
 class Operation:
     """One operation. request is what was asked, in words that say it again when it is asked twice.
 
-    adding and removing are ids of shards and workers. Times are seconds since the epoch; ended_s is 0 until it ended;
-    past deadline_s it rolls back, if it still can.
+    adding and removing are ids of shards and workers; target is the placement to go to, as `Placement.to_bytes` packs
+    it, where one was asked for and until it is in force. Times are seconds since the epoch; ended_s is 0 until it
+    ended; past deadline_s it rolls back, if it still can.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Operation:
     started_s: float
     ended_s: float
     deadline_s: float
+    target: bytes = b""
 
     @property
     def is_over(self) -> bool:
@@ -69,7 +71,12 @@ class Operation:
         """
         assert phase in _NEXT[self.phase], f"operation {self.id} cannot go from {self.phase} to {phase}"
         ended_s = now_s if not _NEXT[phase] else 0.0
-        return replace(self, phase=phase, progress=progress, error=error, ended_s=ended_s)
+        target = self.target if phase is Phase.COMMIT else b""
+        return replace(self, phase=phase, progress=progress, error=error, ended_s=ended_s, target=target)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is to be shown of it, by name."""
+        return {name: value for name, value in asdict(self).items() if name != "target"}
 
     def to_bytes(self) -> bytes:
         """Pack it into a versioned record."""

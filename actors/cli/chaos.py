@@ -24,8 +24,6 @@ from expertmesh.v1.admin_pb2_grpc import AdminStub
 # A step that waits for a new process, or for many experts to be read, does not give up.
 _RECOVERY_S = 60.0
 _SETTLE_S = 1.0
-# Undisturbed runs to compare with: see chaos_streams.unsteady.
-_CALM_RUNS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +103,7 @@ async def _measure(scenario: Scenario, address: str, asked: _Asked) -> dict[str,
         await streams.run_until(over, Record())  # not counted: code and pages are touched for the first time
         calm, rough = Record(), Record()
         for streams.topic in scenario.topics:
-            for _ in range(_CALM_RUNS):
-                await streams.run_until(over, calm)
+            await streams.run_calm(calm)
         streams.topic = scenario.topics[0]
         done = asyncio.Event()
         error, _ = await asyncio.gather(_act(scenario.act(target), done), streams.run_until(done, rough))

@@ -5,7 +5,9 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,19 +160,24 @@ def _redis_pid(controller_pid: int) -> int:
 
 async def _scale_cycles(target: Target) -> None:
     """Scale up and down. After each cycle the server's memory is read: what its processes have for themselves."""
-    memory: list[int] = []
+    memory: list[Counter[str]] = []
     for _ in range(target.cycles):
         await target.scale(4, 2)
         await target.scale(2, 1)
-        memory.append(sum(_own_bytes(process) for process in psutil.Process().children(recursive=True)))
-    target.facts["memory_mib_after_each_cycle"] = [num_bytes >> 20 for num_bytes in memory]
+        memory.append(_own_bytes_by_kind())
+    target.facts["memory_mib_after_each_cycle"] = [of.total() >> 20 for of in memory]
+    target.facts["memory_mib_of_each_kind_of_process"] = {
+        kind: [of[kind] >> 20 for of in memory] for kind, _ in memory[-1].most_common()
+    }
 
 
-def _own_bytes(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().uss)
-    except psutil.NoSuchProcess:
-        return 0  # ended meanwhile
+def _own_bytes_by_kind() -> Counter[str]:
+    """Return the memory that this process's children have for themselves, by the name of what they run."""
+    found: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            found[process.name().split(".")[0]] += process.memory_full_info().uss
+    return found
 
 
 async def _move_experts(target: Target) -> None:

@@ -21,6 +21,8 @@ _TEXTS = (
     "Permission is hereby granted, free of charge",
     "import os\nimport sys\n\n",
 )
+# Between the beginnings of requests of the undisturbed runs; see `unsteady`.
+_APART_S = (0.0, 0.0, 0.01, 0.03, 0.1)
 # What the streams are about: all of it, or one thing alone.
 TOPICS = {"mixed": _TEXTS, "code": (_TEXTS[0], _TEXTS[3], _TEXTS[5]), "tables": (_TEXTS[2],)}
 
@@ -64,13 +66,24 @@ class Streams:
         }
         self.topic = "mixed"
 
-    async def run_until(self, done: asyncio.Event, record: Record) -> None:
-        """Send all requests at once, and each again when it has ended, until `done`; at least once."""
+    async def run_calm(self, record: Record) -> None:
+        """Send all requests several times, each time other ones together in a batch."""
+        over = asyncio.Event()
+        over.set()
+        for apart_s in _APART_S:
+            await self.run_until(over, record, apart_s)
+
+    async def run_until(self, done: asyncio.Event, record: Record, apart_s: float = 0.0) -> None:
+        """Send all requests, apart_s after one another, and each again when it has ended, until `done`; once each."""
         async with grpc.aio.insecure_channel(self._address) as channel:
             count = len(self._requests[self.topic])
-            await asyncio.gather(*(self._repeat(channel, number, done, record) for number in range(count)))
+            streams = (self._repeat(channel, number, done, record, number * apart_s) for number in range(count))
+            await asyncio.gather(*streams)
 
-    async def _repeat(self, channel: grpc.aio.Channel, number: int, done: asyncio.Event, record: Record) -> None:
+    async def _repeat(
+        self, channel: grpc.aio.Channel, number: int, done: asyncio.Event, record: Record, wait_s: float
+    ) -> None:
+        await asyncio.sleep(wait_s)
         first = True
         while first or not done.is_set():
             first = False

@@ -9,7 +9,6 @@ import os
 import threading
 import time
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.tiers import Tier
-from expertmesh.actors.cores import python_that_gives_way, resume
+from expertmesh.actors.cores import python_that_gives_way, take_part
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, log_to_stderr, node_id, on_this_node
 from expertmesh.actors.state import EmbeddedRedis, StateStore, open_client
 from expertmesh.cluster.balance import balancedness, shard_load_LS
@@ -111,8 +110,7 @@ class Controller:
 
     def _begin(self) -> None:
         self._operator.resume()
-        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-            resume(process.pid)
+        take_part()
         self._note("ready")
         self._started = True
         threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
@@ -149,12 +147,12 @@ class Controller:
         self._require_started()
         if self._autoscaling is not None:
             self._autoscaling.require_allowed(shards, workers)
-        return asdict(self._operator.scale(shards, workers))
+        return self._operator.scale(shards, workers).facts()
 
     def drain(self, member: str) -> dict[str, Any]:
         """See Operator.drain. Returns the operation's fields."""
         self._require_started()
-        return asdict(self._operator.drain(member))
+        return self._operator.drain(member).facts()
 
     def rebalance(self, dry_run: bool) -> dict[str, Any]:
         """Plan, and unless it is a dry run begin to carry out. Returns the plan's fields and those of an operation."""
@@ -162,7 +160,7 @@ class Controller:
         plan = self._balancing.plan()
         operation = None
         if not dry_run and plan.is_worthwhile:
-            operation = asdict(self._operator.go_to(plan.placement, "rebalance"))
+            operation = self._operator.go_to(plan.placement, "rebalance").facts()
         return {
             "moves": [
                 {"layer": m.key.layer, "expert": m.key.expert, "source": m.source or "", "target": m.target}
@@ -196,7 +194,7 @@ class Controller:
             target = Placement.from_bytes(record)
         except StateError as error:
             raise InputError(str(error)) from error
-        return asdict(self._operator.go_to(target, f"load placement {zlib.crc32(record):08x}"))
+        return self._operator.go_to(target, f"load placement {zlib.crc32(record):08x}").facts()
 
     def operations(self, operation_id: str) -> list[dict[str, Any]]:
         """Return one operation, or all, the newest last, when the id is empty.
@@ -207,7 +205,7 @@ class Controller:
         """
         self._require_started()
         chosen = [self._operator.get(operation_id)] if operation_id else self._operator.all()
-        return [asdict(operation) for operation in chosen]
+        return [operation.facts() for operation in chosen]
 
     def status(self) -> dict[str, Any]:
         """Return what StatusResponse shows, grpc_address excepted."""

@@ -217,7 +217,7 @@ class Keeper:
         timeout_s = self._settings.start_timeout_s
         tier = self._tier(member)
         tier.facts[member] = {"id": member, "state": "starting"}
-        handle = tier.create(member)
+        handle = tier.create(member, behind_traffic=True)
         if tier is self.shards:
             wait_for([handle.open.remote()], timeout_s)
         else:

@@ -1,8 +1,7 @@
 """Carries out what an operator asks for: scale, drain, go to a placement. One operation at a time.
 
 The keeper's rounds call `step`. Processes are started on a thread of their own, so that a fault meanwhile is not left
-waiting. What was kept as the members decides after a restart of the controller whether an operation under way goes on
-or back; one that was to go to a placement goes back, as that was in memory alone.
+waiting. An operation under way goes on when the controller was killed and started again: all that it needs is kept.
 """
 
 import logging
@@ -53,7 +52,6 @@ class Operator:
         self._store = store
         self._operations: dict[str, Operation] = {}
         self._current: Operation | None = None
-        self._target: Placement | None = None  # of the operation under way, if it is a placement that was asked for
         self._starting: threading.Thread | None = None
         self._start_error: ExpertMeshError | None = None
         self._lock = threading.Lock()
@@ -66,11 +64,12 @@ class Operator:
             _log.warning("the operations of a former life are lost: %s", error)
             return
         self._operations = {operation.id: operation for operation in reversed(kept)}
-        self._current = next((operation for operation in kept if not operation.is_over), None)
-        current = self._current
-        if current is not None and current.phase is not Phase.DRAIN and not (current.adding or current.removing):
-            # The placement that it was to go to was in the memory of the former controller alone.
-            self._roll_back(current, "the controller was started again meanwhile; ask once more")
+        current = next((operation for operation in kept if not operation.is_over), None)
+        members = {*self._keeper.shard_ids, *self._keeper.worker_ids}
+        if current is not None and current.phase is Phase.COMMIT and set(current.adding) - members:
+            # Who is no member yet is found again by being started again.
+            current = replace(current, phase=Phase.PREPARE)
+        self._current = current
 
     def scale(self, shards: int | None, workers: int | None) -> Operation:
         """Begin to have that many shards and workers; None leaves a tier as it is.
@@ -192,7 +191,6 @@ class Operator:
         self, request: str, adding: Sequence[str], removing: Sequence[str], target: Placement | None = None
     ) -> Operation:
         self._require_memory([s for s in self._keeper.shard_ids if s not in removing])
-        self._target = target
         now_s = time.time()
         operation = Operation(
             id=f"op-{uuid.uuid4().hex[:8]}",
@@ -205,6 +203,7 @@ class Operator:
             started_s=now_s,
             ended_s=0.0,
             deadline_s=now_s + self._deadline_s,
+            target=target.to_bytes() if target else b"",
         )
         self._note(operation)
         self._keeper.alarm()
@@ -275,6 +274,10 @@ class Operator:
         after = [m for m in members if m not in operation.removing]
         after += [m for m in operation.adding if m not in after]
         shards = [ShardId(m) for m in after if not _is_worker(m)]
+        if not operation.target and set(after) == set(members):
+            # A former controller changed the members and was killed before it could say so; or nothing is to change.
+            self._note(operation.advanced(Phase.DRAIN, _ending(operation), now_s=time.time()))
+            return
         if time.time() > operation.deadline_s:
             self._roll_back(operation, "its deadline passed")
             return
@@ -282,15 +285,15 @@ class Operator:
             self._roll_back(operation, "what was started is gone again")
             return
         try:
-            if self._target is None:
+            if not operation.target:
                 keeper.change_members(shards, [WorkerId(m) for m in after if _is_worker(m)])
             else:
                 assert keeper.placement is not None
-                keeper.adopt(replace(self._target, epoch=keeper.placement.epoch + 1))
+                keeper.adopt(replace(Placement.from_bytes(operation.target), epoch=keeper.placement.epoch + 1))
         except ExpertMeshError as error:
             self._roll_back(operation, str(error))
             return
-        self._note(operation.advanced(Phase.DRAIN, f"ending {', '.join(operation.removing)}", now_s=time.time()))
+        self._note(operation.advanced(Phase.DRAIN, _ending(operation), now_s=time.time()))
 
     def _drain(self, operation: Operation) -> None:
         keeper = self._keeper
@@ -316,12 +319,15 @@ class Operator:
         """Keep an operation as it is now. Without a store it goes on in memory."""
         self._operations[operation.id] = operation
         self._current = None if operation.is_over else operation
-        self._target = None if operation.is_over else self._target
         _log.info("%s, %s: %s %s", operation.id, operation.request, operation.phase, operation.error)
         try:
             self._store.save_operation(operation)
         except UnavailableError as error:
             _log.warning("%s is not saved: %s", operation.id, error)
+
+
+def _ending(operation: Operation) -> str:
+    return f"ending {', '.join(operation.removing)}" if operation.removing else ""
 
 
 def _is_worker(member: str) -> bool:

@@ -1,6 +1,7 @@
 """The named, detached actors of one tier: started, found again, asked how they are, ended."""
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -14,6 +15,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 
+from expertmesh.actors.cores import python_that_gives_way
 from expertmesh.actors.runtime import NAMESPACE, actor_env, pinned_options
 from expertmesh.cluster.errors import ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -25,6 +27,10 @@ _log = logging.getLogger(__name__)
 _ROOM_TO_GROW = 4
 _CREATED_AT_ONCE = 32
 _LOOK_AGAIN_S = 0.05
+# Ray's part of starting a process, which takes a core for itself; after it the process gives way.
+_LAUNCH_S = 1.0
+# Half of this machine's cores are left to what serves. Other nodes may have more; they wait a second at most.
+_LAUNCHES = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))
 # How often members are looked at while something long is waited for.
 _WATCH_S = 1.0
 # Longer without an answer is away for now.
@@ -77,8 +83,13 @@ class Tier(Generic[Id]):
         """The members whose process is gone."""
         return [i for i, facts in tuple(self.facts.items()) if facts["state"] == "dead"]
 
-    def create(self, actor_id: Id) -> Any:
+    def create(self, actor_id: Id, *, behind_traffic: bool = False) -> Any:
         """Return the actor of that name, started if it is not there; it is no member yet.
+
+        Args:
+            actor_id: the name.
+            behind_traffic: requests are served meanwhile, and only so many processes are started at once that cores
+                are left for them.
 
         Raises:
             CapacityError: the cluster has no room for it.
@@ -101,13 +112,16 @@ class Tier(Generic[Id]):
             num_gpus=1 if use_gpu else 0,
             env=actor_env(self._threads),
             timeout_s=settings.room_timeout_s,
+            python=python_that_gives_way(),
         )
         module, _, name = self._actor.partition(":")
-        return (
-            ray.remote(getattr(import_module(module), name))
-            .options(max_concurrency=self._concurrency, **options)
-            .remote(actor_id, settings, self._threads)
-        )
+        actor = ray.remote(getattr(import_module(module), name)).options(max_concurrency=self._concurrency, **options)
+        if not behind_traffic:
+            return actor.remote(actor_id, settings, self._threads)
+        with _LAUNCHES:
+            handle = actor.remote(actor_id, settings, self._threads)
+            ray.wait([handle.describe.remote()], timeout=_LAUNCH_S)
+        return handle
 
     def create_members(self, actor_ids: Sequence[Id]) -> None:
         """Create and admit actors, all at once, so that Ray sees all that is demanded.

@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
-from expertmesh.actors.cores import claim_cores, in_background, use_cores
+from expertmesh.actors.cores import claim_cores, in_background, take_part, use_cores, yield_soon
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer
@@ -38,7 +38,9 @@ class ShardActor:
     """Hosts expert slots. Holds no state of any request."""
 
     def __init__(self, shard_id: ShardId, settings: ServeSettings, threads: int) -> None:
+        take_part()
         torch.set_num_threads(threads)
+        yield_soon()
         # Kept: what it replaces stays replaced as long as the process lives.
         self._math = ExitStack()
         if settings.deterministic:

@@ -13,6 +13,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from expertmesh.actors.cores import take_part, yield_soon
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address, node_id
@@ -45,6 +46,7 @@ class WorkerActor:
 
     def __init__(self, worker_id: WorkerId, settings: ServeSettings, threads: int) -> None:
         torch.set_num_threads(threads)
+        yield_soon()
         # Kept: what it replaces stays replaced as long as the process lives.
         self._math = ExitStack()
         if settings.deterministic:
@@ -93,6 +95,7 @@ class WorkerActor:
         if self._engine is None:
             self._loop = asyncio.get_running_loop()
             self._engine = await asyncio.to_thread(self._make_engine)
+            take_part()
             threading.Thread(target=_run, args=(self._engine,), name="engine", daemon=True).start()
 
     async def submit(self, gateway_id: str, requests: list[SequenceRequest]) -> None:

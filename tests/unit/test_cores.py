@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -95,7 +96,7 @@ def test_threads_started_later_use_the_cores_and_do_not_preempt(pin: bool) -> No
         claim.release()
 
 
-def test_a_thread_that_gave_way_resumes_where_that_is_allowed() -> None:
+def test_a_thread_that_gave_way_resumes_where_that_is_allowed(tmp_path: Path) -> None:
     before = os.sched_getscheduler(0)
     seen: list[int] = []
 
@@ -113,14 +114,34 @@ def test_a_thread_that_gave_way_resumes_where_that_is_allowed() -> None:
         pytest.skip("this container lets no thread come back from SCHED_IDLE")
     code = """
 import os
-from expertmesh.actors.cores import resume
-print(os.sched_getscheduler(0))
-resume(os.getpid())
-print(os.sched_getscheduler(0))
+import subprocess
+import sys
+import threading
+import time
+from expertmesh.actors.cores import give_way_at_most, take_part
+child = subprocess.Popen(["sleep", "60"])
+other = threading.Thread(target=child.wait)
+other.start()
+def show():
+    print(*(os.sched_getscheduler(pid) for pid in (0, other.native_id, child.pid)))
+show()
+if sys.argv[1:] == ["wait"]:
+    give_way_at_most(0.01)
+    time.sleep(0.5)
+else:
+    take_part()
+show()
+child.kill()
 """
-    command = [*shlex.split(python_that_gives_way()), "-c", code]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert found.stdout.split() == [str(os.SCHED_IDLE), str(os.SCHED_OTHER)]
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    idle, usual = (" ".join(3 * [str(policy)]) for policy in (os.SCHED_IDLE, os.SCHED_OTHER))
+    for how in ("at once", "wait"):
+        command = f"{python_that_gives_way()} {shlex.quote(str(program))} {shlex.quote(how)}"
+        found = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)  # noqa: S602
+        assert found.stdout.splitlines() == [idle, usual]
+    found = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.splitlines() == [usual, usual], "what never gave way"
 
 
 def test_a_process_that_has_ended_needs_not_resume() -> None:

@@ -21,6 +21,7 @@ def operation(phase: Phase = Phase.PREPARE) -> Operation:
         started_s=10.0,
         ended_s=0.0,
         deadline_s=600.0,
+        target=b"a placement",
     )
 
 
@@ -41,12 +42,14 @@ def test_an_operation_goes_forward_or_back_as_a_whole(before: Phase, after: Phas
         return
     advanced = operation(before).advanced(after, "now this", now_s=20.0, error="why")
     assert (advanced.phase, advanced.progress, advanced.error) == (after, "now this", "why")
+    assert advanced.target == (b"a placement" if after is Phase.COMMIT else b"")
     assert advanced.is_over == (after in (Phase.DONE, Phase.ROLLED_BACK))
     assert advanced.ended_s == (20.0 if advanced.is_over else 0.0)
 
 
 def test_a_record_is_read_back() -> None:
     assert Operation.from_bytes(operation(Phase.COMMIT).to_bytes()) == operation(Phase.COMMIT)
+    assert "target" not in operation().facts()
 
 
 @pytest.mark.parametrize(
@@ -55,8 +58,8 @@ def test_a_record_is_read_back() -> None:
         b"",
         b"\xc1",
         b"junk",
-        msgpack.packb([1, {"id": "x"}]),
-        msgpack.packb([1, {**vars(operation()), "phase": "LATER"}]),
+        msgpack.packb([2, {"id": "x"}]),
+        msgpack.packb([2, {**vars(operation()), "phase": "LATER"}]),
     ],
 )
 def test_a_damaged_record_is_refused(record: bytes) -> None:

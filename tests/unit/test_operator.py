@@ -49,22 +49,20 @@ def operator(kept: list[Operation], free_bytes: int = 1 << 30) -> tuple[Operator
     return Operator(keeper, Store(kept)), keeper  # type: ignore[arg-type]  # a store in memory
 
 
-def kept(phase: Phase, removing: tuple[str, ...] = ()) -> Operation:
+def kept(phase: Phase, removing: tuple[str, ...] = (), target: bytes = b"") -> Operation:
     return Operation(
         id="op-1", request="rebalance", adding=(), removing=removing, phase=phase, progress="", error="",
-        started_s=1.0, ended_s=0.0, deadline_s=1e12,
+        started_s=1.0, ended_s=0.0, deadline_s=1e12, target=target,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.COMMIT])
-def test_a_placement_that_was_in_memory_alone_is_not_called_done(phase: Phase) -> None:
-    found, keeper = operator([kept(phase)])
+def test_a_target_that_cannot_be_read_rolls_back() -> None:
+    found, keeper = operator([kept(Phase.COMMIT, target=b"junk")])
     found.resume()
-    assert found.get("op-1").phase is Phase.ROLLED_BACK
-    assert "started again" in found.get("op-1").error
     found.step()
+    assert found.get("op-1").phase is Phase.ROLLED_BACK
+    assert "not a placement record" in found.get("op-1").error
     assert not keeper.adopted
-    assert not keeper.changed
 
 
 def test_one_with_members_goes_on() -> None:
