@@ -103,8 +103,6 @@ class Keeper:
         for worker in self.worker_ids:
             self.workers.find_again(worker)
         self.ask(_ASK_TIMEOUT_S)
-        for tier in (self.shards, self.workers):
-            tier.give_up_loading()
         newest_epoch = self._newest_epoch()
         stored = self._records.placement(self.shard_ids, newest_epoch)
         self.placement = stored or self._hosted(newest_epoch) or self._first()

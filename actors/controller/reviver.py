@@ -1,4 +1,4 @@
-"""Replaces processes that are gone, each on a thread of its own, so that nothing waits for them."""
+"""Sees to members that are gone or half started, each on a thread of its own, so that nothing waits for them."""
 
 import logging
 import threading
@@ -46,17 +46,19 @@ class Reviver:
         return any(now_s < self._gone_since_s.get(member, 0.0) + _SOON_S for member in tuple(self._under_way))
 
     def begin(self, tier: Any) -> None:
-        """Begin to replace the dead of a tier."""
-        for member in tier.dead:
+        """Begin to replace the dead of a tier, and to finish what a former controller began to start."""
+        for member in (*tier.dead, *tier.loading):
             if self._is_member(member) and member not in self._under_way:
+                is_gone = member not in tier.loading
                 self._under_way.add(member)
                 self._gone_since_s.setdefault(member, time.monotonic())
-                self._say(f"{member} is gone; starting it again")
-                threading.Thread(target=self._revive, args=(tier, member), name=f"revive {member}").start()
+                self._say(f"{member} is gone; starting it again" if is_gone else f"{member} is half started; going on")
+                threading.Thread(target=self._revive, args=(tier, member, is_gone), name=f"revive {member}").start()
 
-    def _revive(self, tier: Any, member: Any) -> None:
+    def _revive(self, tier: Any, member: Any, is_gone: bool) -> None:
         try:
-            tier.dismiss(member)
+            if is_gone:
+                tier.dismiss(member)
             self._start(member)
             self._gone_since_s.pop(member, None)
             self._say(f"{member} is back")

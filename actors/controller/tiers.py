@@ -83,6 +83,11 @@ class Tier(Generic[Id]):
         """The members whose process is gone."""
         return [i for i, facts in tuple(self.facts.items()) if facts["state"] == "dead"]
 
+    @property
+    def loading(self) -> list[Id]:
+        """The members that said that they were still loading when last asked."""
+        return [i for i, facts in tuple(self.facts.items()) if facts["state"] == "loading"]
+
     def create(self, actor_id: Id, *, behind_traffic: bool = False) -> Any:
         """Return the actor of that name, started if it is not there; it is no member yet.
 
@@ -146,12 +151,6 @@ class Tier(Generic[Id]):
             self.admit(actor_id, handle)
         else:
             self.facts[actor_id] = {"id": actor_id, "state": "dead"}
-
-    def give_up_loading(self) -> None:
-        """Count as dead who is still loading: whoever had it load is gone, and nobody sees it to the end."""
-        for actor_id, facts in tuple(self.facts.items()):
-            if facts["state"] == "loading":
-                self.facts[actor_id] = {"id": actor_id, "state": "dead"}
 
     @staticmethod
     def named(prefix: str) -> list[Any]:

@@ -65,6 +65,8 @@ class WorkerActor:
         self._dense_bytes = 0
         self._num_pages = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        # A controller that comes back asks again for what its former life may have asked for a moment ago.
+        self._starting = asyncio.Lock()
 
     async def load(self) -> None:
         """Read the dense half. Asking again changes nothing.
@@ -72,7 +74,9 @@ class WorkerActor:
         Raises:
             CheckpointError: it cannot be read.
         """
-        if self._architecture is None:
+        async with self._starting:
+            if self._architecture is not None:
+                return
             self._link_keeper = LinkKeeper(self._join, self._use, self._report_lost, self._settings.dispatch)
             await asyncio.to_thread(self._load)
 
@@ -92,7 +96,9 @@ class WorkerActor:
 
     async def start(self) -> None:
         """Begin to serve. Asking again changes nothing."""
-        if self._engine is None:
+        async with self._starting:
+            if self._engine is not None:
+                return
             self._loop = asyncio.get_running_loop()
             self._engine = await asyncio.to_thread(self._make_engine)
             take_part()

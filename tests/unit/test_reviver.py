@@ -29,6 +29,10 @@ class DeadShard:
     def dead(self) -> list[ShardId]:
         return [shard for shard, facts in self.facts.items() if facts["state"] == "dead"]
 
+    @property
+    def loading(self) -> list[ShardId]:
+        return [shard for shard, facts in self.facts.items() if facts["state"] == "loading"]
+
     def dismiss(self, shard: ShardId) -> None:
         self.handles.pop(shard, None)
         self.facts.pop(shard, None)
@@ -49,6 +53,19 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
+
+
+def test_what_is_half_started_is_not_begun_anew() -> None:
+    tier = DeadShard()
+    tier.facts[SHARD]["state"] = "loading"
+    tier.may_start.set()
+    dismissed: list[ShardId] = []
+    tier.dismiss = dismissed.append  # type: ignore[method-assign,assignment]
+    reviving = tier.reviver()
+    reviving.begin(tier)
+    until(lambda: not reviving.is_busy)
+    assert tier.facts[SHARD]["state"] == "ready"
+    assert not dismissed
 
 
 def test_it_is_started_once_and_awaited() -> None:
