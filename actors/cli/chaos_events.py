@@ -164,7 +164,7 @@ async def _scale_cycles(target: Target) -> None:
     for _ in range(target.cycles):
         await target.scale(4, 2)
         await target.scale(2, 1)
-        memory.append(_own_bytes_by_kind())
+        memory.append(await asyncio.to_thread(_own_bytes_by_kind))
     target.facts["memory_mib_after_each_cycle"] = [of.total() >> 20 for of in memory]
     target.facts["memory_mib_of_each_kind_of_process"] = {
         kind: [of[kind] >> 20 for of in memory] for kind, _ in memory[-1].most_common()
