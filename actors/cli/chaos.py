@@ -104,6 +104,10 @@ async def _measure(scenario: Scenario, address: str, asked: _Asked) -> dict[str,
         calm, rough = Record(), Record()
         for streams.topic in scenario.topics:
             await streams.run_calm(calm)
+        for shards, workers in scenario.fleets:
+            await target.scale(shards, workers)
+            await streams.run_calm(calm)
+        target.marks.clear()
         streams.topic = scenario.topics[0]
         done = asyncio.Event()
         error, _ = await asyncio.gather(_act(scenario.act(target), done), streams.run_until(done, rough))

@@ -102,7 +102,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A row: how the server is started, and what is done to it while the streams run."""
+    """A row: how the server is started, and what is done to it while the streams run.
+
+    fleets: shards and workers that it may have meanwhile. A token's sum over shards is rounded otherwise for each number
+    of shards, so undisturbed outputs are wanted of all of them.
+    """
 
     name: str
     act: Callable[[Target], Awaitable[None]]
@@ -110,6 +114,7 @@ class Scenario:
     workers: int = 1
     replicas: int = 1
     topics: tuple[str, ...] = ("mixed",)
+    fleets: tuple[tuple[int, int], ...] = ()
     config: dict[str, float] = field(default_factory=dict)
 
 
@@ -248,7 +253,7 @@ SCENARIOS = (
     Scenario("SIGSTOP of a worker, another alive", _stop_worker, workers=2, config={"worker_timeout_s": 1.0}),
     Scenario("SIGKILL of the controller", _kill_controller),
     Scenario("SIGKILL of Redis", _kill_redis),
-    Scenario("shards 2-4-2, workers 1-2-1", _scale_cycles),
+    Scenario("shards 2-4-2, workers 1-2-1", _scale_cycles, fleets=((4, 2), (2, 1))),
     Scenario("experts move", _move_experts, shards=3, config={"rebalance_period_s": 0, "weights_period_s": 0}),
     Scenario("prompts switch topic", _switch_topic, shards=4, topics=("mixed", "code", "tables")),
     Scenario("random faults", _random_faults, shards=3, workers=2, replicas=2, config={"link_timeout_s": 1.0}),
