@@ -104,8 +104,8 @@ class Target:
 class Scenario:
     """A row: how the server is started, and what is done to it while the streams run.
 
-    fleets: shards and workers that it may have meanwhile. A token's sum over shards is rounded otherwise for each number
-    of shards, so undisturbed outputs are wanted of all of them.
+    fleets: shards and workers that it may have meanwhile. A token's sum over shards is rounded otherwise for each
+    number of shards, so undisturbed outputs are wanted of all of them.
     """
 
     name: str
