@@ -67,12 +67,11 @@ def join_ray(address: str) -> None:
 
 
 def pinned_options(
-    name: str, group_name: str, *, num_cpus: float, num_gpus: float, env: dict[str, str], timeout_s: float, python: str
+    name: str, group_name: str, *, num_cpus: float, num_gpus: float, runtime_env: dict[str, Any], timeout_s: float
 ) -> dict[str, Any]:
     """Reserve an accelerator, under group_name, for a detached actor and return the actor's options.
 
-    While it waits for room it is a demand that Ray's autoscaler sees. python is the shell's words for the Python that
-    runs it.
+    While it waits for room it is a demand that Ray's autoscaler sees.
 
     Raises:
         CapacityError: the cluster has no room within timeout_s; the reservation is withdrawn.
@@ -91,7 +90,7 @@ def pinned_options(
         "num_cpus": bundle.get("CPU", 0),
         "num_gpus": num_gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-        "runtime_env": {"env_vars": env, "py_executable": python},
+        "runtime_env": runtime_env,
     }
 
 

@@ -93,8 +93,8 @@ class Tier(Generic[Id]):
 
         Args:
             actor_id: the name.
-            behind_traffic: requests are served meanwhile, and only so many processes are started at once that cores
-                are left for them.
+            behind_traffic: requests are served meanwhile: on a cluster of one machine the process gives way to them
+                until it is ready, and only so many are launched at once that cores are left.
 
         Raises:
             CapacityError: the cluster has no room for it.
@@ -115,9 +115,8 @@ class Tier(Generic[Id]):
             f"{_group_prefix(actor_id)}{uuid.uuid4().hex[:8]}",
             num_cpus=num_cpus,
             num_gpus=1 if use_gpu else 0,
-            env=actor_env(self._threads),
+            runtime_env=self._runtime_env(gives_way=behind_traffic),
             timeout_s=settings.room_timeout_s,
-            python=python_that_gives_way(),
         )
         module, _, name = self._actor.partition(":")
         actor = ray.remote(getattr(import_module(module), name)).options(max_concurrency=self._concurrency, **options)
@@ -127,6 +126,13 @@ class Tier(Generic[Id]):
             handle = actor.remote(actor_id, settings, self._threads)
             ray.wait([handle.describe.remote()], timeout=_LAUNCH_S)
         return handle
+
+    def _runtime_env(self, *, gives_way: bool) -> dict[str, Any]:
+        env: dict[str, Any] = {"env_vars": actor_env(self._threads)}
+        # Another machine may have its Python elsewhere: there Ray knows where.
+        if gives_way and sum(node["Alive"] for node in ray.nodes()) == 1:
+            env["py_executable"] = python_that_gives_way()
+        return env
 
     def create_members(self, actor_ids: Sequence[Id]) -> None:
         """Create and admit actors, all at once, so that Ray sees all that is demanded.
