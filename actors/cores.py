@@ -110,7 +110,7 @@ def in_background(call: Callable[[], _T]) -> _T:
 def yield_soon() -> None:
     """Have this process's threads hand on the interpreter after 0.5 ms, not 5 ms: a step takes a few milliseconds.
 
-    With it the 99th percentile of the gaps between tokens is 1.12 to 1.19 times as long while experts move, without
+    With it the 99th percentile of the gaps between tokens is 1.12 to 1.22 times as long while experts move, without
     1.19 to 1.26 times (`expertmesh chaos`, 2 cores).
     """
     sys.setswitchinterval(0.0005)
