@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.distribution import HOST, _address, _open, _start
+from benchmarks.distribution import HOST, _address, _asked, _open, _start
 from benchmarks.record import keep
 
 PROMPT, NEW = 32, 32
@@ -131,8 +131,7 @@ def _engine(
             Scheduler(config), runner, max_queue=256, begin_step=dispatcher.begin_step, on_events=events.extend
         )
         pipe.send("ready")
-        while True:
-            prompt, new, streams, seed = pipe.recv()
+        for prompt, new, streams, seed in _asked(pipe):
             rng = random.Random(f"{prompt} {seed}")
             vocab_size = architecture.config.vocab_size
             engine.submit(

@@ -14,9 +14,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from benchmarks.breakdown import report, watch_worker
 from benchmarks.record import keep
@@ -112,6 +113,13 @@ def _start(target, threads: int, *values, policy: str) -> Connection:  # type: i
     return ours
 
 
+def _asked(pipe: Connection) -> Iterator[Any]:
+    """Yield what the other end sends, until it is gone."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield pipe.recv()
+
+
 def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_shards: int, kind: str, pin: bool) -> None:
     """One shard process: serves one link after another."""
     import torch
@@ -181,8 +189,7 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
     events: list[TokenEvent] = []
     engine = Engine(Scheduler(config), runner, max_queue=256, begin_step=dispatcher.begin_step, on_events=events.extend)
     pipe.send("ready")
-    while True:
-        batch, seed = pipe.recv()
+    for batch, seed in _asked(pipe):
         rng = random.Random(seed)
         vocab_size = architecture.config.vocab_size
         engine.submit(

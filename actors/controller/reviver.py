@@ -47,9 +47,10 @@ class Reviver:
 
     def begin(self, tier: Any) -> None:
         """Begin to replace the dead of a tier, and to finish what a former controller began to start."""
-        for member in (*tier.dead, *tier.loading):
+        dead = tier.dead
+        for member in (*dead, *tier.loading):
             if self._is_member(member) and member not in self._under_way:
-                is_gone = member not in tier.loading
+                is_gone = member in dead
                 self._under_way.add(member)
                 self._gone_since_s.setdefault(member, time.monotonic())
                 self._say(f"{member} is gone; starting it again" if is_gone else f"{member} is half started; going on")

@@ -29,7 +29,7 @@ _CREATED_AT_ONCE = 32
 _LOOK_AGAIN_S = 0.05
 # Ray's part of starting a process, which takes a core for itself; after it the process gives way.
 _LAUNCH_S = 1.0
-# Half of this machine's cores are left to what serves. Other nodes may have more; they wait a second at most.
+# Half of this machine's cores are left to what serves. Each launch takes its place for _LAUNCH_S at most, on any node.
 _LAUNCHES = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))
 # How often members are looked at while something long is waited for.
 _WATCH_S = 1.0
