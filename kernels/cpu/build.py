@@ -44,6 +44,16 @@ def load_library() -> ctypes.CDLL | None:
 
 
 @functools.cache
+def load_expert_mlp() -> ctypes.CDLL | None:
+    """Return the compiled expert MLPs; None, with the reason logged once, where torch has to do their work."""
+    try:
+        return _load("expert_mlp.cpp")
+    except KernelBuildError as error:
+        _logger.warning("experts run on torch's kernels, about half as fast: %s", error)
+        return None
+
+
+@functools.cache
 def load_invariant_product() -> ctypes.CDLL:
     """Return the compiled product of `invariant_product`, which nothing of torch's can stand in for.
 
@@ -72,7 +82,8 @@ def _load(source: str) -> ctypes.CDLL:
 def _build(compiler: str, source: Path) -> Path:
     """Compile unless it was done before. Several processes may do so at once: all builds are equal."""
     version = _run([compiler, "--version"])
-    key = hashlib.blake2b(repr((source.read_bytes(), _FLAGS, version)).encode(), digest_size=12).hexdigest()
+    parts = [source.read_bytes(), *(header.read_bytes() for header in sorted(source.parent.glob("*.h")))]
+    key = hashlib.blake2b(repr((parts, _FLAGS, version)).encode(), digest_size=12).hexdigest()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
     path = root / f"kernels-{key}.so"
     if path.is_file():

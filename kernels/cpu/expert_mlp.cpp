@@ -1,0 +1,285 @@
+// The MLPs of many experts over the rows of a step in one call: gather, up projection, activation, down projection, weighted sum.
+//
+// Packed weights (expert_pack): blocks of 16 outputs by 32 inputs, of 1 KiB: block[pair of inputs 0..15][output 0..15][2], bf16.
+// A block is the right operand of an AMX tile product and 16 registers of AVX-512 as it lies in memory. A panel is the blocks of 32
+// outputs: two blocks for the first 32 inputs, two for the next ..., the first of two for 16 gates and the second for the values that
+// they gate. It is read from memory as one stream, while the panel before it is computed.
+// Rows are gathered into blocks of 16 rows by 32 inputs ([row][input]), the left operand.
+//
+// Two passes with a barrier between: (expert, panel of the middle) and (panel of the output over all experts), so that no two
+// threads write one place and each weight is read from memory once. Sums are float32 in one order for a row, whatever rows are
+// computed beside it, and a row's experts are added in the order of the slots.
+
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t kRows = 16;    // rows of a block
+constexpr int64_t kDepth = 32;   // inputs of a block
+constexpr int64_t kOuts = 16;    // outputs of a block
+constexpr int64_t kBlock = 512;  // elements of a block
+constexpr int64_t kAhead = 8;     // blocks between what is computed and what is asked of memory
+constexpr int64_t kSlab = 8;      // blocks of inputs that are used for all rows of a group at a time
+constexpr int64_t kGroup = 128;  // rows of a group, at most
+constexpr int64_t kStep = 1024;  // rows computed at a time: what they need besides weights stays in the caches
+constexpr int64_t kAtOnce = 8;   // panels of the output for which a thread goes through the groups, at most
+
+enum Kind { kSwiglu = 0, kGeluTanh = 1, kRelu2 = 2 };
+
+// kSwiglu: (clamp(value) + shift) * gate * sigmoid(alpha * gate), the gate at most limit, the value within +-limit.
+struct Activation {
+  int kind;
+  float alpha, limit, shift;
+};
+
+// Palette 1, all eight tiles of 16 rows of 64 bytes. Constant data: the compiler does not see that ldtilecfg reads all of it.
+alignas(64) const uint8_t kTileConfig[64] = {1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,               // palette, reserved
+                                             64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,       // bytes a row
+                                             0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,               // unused tiles
+                                             16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0};      // rows
+
+// Rows of one slot: rows `begin` to `end` of the sorted pairs, whose blocks begin at block `block`. At most kGroup of them, so that
+// they stay in the second-level cache while one panel after another is computed for them.
+struct Group {
+  int64_t slot, begin, end, block;
+};
+
+// Puts the pairs of rows `first` to `end` in the order of their slots.
+std::vector<Group> sort_pairs(const int64_t* slot_P, const int64_t* row_P, int64_t pairs, int64_t slots, int64_t first, int64_t end,
+                              std::vector<int64_t>& order) {
+  const auto is_in = [&](int64_t p) { return first <= row_P[p] && row_P[p] < end; };
+  std::vector<int64_t> start(slots + 1, 0);
+  for (int64_t p = 0; p < pairs; ++p)
+    if (is_in(p)) ++start[slot_P[p] + 1];
+  for (int64_t s = 0; s < slots; ++s) start[s + 1] += start[s];
+  std::vector<Group> groups;
+  int64_t block = 0;
+  for (int64_t s = 0; s < slots; ++s) {
+    const int64_t blocks = (start[s + 1] - start[s] + kRows - 1) / kRows, parts = (blocks * kRows + kGroup - 1) / kGroup;
+    const int64_t part = parts ? (blocks + parts - 1) / parts * kRows : 1;
+    for (int64_t begin = start[s]; begin < start[s + 1]; begin += part) {
+      const int64_t end = std::min(begin + part, start[s + 1]);
+      groups.push_back({s, begin, end, block});
+      block += (end - begin + kRows - 1) / kRows;
+    }
+  }
+  order.resize(start[slots]);
+  for (int64_t p = 0; p < pairs; ++p)
+    if (is_in(p)) order[start[slot_P[p]]++] = p;
+  return groups;
+}
+
+// Memory kept from one call to the next: fresh pages would be cleared by the kernel each time.
+struct Scratch {
+  uint16_t* data = nullptr;
+  int64_t size = 0;
+  uint16_t* get(int64_t elements) {
+    if (elements > size) {
+      free(data);
+      size = elements + elements / 4;
+      data = static_cast<uint16_t*>(aligned_alloc(64, (size * 2 + 63) / 64 * 64));
+    }
+    return data;
+  }
+  ~Scratch() { free(data); }
+};
+
+struct Call {
+  const uint16_t* x;        // [rows][hidden]
+  const int64_t* row_P;
+  const float* weight_P;    // null: the pairs are not weighted and not added up
+  const uint16_t* const* up;    // packed, by slot
+  const uint16_t* const* down;
+  const uint16_t* const* up_bias;  // by slot, bf16, gates before values; null: none
+  const uint16_t* const* down_bias;
+  float* out;               // [rows][hidden], or [pairs][hidden]
+  int64_t hidden, width;
+  bool has_gate;
+  Activation activation;
+  int64_t first_row;        // of those that are computed now
+};
+
+INLINE void gather(const Call& call, const std::vector<int64_t>& order, const Group& group, uint16_t* blocks) {
+  const int64_t depth = call.hidden / kDepth;
+  for (int64_t at = group.begin; at < group.end; ++at) {
+    const int64_t row = at - group.begin;
+    const uint16_t* from = call.x + call.row_P[order[at]] * call.hidden;
+    uint16_t* to = blocks + (group.block + row / kRows) * depth * kBlock + row % kRows * kDepth;
+    for (int64_t d = 0; d < depth; ++d) memcpy(to + d * kBlock, from + d * kDepth, kDepth * 2);
+  }
+}
+
+using UpPanel = void (*)(const Call&, const Group&, int64_t panel, const uint16_t* blocks, uint16_t* middle);
+using DownPanel = void (*)(const Call&, const int64_t* order, const Group&, int64_t panel, const uint16_t* middle, float* sum, int64_t sum_stride);
+
+struct Passes {
+  UpPanel up;
+  DownPanel down;
+};
+
+namespace anywhere {
+#define PRODUCT 0
+#include "expert_passes.h"
+#undef PRODUCT
+}  // namespace anywhere
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define PRODUCT 0
+#include "expert_passes.h"
+#undef PRODUCT
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+namespace avx512 {
+#define PRODUCT 1
+#include "expert_passes.h"
+#undef PRODUCT
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+namespace amx {
+#define PRODUCT 2
+#include "expert_passes.h"
+#undef PRODUCT
+}  // namespace amx
+#pragma GCC pop_options
+
+__attribute__((target("amx-tile"))) void configure_tiles() { _tile_loadconfig(kTileConfig); }
+__attribute__((target("amx-tile"))) void release_tiles() { _tile_release(); }
+#else
+void configure_tiles() {}
+void release_tiles() {}
+#endif
+
+enum Isa { kAnywhere = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+
+Passes passes_of(int isa) {
+#if defined(__x86_64__)
+  if (isa == kAmx) return {amx::up_panel, amx::down_panel};
+  if (isa == kAvx512) return {avx512::up_panel, avx512::down_panel};
+  if (isa == kAvx2) return {avx2::up_panel, avx2::down_panel};
+#endif
+  return {anywhere::up_panel, anywhere::down_panel};
+}
+
+// Computes the pairs of the `rows` rows from call.first_row on.
+void run(const Call& call, int isa, const int64_t* slot_P, int64_t rows, int64_t pairs, int64_t slots, int threads) {
+  const Passes passes = passes_of(isa);
+  const bool use_tiles = isa == kAmx;
+  // One call at a time has all cores; others wait, and share its memory.
+  static std::mutex turn;
+  static Scratch row_scratch, middle_scratch, sum_scratch;
+  const std::lock_guard<std::mutex> my_turn(turn);
+  std::vector<int64_t> order;
+  const std::vector<Group> groups = sort_pairs(slot_P, call.row_P, pairs, slots, call.first_row, call.first_row + rows, order);
+  const int64_t num_groups = groups.size(), up_panels = call.width / (call.has_gate ? kOuts : 32);
+  const int64_t down_panels = call.hidden / 32;
+  int64_t num_blocks = 0;
+  for (const Group& group : groups) num_blocks += (group.end - group.begin + kRows - 1) / kRows;
+  const int64_t at_once = std::clamp<int64_t>(down_panels / (2 * threads), 1, kAtOnce);
+  uint16_t* blocks = row_scratch.get(num_blocks * kRows * call.hidden);
+  uint16_t* middle = middle_scratch.get(num_blocks * kRows * call.width);
+  float* sums = reinterpret_cast<float*>(sum_scratch.get(call.weight_P ? threads * rows * at_once * 64 : 0));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (use_tiles) configure_tiles();
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < num_groups; ++g) gather(call, order, groups[g], blocks);
+    // A thread takes neighbouring panels: long streams are read faster.
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t task = 0; task < num_groups * up_panels; ++task)
+      passes.up(call, groups[task / up_panels], task % up_panels, blocks, middle);
+    float* sum = sums + omp_get_thread_num() * rows * at_once * 32;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < down_panels; first += at_once) {
+      const int64_t count = std::min(at_once, down_panels - first);
+      if (call.weight_P) memset(sum, 0, rows * at_once * 128);
+      for (const Group& group : groups)
+        for (int64_t at = 0; at < count; ++at)
+          passes.down(call, order.data(), group, first + at, middle, sum + at * 32, at_once * 32);
+      if (call.weight_P)
+        for (int64_t row = 0; row < rows; ++row)
+          memcpy(call.out + (call.first_row + row) * call.hidden + first * 32, sum + row * at_once * 32, count * 128);
+    }
+    if (use_tiles) release_tiles();
+  }
+}
+
+}  // namespace
+
+// The best instruction set of this processor: 0 plain, 1 AVX2, 2 AVX-512 BF16, 3 AMX.
+extern "C" int best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // ARCH_REQ_XCOMP_PERM: the kernel grants the tile registers to this process, or there are none.
+  if (__builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0) return kAmx;
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kAnywhere;
+}
+
+// Packs w [outs, ins], whose element (o, i) is at o * out_stride + i * in_stride: every half_step-th half of a panel of `to`, from
+// half `half`. outs a multiple of 16, ins of 32.
+extern "C" void expert_pack(
+    const uint16_t* w, int64_t out_stride, int64_t in_stride, int64_t outs, int64_t ins, int64_t half, int64_t half_step, uint16_t* to) {
+  for (int64_t o = 0; o < outs; o += kOuts, half += half_step)
+    for (int64_t i = 0; i < ins; i += kDepth) {
+      uint16_t* block = to + half / 2 * 2 * ins * kOuts + (i / kDepth * 2 + half % 2) * kBlock;
+      for (int64_t out = 0; out < kOuts; ++out) {
+        const uint16_t* from = w + (o + out) * out_stride + i * in_stride;
+        if (in_stride == 1)
+          for (int64_t pair = 0; pair < 16; ++pair) memcpy(block + pair * 32 + out * 2, from + 2 * pair, 4);
+        else
+          for (int64_t in = 0; in < kDepth; ++in) block[in / 2 * 32 + out * 2 + in % 2] = from[in * in_stride];
+      }
+    }
+}
+
+// The inverse of expert_pack.
+extern "C" void expert_unpack(
+    const uint16_t* from, int64_t half, int64_t half_step, uint16_t* w, int64_t out_stride, int64_t in_stride, int64_t outs, int64_t ins) {
+  for (int64_t o = 0; o < outs; o += kOuts, half += half_step)
+    for (int64_t i = 0; i < ins; i += kDepth) {
+      const uint16_t* block = from + half / 2 * 2 * ins * kOuts + (i / kDepth * 2 + half % 2) * kBlock;
+      for (int64_t out = 0; out < kOuts; ++out) {
+        uint16_t* to = w + (o + out) * out_stride + i * in_stride;
+        if (in_stride == 1)
+          for (int64_t pair = 0; pair < 16; ++pair) memcpy(to + 2 * pair, block + pair * 32 + out * 2, 4);
+        else
+          for (int64_t in = 0; in < kDepth; ++in) to[in * in_stride] = block[in / 2 * 32 + out * 2 + in % 2];
+      }
+    }
+}
+
+// sizes: rows, pairs, slots, hidden, width. pointers by slot: packed up and down, then biases or null.
+extern "C" void expert_mlp(const uint16_t* x, const int64_t* row_P, const int64_t* slot_P, const float* weight_P,
+                           const uint16_t* const* up, const uint16_t* const* down, const uint16_t* const* up_bias,
+                           const uint16_t* const* down_bias, float* out, const int64_t* sizes, int has_gate, int kind,
+                           float alpha, float limit, float shift, int isa, int threads) {
+  Call call{x, row_P, weight_P, up, down, up_bias, down_bias, out, sizes[3], sizes[4], has_gate != 0, {kind, alpha, limit, shift}, 0};
+  for (; call.first_row < sizes[0]; call.first_row += kStep)
+    run(call, isa, slot_P, std::min(kStep, sizes[0] - call.first_row), sizes[1], sizes[2], threads);
+}

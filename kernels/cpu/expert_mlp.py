@@ -1,0 +1,255 @@
+"""Expert MLPs on CPU, bf16, in one call: weights packed once, gate, up, activation and down fused, the pairs summed.
+
+Shape suffixes: T rows (tokens), H hidden, W expert width, U up-projection width (2W with a gate, W without), P (token,
+expert) pairs, S slots.
+"""
+
+import ctypes
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from expertmesh.kernels.cpu.build import load_expert_mlp
+
+_OUTS, _DEPTH = 16, 32  # of a block of packed weights
+
+
+class Isa(IntEnum):
+    """Instruction sets that the kernel is compiled for, the best last."""
+
+    PLAIN = 0
+    AVX2 = 1
+    AVX512_BF16 = 2
+    AMX = 3
+
+
+class Kind(IntEnum):
+    """Activations that the kernel knows."""
+
+    SWIGLU = 0
+    GELU_TANH = 1
+    RELU2 = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What comes between the up and the down projection.
+
+    SWIGLU is (value + shift) * gate * sigmoid(alpha * gate), the gate at most limit, the value within +-limit;
+    GELU_TANH is gelu(gate) * value; RELU2, without a gate, relu squared. is_interleaved: the up projection's outputs
+    are gate, value, gate, value, ...; else all gates come first.
+    """
+
+    kind: Kind
+    has_gate: bool = True
+    is_interleaved: bool = False
+    alpha: float = 1.0
+    limit: float = float("inf")
+    shift: float = 0.0
+
+    def __call__(self, up_PU: Tensor) -> Tensor:
+        """Compute it with torch, float32 [P, U] to [P, W]: what the kernel is measured against."""
+        if self.kind is Kind.RELU2:
+            return F.relu(up_PU).square()
+        gate, value = (up_PU[..., ::2], up_PU[..., 1::2]) if self.is_interleaved else up_PU.chunk(2, dim=-1)
+        if self.kind is Kind.GELU_TANH:
+            return F.gelu(gate, approximate="tanh") * value
+        gate, value = gate.clamp(max=self.limit), value.clamp(-self.limit, self.limit)
+        return (value + self.shift) * (gate * torch.sigmoid(self.alpha * gate))
+
+
+def recognise(activate: Callable[[Tensor], Tensor], numbers: Collection[float] = ()) -> Activation | None:
+    """Return the kernel's name for a function by what it computes; None: the kernel does not know it.
+
+    Args:
+        activate: maps [P, U] to [P, W], elementwise in P.
+        numbers: values that alpha and limit may have.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Beyond the limits that models clamp at (7 to 30), finely where the functions bend.
+    up_PU = torch.cat([torch.randn(64, 64, generator=generator) * scale for scale in (1.0, 4.0, 40.0)])
+    wanted = activate(up_PU)
+    if wanted.shape[-1] == up_PU.shape[-1]:
+        candidates = [Activation(kind=Kind.RELU2, has_gate=False)]
+    else:
+        candidates = [
+            Activation(kind=kind, is_interleaved=is_interleaved, alpha=alpha, limit=limit, shift=shift)
+            for is_interleaved in (False, True)
+            for kind in (Kind.SWIGLU, Kind.GELU_TANH)
+            for alpha in (1.0, *numbers)
+            for limit in (float("inf"), *numbers)
+            for shift in (0.0, 1.0)
+        ]
+    for candidate in candidates:
+        if torch.allclose(candidate(up_PU), wanted, rtol=1e-4, atol=1e-5):
+            return candidate
+    return None
+
+
+@cache
+def best_isa() -> Isa | None:
+    """Return the best that this machine can do; None where the kernel cannot be compiled."""
+    library = load_expert_mlp()
+    return None if library is None else Isa(library.best_isa())
+
+
+def can_pack(hidden: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Say whether the kernel can do experts of this size."""
+    return (
+        dtype == torch.bfloat16
+        and device.type == "cpu"
+        and hidden % _DEPTH == 0
+        and width % _DEPTH == 0
+        and best_isa() is not None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedExpert:
+    """One expert's weights in the kernel's layout, bf16: up [U * H], down [H * W]; of the up bias the gates first."""
+
+    up: Tensor
+    down: Tensor
+    up_bias_U: Tensor | None = None
+    down_bias_H: Tensor | None = None
+
+
+def pack_expert(
+    up_UH: Tensor,
+    down_HW: Tensor,
+    activation: Activation,
+    up_bias_U: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+    *,
+    into: Tensor | None = None,
+) -> PackedExpert:
+    """Pack one expert; the matrices may be views of transposed ones. into: where to, bf16 [(U + W) * H]."""
+    hidden, width = down_HW.shape
+    if into is None:
+        into = up_UH.new_empty(up_UH.numel() + down_HW.numel())
+    up, down = into[: up_UH.numel()], into[up_UH.numel() :]
+    for part_OI, panel, step in _parts(up_UH, activation):
+        _library().expert_pack(
+            _at(part_OI), *map(ctypes.c_int64, (*part_OI.stride(), *part_OI.shape, panel, step)), _at(up)
+        )
+    _library().expert_pack(_at(down_HW), *map(ctypes.c_int64, (*down_HW.stride(), hidden, width, 0, 1)), _at(down))
+    if up_bias_U is not None:
+        up_bias_U = torch.cat([up_bias_U[::2], up_bias_U[1::2]]) if activation.is_interleaved else up_bias_U.clone()
+    return PackedExpert(
+        up=up, down=down, up_bias_U=up_bias_U, down_bias_H=None if down_bias_H is None else down_bias_H.clone()
+    )
+
+
+def unpack_expert(
+    packed: PackedExpert,
+    up_UH: Tensor,
+    down_HW: Tensor,
+    activation: Activation,
+    up_bias_U: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+) -> None:
+    """Write an expert's weights into matrices, which may be views of transposed ones, and into vectors."""
+    if up_bias_U is not None and packed.up_bias_U is not None:
+        gates, values = packed.up_bias_U.chunk(2)
+        is_apart = activation.is_interleaved
+        up_bias_U.copy_(torch.stack([gates, values], dim=1).flatten() if is_apart else packed.up_bias_U)
+    if down_bias_H is not None and packed.down_bias_H is not None:
+        down_bias_H.copy_(packed.down_bias_H)
+    for part_OI, panel, step in _parts(up_UH, activation):
+        numbers = map(ctypes.c_int64, (*part_OI.stride(), *part_OI.shape))
+        _library().expert_unpack(_at(packed.up), ctypes.c_int64(panel), ctypes.c_int64(step), _at(part_OI), *numbers)
+    numbers = map(ctypes.c_int64, (*down_HW.stride(), *down_HW.shape))
+    _library().expert_unpack(_at(packed.down), ctypes.c_int64(0), ctypes.c_int64(1), _at(down_HW), *numbers)
+
+
+def _parts(up_UH: Tensor, activation: Activation) -> list[tuple[Tensor, int, int]]:
+    """Return the matrices that the up projection is made of, each with its first panel and the step between panels."""
+    if not activation.has_gate:
+        return [(up_UH, 0, 1)]
+    gate_WH, value_WH = (up_UH[::2], up_UH[1::2]) if activation.is_interleaved else up_UH.chunk(2)
+    return [(gate_WH, 0, 2), (value_WH, 1, 2)]
+
+
+class PackedSlots:
+    """The packed experts of one layer, by slot, as the kernel takes them. Never changed."""
+
+    def __init__(self, experts: Sequence[PackedExpert], hidden: int, width: int, activation: Activation) -> None:
+        self.experts = tuple(experts)
+        self.hidden = hidden
+        self.width = width
+        self.activation = activation
+        self._up = _pointers([e.up for e in experts])
+        self._down = _pointers([e.down for e in experts])
+        self._up_bias = _pointers([e.up_bias_U for e in experts])
+        self._down_bias = _pointers([e.down_bias_H for e in experts])
+
+    def run(
+        self, rows_TH: Tensor, row_P: Tensor, slot_P: Tensor, weight_P: Tensor | None, isa: Isa | None = None
+    ) -> Tensor:
+        """Run each pair's expert over its row.
+
+        Args:
+            rows_TH: bf16.
+            row_P: int64, the row of a pair.
+            slot_P: int64, the slot whose expert it asks for.
+            weight_P: float32, the router's weight; None: each pair's output is wanted by itself.
+            isa: instruction set; None: the best.
+
+        Returns:
+            float32 [T, H], the weighted sum of each row's experts, or [P, H] without weights.
+        """
+        rows_TH = rows_TH.contiguous()
+        row_P, slot_P = row_P.contiguous(), slot_P.contiguous()
+        weight_P = None if weight_P is None else weight_P.contiguous()
+        num_rows, num_pairs = rows_TH.shape[0], row_P.shape[0]
+        shape = (num_pairs if weight_P is None else num_rows, self.hidden)
+        if num_pairs == 0:  # an empty tensor has no address
+            return torch.zeros(shape)
+        out = torch.empty(shape)
+        sizes = (ctypes.c_int64 * 5)(num_rows, num_pairs, len(self.experts), self.hidden, self.width)
+        how = self.activation
+        chosen = best_isa() if isa is None else isa
+        assert chosen is not None, "packed experts without a compiled kernel"
+        _library().expert_mlp(
+            _at(rows_TH),
+            _at(row_P),
+            _at(slot_P),
+            None if weight_P is None else _at(weight_P),
+            self._up,
+            self._down,
+            self._up_bias,
+            self._down_bias,
+            _at(out),
+            sizes,
+            ctypes.c_int(how.has_gate),
+            ctypes.c_int(how.kind),
+            ctypes.c_float(how.alpha),
+            ctypes.c_float(how.limit),
+            ctypes.c_float(how.shift),
+            ctypes.c_int(chosen),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+        return out
+
+
+def _library() -> ctypes.CDLL:
+    library = load_expert_mlp()
+    assert library is not None, "packed experts without a compiled kernel"
+    return library
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> "ctypes.Array[ctypes.c_void_p] | None":
+    """Return the tensors' addresses; None where there are no tensors."""
+    if not tensors or tensors[0] is None:
+        return None
+    addresses = [t.data_ptr() for t in tensors if t is not None]
+    return (ctypes.c_void_p * len(addresses))(*addresses)
