@@ -51,10 +51,14 @@ class StepLayout:
 
     Made once a step, used by all layers. write_T: cache row of each token. decode_*: sequences with one new token,
     taken together: their rows in the batch, their cache rows padded to the longest [N, L], and which of those are real.
-    prefill: the others, with their cache rows [L].
+    prefill: the others, with their cache rows [L]. For kernels that go by row: sequence_T, each row's place in pages_NP
+    (padded with 0), and length_T, how many tokens it attends to, itself the last.
     """
 
     write_T: Tensor
+    sequence_T: Tensor
+    length_T: Tensor
+    pages_NP: Tensor
     decode_rows_N: Tensor
     decode_read_NL: Tensor
     decode_length_N: Tensor
@@ -76,8 +80,14 @@ def step_layout(spans: tuple[ChunkSpan, ...], page_size: int, device: torch.devi
         read_NL[n] = cache_rows[i][0]
         read_NL[n, : lengths[n]] = cache_rows[i]
     prefill = tuple((s, r.to(device)) for s, r in zip(spans, cache_rows, strict=True) if s.length > 1)
+    pages_NP = torch.zeros((len(spans), max(len(s.pages) for s in spans)), dtype=torch.int64)
+    for n, span in enumerate(spans):
+        pages_NP[n, : len(span.pages)] = torch.tensor(span.pages)
     return StepLayout(
         write_T=write_T.to(device),
+        sequence_T=torch.cat([torch.full((s.length,), n) for n, s in enumerate(spans)]).to(device),
+        length_T=torch.cat([torch.arange(s.context, s.context + s.length) + 1 for s in spans]).to(device),
+        pages_NP=pages_NP.to(device),
         decode_rows_N=torch.tensor([spans[i].start for i in decodes], dtype=torch.int64).to(device),
         decode_read_NL=read_NL.to(device),
         decode_length_N=torch.tensor(lengths, dtype=torch.int64).to(device),
@@ -104,17 +114,24 @@ class PagedKVCache:
     """The KV cache of all layers of one model.
 
     Before `allocate` it is in probe mode: attention runs over the new tokens alone and notes each layer's shapes, so
-    that no family's head layout need be known in advance. is_invariant: a token's result is to be the same to the bit
-    whatever else is in its step, and however its sequence is cut into steps.
+    that no family's head layout need be known in advance: shapes and options are what it saw of each layer.
+    is_invariant: a token's result is to be the same to the bit whatever else is in its step, and however its sequence
+    is cut into steps.
     """
 
     page_size: int
     device: torch.device
     is_invariant: bool = False
     shapes: dict[int, KVShape] = field(default_factory=dict)
+    options: dict[int, AttentionOptions] = field(default_factory=dict)
     layout: StepLayout | None = None
     _keys: dict[int, Tensor] = field(default_factory=dict)
     _values: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages there is memory for; 0 before `allocate`."""
+        return len(next(iter(self._keys.values()))) // self.page_size if self._keys else 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -142,6 +159,7 @@ class PagedKVCache:
         """
         query_TAD, key_TGD, value_TGV = (x[0].transpose(0, 1) for x in (query_1ATD, key_1GTD, value_1GTV))
         if layer not in self._keys:
+            self.options[layer] = options
             self.shapes[layer] = KVShape(
                 num_heads=key_TGD.shape[1],
                 key_size=key_TGD.shape[2],
@@ -165,15 +183,31 @@ class PagedKVCache:
                 invariant_attention if self.is_invariant else _attention,
             )
         for span, read_L in layout.prefill:
-            end = span.start + span.length
-            out_TAV[span.start : end] = self._attend_chunk(
-                query_TAD[span.start : end],
-                _gather(keys_CGD, read_L),
-                _gather(values_CGV, read_L),
-                span.context,
-                options,
-            )
+            self.attend_span(layer, query_TAD, span, read_L, options, out_TAV)
         return out_TAV.unsqueeze(0)
+
+    def attend_span(
+        self,
+        layer: int,
+        query_TAD: Tensor,
+        span: ChunkSpan,
+        read_L: Tensor,
+        options: AttentionOptions,
+        out_TAV: Tensor,
+    ) -> None:
+        """Attend for one sequence's rows of a step, whose keys and values are in the cache, into those rows of out."""
+        end = span.start + span.length
+        out_TAV[span.start : end] = self._attend_chunk(
+            query_TAD[span.start : end],
+            _gather(self._keys[layer], read_L),
+            _gather(self._values[layer], read_L),
+            span.context,
+            options,
+        )
+
+    def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys [C, G, D] and values [C, G, V], for a kernel that reads and writes them itself."""
+        return self._keys[layer], self._values[layer]
 
     def _attend_chunk(
         self, query_QAD: Tensor, key_LGD: Tensor, value_LGV: Tensor, context: int, options: AttentionOptions

@@ -1,10 +1,12 @@
-"""Let the dense half's linear layers use the compiled CPU product where it is the faster way: few rows, bf16."""
+"""Let linear layers use the compiled CPU products where they are the faster way: bf16."""
 
 from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expertmesh.kernels.cpu.dense import can_pack_linear, pack_linear
 from expertmesh.kernels.cpu.grouped_linear import grouped_linear, is_supported
 
 
@@ -13,6 +15,19 @@ def speed_up_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Pack the weights of every plain linear layer that can be, for good. What an embedding shares stays as it is."""
+    modules: list[Any] = list(model.modules())
+    own = {id(module) for module in modules if type(module) is nn.Linear}
+    shared = {p.data_ptr() for m in modules if id(m) not in own for p in m.parameters(recurse=False)}
+    for module in modules:
+        if id(module) not in own or module.weight is None or module.weight.data_ptr() in shared:
+            continue
+        if can_pack_linear(module.weight):
+            module.forward = pack_linear([module.weight], [module.bias])
+            module.weight = None
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ They keep no state of their own: what a layer needs hangs on its module, put the
 `attach_cache`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def attach_experts(experts_by_layer: Mapping[int, nn.Module], run: RunExperts) -
     for layer, module in experts_by_layer.items():
         module.expertmesh_run = run  # type: ignore[assignment]  # nn.Module types attributes as tensors or modules
         module.expertmesh_layer = layer  # type: ignore[assignment]
+
+
+@contextmanager
+def other_experts(modules: Iterable[nn.Module], run: RunExperts) -> Iterator[None]:
+    """Let the experts within some modules be computed by `run` for a while."""
+    own = [(m, m.expertmesh_run) for module in modules for m in module.modules() if hasattr(m, "expertmesh_run")]
+    try:
+        for module, _ in own:
+            module.expertmesh_run = run  # type: ignore[assignment]
+        yield
+    finally:
+        for module, before in own:
+            module.expertmesh_run = before
 
 
 def attach_cache(model: nn.Module, cache: PagedKVCache) -> None:

@@ -4,6 +4,7 @@ All sequences of a step are flattened into one batch over the paged cache; famil
 run one sequence a step.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,7 +17,11 @@ from transformers import PreTrainedModel
 from expertmesh.cluster.scheduler import Chunk
 from expertmesh.kernels.paged_attention import ChunkSpan, PagedKVCache, step_layout
 from expertmesh.models import hooks
+from expertmesh.models.cpu_decoder import speed_up_layers
+from expertmesh.models.cpu_linears import pack_linears
 from expertmesh.models.deterministic import known_operators
+
+_log = logging.getLogger(__name__)
 
 
 class StepRunner(ABC):
@@ -54,6 +59,7 @@ class PagedRunner(StepRunner):
         """
         self._model = model
         self._device = device
+        self.num_compiled = 0  # layers whose attention runs in one compiled call
         self._cache = PagedKVCache(page_size=page_size, device=device, is_invariant=deterministic)
         hooks.attach_cache(model, self._cache)
         with known_operators() if deterministic else nullcontext():
@@ -65,8 +71,13 @@ class PagedRunner(StepRunner):
         return self._cache.bytes_per_token
 
     def allocate(self, num_pages: int) -> None:
-        """Take memory for num_pages pages."""
+        """Take memory for num_pages pages; on a CPU the layers that can be are compiled then."""
         self._cache.allocate(num_pages)
+        if self._device.type == "cpu" and not self._cache.is_invariant:
+            with torch.inference_mode():
+                self.num_compiled = speed_up_layers(self._model, self._cache, self.run)
+            pack_linears(self._model)
+            _log.info("%d layers run compiled attention", self.num_compiled)
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """See StepRunner.run."""

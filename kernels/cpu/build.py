@@ -54,6 +54,16 @@ def load_expert_mlp() -> ctypes.CDLL | None:
 
 
 @functools.cache
+def load_dense() -> ctypes.CDLL | None:
+    """Return the compiled dense half; None, with the reason logged once, where torch has to do its work."""
+    try:
+        return _load("dense.cpp")
+    except KernelBuildError as error:
+        _logger.warning("the dense half runs on torch's kernels, about half as fast: %s", error)
+        return None
+
+
+@functools.cache
 def load_invariant_product() -> ctypes.CDLL:
     """Return the compiled product of `invariant_product`, which nothing of torch's can stand in for.
 

@@ -1,41 +1,18 @@
 // The MLPs of many experts over the rows of a step in one call: gather, up projection, activation, down projection, weighted sum.
 //
-// Packed weights (expert_pack): blocks of 16 outputs by 32 inputs, of 1 KiB: block[pair of inputs 0..15][output 0..15][2], bf16.
-// A block is the right operand of an AMX tile product and 16 registers of AVX-512 as it lies in memory. A panel is the blocks of 32
-// outputs: two blocks for the first 32 inputs, two for the next ..., the first of two for 16 gates and the second for the values that
-// they gate. It is read from memory as one stream, while the panel before it is computed.
-// Rows are gathered into blocks of 16 rows by 32 inputs ([row][input]), the left operand.
+// Of the up projection's panels (packed.h) the first of two blocks is for 16 gates and the second for the values that they gate.
 //
 // Two passes with a barrier between: (expert, panel of the middle) and (panel of the output over all experts), so that no two
 // threads write one place and each weight is read from memory once. Sums are float32 in one order for a row, whatever rows are
 // computed beside it, and a row's experts are added in the order of the slots.
 
-#include <omp.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "packed.h"
 
-#include <algorithm>
 #include <mutex>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
 namespace {
 
-constexpr int64_t kRows = 16;    // rows of a block
-constexpr int64_t kDepth = 32;   // inputs of a block
-constexpr int64_t kOuts = 16;    // outputs of a block
-constexpr int64_t kBlock = 512;  // elements of a block
-constexpr int64_t kAhead = 8;     // blocks between what is computed and what is asked of memory
-constexpr int64_t kSlab = 8;      // blocks of inputs that are used for all rows of a group at a time
-constexpr int64_t kGroup = 128;  // rows of a group, at most
 constexpr int64_t kStep = 1024;  // rows computed at a time: what they need besides weights stays in the caches
 constexpr int64_t kAtOnce = 8;   // panels of the output for which a thread goes through the groups, at most
 
@@ -46,12 +23,6 @@ struct Activation {
   int kind;
   float alpha, limit, shift;
 };
-
-// Palette 1, all eight tiles of 16 rows of 64 bytes. Constant data: the compiler does not see that ldtilecfg reads all of it.
-alignas(64) const uint8_t kTileConfig[64] = {1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,               // palette, reserved
-                                             64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,       // bytes a row
-                                             0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,               // unused tiles
-                                             16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0};      // rows
 
 // Rows of one slot: rows `begin` to `end` of the sorted pairs, whose blocks begin at block `block`. At most kGroup of them, so that
 // they stay in the second-level cache while one panel after another is computed for them.
@@ -83,21 +54,6 @@ std::vector<Group> sort_pairs(const int64_t* slot_P, const int64_t* row_P, int64
     if (is_in(p)) order[start[slot_P[p]]++] = p;
   return groups;
 }
-
-// Memory kept from one call to the next: fresh pages would be cleared by the kernel each time.
-struct Scratch {
-  uint16_t* data = nullptr;
-  int64_t size = 0;
-  uint16_t* get(int64_t elements) {
-    if (elements > size) {
-      free(data);
-      size = elements + elements / 4;
-      data = static_cast<uint16_t*>(aligned_alloc(64, (size * 2 + 63) / 64 * 64));
-    }
-    return data;
-  }
-  ~Scratch() { free(data); }
-};
 
 struct Call {
   const uint16_t* x;        // [rows][hidden]
@@ -132,48 +88,8 @@ struct Passes {
   DownPanel down;
 };
 
-namespace anywhere {
-#define PRODUCT 0
-#include "expert_passes.h"
-#undef PRODUCT
-}  // namespace anywhere
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define PRODUCT 0
-#include "expert_passes.h"
-#undef PRODUCT
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-namespace avx512 {
-#define PRODUCT 1
-#include "expert_passes.h"
-#undef PRODUCT
-}  // namespace avx512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
-namespace amx {
-#define PRODUCT 2
-#include "expert_passes.h"
-#undef PRODUCT
-}  // namespace amx
-#pragma GCC pop_options
-
-__attribute__((target("amx-tile"))) void configure_tiles() { _tile_loadconfig(kTileConfig); }
-__attribute__((target("amx-tile"))) void release_tiles() { _tile_release(); }
-#else
-void configure_tiles() {}
-void release_tiles() {}
-#endif
-
-enum Isa { kAnywhere = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+#define PASSES "expert_passes.h"
+#include "every_isa.h"
 
 Passes passes_of(int isa) {
 #if defined(__x86_64__)

@@ -129,7 +129,6 @@ def pack_expert(
     into: Tensor | None = None,
 ) -> PackedExpert:
     """Pack one expert; the matrices may be views of transposed ones. into: where to, bf16 [(U + W) * H]."""
-    hidden, width = down_HW.shape
     if into is None:
         into = up_UH.new_empty(up_UH.numel() + down_HW.numel())
     up, down = into[: up_UH.numel()], into[up_UH.numel() :]
@@ -137,12 +136,18 @@ def pack_expert(
         _library().expert_pack(
             _at(part_OI), *map(ctypes.c_int64, (*part_OI.stride(), *part_OI.shape, panel, step)), _at(up)
         )
-    _library().expert_pack(_at(down_HW), *map(ctypes.c_int64, (*down_HW.stride(), hidden, width, 0, 1)), _at(down))
+    pack_matrix(down_HW, down)
     if up_bias_U is not None:
         up_bias_U = torch.cat([up_bias_U[::2], up_bias_U[1::2]]) if activation.is_interleaved else up_bias_U.clone()
     return PackedExpert(
         up=up, down=down, up_bias_U=up_bias_U, down_bias_H=None if down_bias_H is None else down_bias_H.clone()
     )
+
+
+def pack_matrix(weight_OI: Tensor, into: Tensor) -> None:
+    """Pack a matrix by itself, outputs and inputs multiples of 32, into bf16 [O * I]."""
+    numbers = map(ctypes.c_int64, (*weight_OI.stride(), *weight_OI.shape, 0, 1))
+    _library().expert_pack(_at(weight_OI), *numbers, _at(into))
 
 
 def unpack_expert(

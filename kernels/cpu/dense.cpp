@@ -1,0 +1,158 @@
+// The dense half of a decoder layer over the rows of a step: norm, projections, rotation, paged attention, output projection,
+// residual and the next norm in one call; and linear layers.
+//
+// All matrices are packed (packed.h), bf16; sums are float32. A row's result does not depend on the rows beside it.
+
+#include "packed.h"
+
+#include <math.h>
+
+#include <cmath>
+#include <mutex>
+
+#include "team.h"
+
+namespace {
+
+constexpr int64_t kMostShared = 16;  // query heads of a KV head
+constexpr int64_t kMostHead = 256;   // elements of a head
+
+enum QkNorm { kNone = 0, kEachHead = 1, kAllHeads = 2 };
+
+}  // namespace
+
+// Laid out as kernels/cpu/dense.py has it. Null: there is none.
+struct Layer {
+  int64_t hidden, heads, kv_heads, head_size, rope_size, page_size, window, qk_norm;
+  float eps, qk_eps, next_eps, scale, softcap, unused;
+  const uint16_t *norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias, *next_norm;
+  const float* sinks;            // [heads]
+  uint16_t *keys, *values;       // [cache row][kv_heads][head_size]
+};
+
+struct Step {
+  int64_t rows, most_pages;
+  const uint16_t* x;             // [rows][hidden]
+  const float *cos, *sin;        // [rows][rope_size]
+  const int64_t* write_T;        // cache row of each row's key and value
+  const int64_t* sequence_T;     // each row's place in pages; -1: its attention is computed elsewhere
+  const int64_t* length_T;       // keys that each row attends to, itself the last
+  const int64_t* pages;          // [sequence][most_pages]
+  uint16_t *query, *attended;    // [rows][heads][head_size]
+  uint16_t *residual, *normed;   // [rows][hidden]
+};
+
+namespace {
+
+#define PASSES "dense_passes.h"
+#include "every_isa.h"
+
+struct Passes {
+  decltype(&anywhere::gather_rows) gather_rows;
+  decltype(&anywhere::normalise_row) normalise_row;
+  decltype(&anywhere::linear_panel) linear_panel;
+  decltype(&anywhere::finish_row) finish_row;
+  decltype(&anywhere::attend_row) attend_row;
+};
+
+#define PASSES_OF(isa) {isa::gather_rows, isa::normalise_row, isa::linear_panel, isa::finish_row, isa::attend_row}
+
+Passes passes_of(int isa) {
+#if defined(__x86_64__)
+  if (isa == kAmx) return PASSES_OF(amx);
+  if (isa == kAvx512) return PASSES_OF(avx512);
+  if (isa == kAvx2) return PASSES_OF(avx2);
+#endif
+  return PASSES_OF(anywhere);
+}
+
+// The parts of a layer, as bits of what is to be computed.
+enum Part { kProject = 1, kAttend = 2, kOut = 4 };
+
+// Memory of the one call that computes at a time.
+std::mutex turn;
+Scratch row_scratch, qkv_scratch;
+
+struct Linear {
+  const uint16_t *w, *bias, *residual;
+  int64_t ins, outs;
+  uint16_t* to;
+};
+
+void run_linear(const Passes& passes, Team& team, int phase, const Linear& linear, int64_t rows, const uint16_t* blocks) {
+  const int64_t panels = linear.outs / 32, groups = (rows + kGroup - 1) / kGroup, total = panels * groups;
+  for (int64_t begin, end; team.take(phase, total, team.at_once(total, 16), &begin, &end);)
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / panels * kGroup;
+      passes.linear_panel(blocks, first, std::min(kGroup, rows - first), linear.w, linear.ins / kDepth, linear.bias, linear.residual,
+                          linear.to, linear.outs, task % panels);
+    }
+}
+
+void run_layer(const Layer& layer, const Step& step, const Passes& passes, Team& team, int parts, uint16_t* blocks, uint16_t* qkv) {
+  const int64_t rows = step.rows, inner = layer.heads * layer.head_size, wide = inner + 2 * layer.kv_heads * layer.head_size;
+  int64_t begin, end;
+  if (parts & kProject) {
+    while (team.take(0, rows, team.at_once(rows, 16), &begin, &end))
+      passes.gather_rows(step.x, begin, end, layer.hidden, layer.norm, layer.eps, blocks);
+    team.meet(0);
+    run_linear(passes, team, 1, {layer.qkv, layer.qkv_bias, nullptr, layer.hidden, wide, qkv}, rows, blocks);
+    team.meet(1);
+    while (team.take(2, rows, team.at_once(rows, 16), &begin, &end))
+      for (int64_t row = begin; row < end; ++row) passes.finish_row(layer, step, row, qkv + row * wide);
+    team.meet(2);
+  }
+  if (parts & kAttend) {
+    const int64_t tasks = rows * layer.kv_heads;
+    while (team.take(3, tasks, team.at_once(tasks, layer.kv_heads), &begin, &end))
+      for (int64_t task = begin; task < end; ++task)
+        if (step.sequence_T[task / layer.kv_heads] >= 0) passes.attend_row(layer, step, task / layer.kv_heads, task % layer.kv_heads);
+    team.meet(3);
+  }
+  if (parts & kOut) {
+    while (team.take(4, rows, team.at_once(rows, 16), &begin, &end)) passes.gather_rows(step.attended, begin, end, inner, nullptr, 0, blocks);
+    team.meet(4);
+    run_linear(passes, team, 5, {layer.out, layer.out_bias, step.x, inner, layer.hidden, step.residual}, rows, blocks);
+    team.meet(5);
+    while (team.take(6, rows, team.at_once(rows, 16), &begin, &end))
+      for (int64_t row = begin; row < end; ++row)
+        passes.normalise_row(step.residual + row * layer.hidden, layer.hidden, layer.next_norm, layer.next_eps, step.normed + row * layer.hidden);
+  }
+}
+
+int64_t padded(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
+
+}  // namespace
+
+extern "C" void dense_layer(const Layer* layer, const Step* step, int parts, int isa, int threads) {
+  const std::lock_guard<std::mutex> my_turn(turn);
+  const Passes passes = passes_of(isa);
+  const int64_t inner = layer->heads * layer->head_size;
+  uint16_t* blocks = row_scratch.get(padded(step->rows) * std::max(layer->hidden, inner));
+  uint16_t* qkv = qkv_scratch.get(step->rows * (inner + 2 * layer->kv_heads * layer->head_size));
+  Team team(threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (isa == kAmx) configure_tiles();
+    run_layer(*layer, *step, passes, team, parts, blocks, qkv);
+    if (isa == kAmx) release_tiles();
+  }
+}
+
+// to[rows][outs] = x[rows][ins] . w + bias
+extern "C" void dense_linear(const uint16_t* x, int64_t rows, int64_t ins, const uint16_t* w, const uint16_t* bias, int64_t outs,
+                             uint16_t* to, int isa, int threads) {
+  const std::lock_guard<std::mutex> my_turn(turn);
+  const Passes passes = passes_of(isa);
+  uint16_t* blocks = row_scratch.get(padded(rows) * ins);
+  Team team(threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (isa == kAmx) configure_tiles();
+    for (int64_t begin, end; team.take(0, rows, team.at_once(rows, 16), &begin, &end);)
+      passes.gather_rows(x, begin, end, ins, nullptr, 0, blocks);
+    team.meet(0);
+    run_linear(passes, team, 1, {w, bias, nullptr, ins, outs, to}, rows, blocks);
+    if (isa == kAmx) release_tiles();
+  }
+}

@@ -1,0 +1,180 @@
+// The parts of a decoder layer's attention for one instruction set, see product.h and dense.cpp.
+
+#include "product.h"
+
+INLINE float sum_of(Floats v) {
+  float sum = 0;
+  for (int lane = 0; lane < 16; ++lane) sum += v[lane];
+  return sum;
+}
+
+INLINE float largest_of(Floats v) {
+  float most = v[0];
+  for (int lane = 1; lane < 16; ++lane) most = v[lane] > most ? v[lane] : most;
+  return most;
+}
+
+// 1 / root mean square of `size` elements, a multiple of 16.
+INLINE float inverse_rms(const uint16_t* x, int64_t size, float eps) {
+  Floats squares = {};
+  for (int64_t i = 0; i < size; i += 16) {
+    const Floats v = from_halves(x + i);
+    squares += v * v;
+  }
+  return 1.0f / __builtin_sqrtf(sum_of(squares) / size + eps);
+}
+
+// Rounded before the weight is multiplied and after, as transformers does.
+INLINE Halves normalised(const uint16_t* x, float scale, const uint16_t* weight) {
+  const Halves rounded = to_halves(from_halves(x) * scale);
+  return to_halves(from_halves((const uint16_t*)&rounded) * from_halves(weight));
+}
+
+// Rows of `from` [row][size], normalised unless norm is null, into blocks; row 0 at blocks[0].
+void gather_rows(const uint16_t* from, int64_t begin, int64_t end, int64_t size, const uint16_t* norm, float eps, uint16_t* blocks) {
+  const int64_t depth = size / kDepth;
+  for (int64_t row = begin; row < end; ++row) {
+    const uint16_t* x = from + row * size;
+    uint16_t* to = blocks + row / kRows * depth * kBlock + row % kRows * kDepth;
+    const float scale = norm ? inverse_rms(x, size, eps) : 0.0f;
+    for (int64_t d = 0; d < depth; ++d, x += kDepth, to += kBlock) {
+      if (norm) {
+        const uint16_t* weight = norm + d * kDepth;
+        *reinterpret_cast<Halves*>(to) = normalised(x, scale, weight);
+        *reinterpret_cast<Halves*>(to + 16) = normalised(x + 16, scale, weight + 16);
+      } else {
+        memcpy(to, x, kDepth * 2);
+      }
+    }
+  }
+}
+
+void normalise_row(const uint16_t* x, int64_t size, const uint16_t* weight, float eps, uint16_t* to) {
+  const float scale = inverse_rms(x, size, eps);
+  for (int64_t i = 0; i < size; i += 16) *reinterpret_cast<Halves*>(to + i) = normalised(x + i, scale, weight + i);
+}
+
+// 32 outputs of `rows` rows from row `first` on: to[row][outs] = blocks . w + bias, plus residual[row][outs] after rounding.
+void linear_panel(const uint16_t* blocks, int64_t first, int64_t rows, const uint16_t* w, int64_t depth, const uint16_t* bias,
+                  const uint16_t* residual, uint16_t* to, int64_t outs, int64_t panel) {
+  alignas(64) float sums[kGroup * 32];
+  product(blocks + first / kRows * depth * kBlock, rows, w + 2 * panel * depth * kBlock, depth, sums);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t column = panel * 32 + half * 16, at = (first + row) * outs + column;
+      Floats sum = load(sums + row * 32 + half * 16);
+      if (bias) sum += from_halves(bias + column);
+      Halves rounded = to_halves(sum);
+      if (residual) rounded = to_halves(from_halves((const uint16_t*)&rounded) + from_halves(residual + at));
+      *reinterpret_cast<Halves*>(to + at) = rounded;
+    }
+}
+
+// Rotates the first `size` elements of a head by halves (Su et al., RoFormer): x cos + rotate_half(x) sin.
+INLINE void rotate(uint16_t* head, const float* cos, const float* sin, int64_t size) {
+  for (int64_t i = 0; i < size / 2; i += 16) {
+    const Floats low = from_halves(head + i), high = from_halves(head + size / 2 + i);
+    *reinterpret_cast<Halves*>(head + i) = to_halves(low * load(cos + i) - high * load(sin + i));
+    *reinterpret_cast<Halves*>(head + size / 2 + i) = to_halves(high * load(cos + size / 2 + i) + low * load(sin + size / 2 + i));
+  }
+}
+
+// One row's heads: normalised, rotated, keys and values put into the cache. qkv: [heads + 2 kv_heads][head_size].
+void finish_row(const Layer& layer, const Step& step, int64_t row, uint16_t* qkv) {
+  const int64_t size = layer.head_size, heads = layer.heads, groups = layer.kv_heads;
+  uint16_t *q = qkv, *k = qkv + heads * size, *v = k + groups * size;
+  if (layer.qk_norm == kEachHead) {
+    for (int64_t head = 0; head < heads; ++head) normalise_row(q + head * size, size, layer.q_norm, layer.qk_eps, q + head * size);
+    for (int64_t head = 0; head < groups; ++head) normalise_row(k + head * size, size, layer.k_norm, layer.qk_eps, k + head * size);
+  } else if (layer.qk_norm == kAllHeads) {
+    normalise_row(q, heads * size, layer.q_norm, layer.qk_eps, q);
+    normalise_row(k, groups * size, layer.k_norm, layer.qk_eps, k);
+  }
+  const float *cos = step.cos + row * layer.rope_size, *sin = step.sin + row * layer.rope_size;
+  for (int64_t head = 0; head < heads + groups; ++head) rotate(q + head * size, cos, sin, layer.rope_size);
+  memcpy(step.query + row * heads * size, q, heads * size * 2);
+  memcpy(layer.keys + step.write_T[row] * groups * size, k, groups * size * 2);
+  memcpy(layer.values + step.write_T[row] * groups * size, v, groups * size * 2);
+}
+
+// Adds a to b crosswise, so that after folding by 8, 4, 2 and 1 lane i has the sum of all lanes of the i-th of 16 vectors.
+template <int width>
+INLINE Floats fold(Floats a, Floats b) {
+  Ints own, other;
+  for (int lane = 0; lane < 16; ++lane) {
+    own[lane] = lane & width ? 16 + lane : lane;
+    other[lane] = own[lane] ^ width;
+  }
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+}
+
+INLINE Floats sums_of_16(Floats* v) {
+  for (int i = 0; i < 8; ++i) v[i] = fold<8>(v[i], v[i + 8]);
+  for (int i = 0; i < 4; ++i) v[i] = fold<4>(v[i], v[i + 4]);
+  for (int i = 0; i < 2; ++i) v[i] = fold<2>(v[i], v[i + 2]);
+  return fold<1>(v[0], v[1]);
+}
+
+// Attention of one row's query heads of one KV head over its sequence's pages, 16 keys at a time, softmax as it goes
+// (Milakov and Gimelshein, Online normalizer calculation for softmax, 2018).
+void attend_row(const Layer& layer, const Step& step, int64_t row, int64_t group) {
+  const int64_t size = layer.head_size, shared = layer.heads / layer.kv_heads, stride = layer.kv_heads * size;
+  const int64_t length = step.length_T[row], begin = layer.window ? std::max<int64_t>(0, length - layer.window) : 0;
+  const int64_t* pages = step.pages + step.sequence_T[row] * step.most_pages;
+  alignas(64) float query[kMostShared * kMostHead], sum[kMostShared * kMostHead], rows[16 * kMostHead], weights[kMostShared * 16];
+  float most[kMostShared], total[kMostShared];
+  const uint16_t* q = step.query + (row * layer.heads + group * shared) * size;
+  for (int64_t i = 0; i < shared * size; i += 16) {
+    save(from_halves(q + i) * layer.scale, query + i);
+    save(Floats{}, sum + i);
+  }
+  for (int64_t head = 0; head < shared; ++head) {
+    most[head] = layer.sinks ? layer.sinks[group * shared + head] : -INFINITY;
+    total[head] = layer.sinks ? 1.0f : 0.0f;
+  }
+  for (int64_t at = begin; at < length; at += 16) {
+    const int64_t count = std::min<int64_t>(16, length - at);
+    int64_t cache[16];
+    for (int64_t j = 0; j < 16; ++j) {  // beyond the end the last key stands in, and weighs nothing
+      const int64_t position = at + std::min(j, count - 1);
+      cache[j] = (pages[position / layer.page_size] * layer.page_size + position % layer.page_size) * stride + group * size;
+    }
+    for (int64_t j = 0; j < 16; ++j)
+      for (int64_t i = 0; i < size; i += 16) save(from_halves(layer.keys + cache[j] + i), rows + j * size + i);
+    for (int64_t head = 0; head < shared; ++head) {
+      Floats products[16];
+      for (int64_t j = 0; j < 16; ++j) {
+        products[j] = load(query + head * size) * load(rows + j * size);
+        for (int64_t i = 16; i < size; i += 16) products[j] += load(query + head * size + i) * load(rows + j * size + i);
+      }
+      Floats scores = sums_of_16(products);
+      if (layer.softcap > 0) {  // tanh(z) = 2 sigmoid(2 z) - 1
+        scores = layer.softcap * (2.0f * sigmoid(scores * (2.0f / layer.softcap)) - 1.0f);
+      }
+      for (int64_t j = count; j < 16; ++j) scores[j] = -INFINITY;
+      const float now = std::max(most[head], largest_of(scores));
+      const Floats weight = exponential(scores - now);
+      const float shrink = most[head] == now ? 1.0f : std::exp(most[head] - now);
+      Floats weighed = weight;
+      for (int64_t j = count; j < 16; ++j) weighed[j] = 0.0f;
+      total[head] = total[head] * shrink + sum_of(weighed);
+      save(weighed, weights + head * 16);
+      if (shrink != 1.0f)
+        for (int64_t i = 0; i < size; i += 16) save(load(sum + head * size + i) * shrink, sum + head * size + i);
+      most[head] = now;
+    }
+    for (int64_t i = 0; i < size; i += 16) {
+      Floats value[16];
+      for (int64_t j = 0; j < 16; ++j) value[j] = from_halves(layer.values + cache[j] + i);
+      for (int64_t head = 0; head < shared; ++head) {
+        Floats out = load(sum + head * size + i);
+        for (int64_t j = 0; j < 16; ++j) out += value[j] * weights[head * 16 + j];
+        save(out, sum + head * size + i);
+      }
+    }
+  }
+  uint16_t* to = step.attended + (row * layer.heads + group * shared) * size;
+  for (int64_t head = 0; head < shared; ++head)
+    for (int64_t i = 0; i < size; i += 16)
+      *reinterpret_cast<Halves*>(to + head * size + i) = to_halves(load(sum + head * size + i) * (1.0f / total[head]));
+}

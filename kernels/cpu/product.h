@@ -1,0 +1,204 @@
+// Vectors, and the product of packed weights, for one instruction set: included once for each, within a namespace of its own
+// and under `#pragma GCC target`, by the header that uses them. PRODUCT chooses the product: 0 vectors of the compiler's,
+// 1 AVX-512 BF16 dot products, 2 AMX tiles.
+//
+// product(): sums[row][32] = rows . weights, over `depth` blocks. a: blocks of rows, those of the next 16 rows `depth` blocks behind
+// those of the 16 before. w: a panel.
+
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+INLINE Floats fill(float value) { return value - Floats{}; }
+INLINE Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+INLINE void save(Floats value, float* to) { *reinterpret_cast<Floats*>(to) = value; }
+INLINE Floats low_halves(Words pairs) { return (Floats)(pairs << 16); }
+INLINE Floats high_halves(Words pairs) { return (Floats)(pairs & 0xffff0000u); }
+
+INLINE Floats from_halves(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
+}
+
+INLINE Halves to_halves(Floats value) {  // to the nearest, ties to even; no NaN is made of one
+  const Words bits = (Words)value, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(value == value ? rounded : ((bits >> 16) | 0x40u), Halves);
+}
+
+// exp by 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes, expf), within two units of the last place; at most e^88.
+INLINE Floats exponential(Floats x) {
+  const Floats most = fill(88.0f), least = fill(-87.0f);
+  x = x > most ? most : x;
+  x = x < least ? least : x;
+  const Floats magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = fill(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Ints power = ((Ints)shifted - (Ints)magic + 127) << 23;
+  return p * (Floats)power;
+}
+
+INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+#if PRODUCT == 0
+template <int half, int M>
+INLINE void plain_rows(const uint16_t* a, const uint16_t* panel, int64_t depth, float* sums) {
+  Floats sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = Floats{};
+  for (int64_t d = 0; d < depth; ++d) {
+    const uint16_t *w = panel + (2 * d + half) * kBlock, *x = a + d * kBlock;
+    for (int pair = 0; pair < 16; ++pair) {
+      const Words pairs = *reinterpret_cast<const Words*>(w + pair * 32);
+      const Floats even = low_halves(pairs), odd = high_halves(pairs);
+      for (int m = 0; m < M; ++m) {
+        uint32_t both;
+        memcpy(&both, x + m * kDepth + 2 * pair, 4);
+        const uint32_t bits[2] = {both << 16, both & 0xffff0000u};
+        float left[2];
+        memcpy(left, bits, 8);
+        sum[m] += even * left[0];
+        sum[m] += odd * left[1];
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) save(sum[m], sums + m * 32 + half * 16);
+}
+
+template <int M>
+INLINE void plain_pair(const uint16_t* a, const uint16_t* w, int64_t depth, float* sums) {
+  plain_rows<0, M>(a, w, depth, sums);
+  plain_rows<1, M>(a, w, depth, sums);
+}
+
+INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums) {
+  for (int64_t row = 0; row < rows;) {
+    const uint16_t* block = a + row / kRows * depth * kBlock + row % kRows * kDepth;
+    const int64_t left = std::min(rows, (row / kRows + 1) * kRows) - row;
+    float* out = sums + row * 32;
+    if (left >= 4) {
+      plain_pair<4>(block, w, depth, out);
+      row += 4;
+    } else {
+      plain_pair<1>(block, w, depth, out);
+      row += 1;
+    }
+  }
+}
+#elif PRODUCT == 1
+template <int M>
+INLINE void dot_rows(const uint16_t* a, const uint16_t* w, int64_t depth, float* sums) {
+  __m512 sum[M][2];
+  for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < depth; ++d) {
+    const uint16_t *w0 = w + 2 * d * kBlock, *w1 = w0 + kBlock, *x = a + d * kBlock;
+    for (int pair = 0; pair < 16; ++pair) {
+      __builtin_prefetch(w0 + kAhead * kBlock + pair * 32, 0, 2);
+      __builtin_prefetch(w1 + kAhead * kBlock + pair * 32, 0, 2);
+      const __m512bh right0 = (__m512bh)_mm512_loadu_si512(w0 + pair * 32);
+      const __m512bh right1 = (__m512bh)_mm512_loadu_si512(w1 + pair * 32);
+      for (int m = 0; m < M; ++m) {
+        int32_t both;
+        memcpy(&both, x + m * kDepth + 2 * pair, 4);
+        const __m512bh left = (__m512bh)_mm512_set1_epi32(both);
+        sum[m][0] = _mm512_dpbf16_ps(sum[m][0], left, right0);
+        sum[m][1] = _mm512_dpbf16_ps(sum[m][1], left, right1);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    _mm512_storeu_ps(sums + m * 32, sum[m][0]);
+    _mm512_storeu_ps(sums + m * 32 + 16, sum[m][1]);
+  }
+}
+
+// The accumulators of 12 rows, two registers of weights and what is left for addresses: all 32 registers.
+constexpr int64_t kMostRows = 12;
+
+template <int M = kMostRows>
+INLINE void dot_any(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums) {
+  if (rows == M)
+    dot_rows<M>(a, w, depth, sums);
+  else if constexpr (M > 1)
+    dot_any<M - 1>(a, rows, w, depth, sums);
+}
+
+INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums) {
+  for (int64_t row = 0; row < rows;) {
+    const int64_t left = std::min(rows, (row / kRows + 1) * kRows) - row, now = left <= kMostRows ? left : (left + 1) / 2;
+    dot_any(a + row / kRows * depth * kBlock + row % kRows * kDepth, now, w, depth, sums + row * 32);
+    row += now;
+  }
+}
+#else
+// Asks for so many cache lines, for the second-level cache.
+INLINE void prefetch(const uint16_t*& from, int64_t lines) {
+  for (int64_t line = 0; line < lines; ++line, from += 32) __builtin_prefetch(from, 0, 2);
+}
+
+// Adds `count` blocks of inputs to the sums of 16 or 32 rows; meanwhile asks for 4 * lines cache lines a block from `next`.
+template <bool two>
+INLINE void tile_rows(const uint16_t* a, const uint16_t* below, const uint16_t* w, int64_t count, float* sums, bool is_first,
+                      const uint16_t* next, int64_t lines) {
+  if (is_first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    if (two) {
+      _tile_loadd(2, sums + 16 * 32, 128);
+      _tile_loadd(3, sums + 16 * 32 + 16, 128);
+    }
+  }
+  for (int64_t d = 0; d < count; ++d) {
+    prefetch(next, lines);
+    _tile_loadd(6, w + 2 * d * kBlock, 64);
+    prefetch(next, lines);
+    _tile_loadd(4, a + d * kBlock, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    prefetch(next, lines);
+    _tile_loadd(7, w + (2 * d + 1) * kBlock, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    prefetch(next, lines);
+    if (two) {
+      _tile_loadd(5, below + d * kBlock, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  if (two) {
+    _tile_stored(2, sums + 16 * 32, 128);
+    _tile_stored(3, sums + 16 * 32 + 16, 128);
+  }
+}
+
+INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums) {
+  // A slab of the panel is used for all rows before the next, which is asked of memory meanwhile; for few rows, which memory alone
+  // bounds, 2 KiB ahead reads fastest.
+  const int64_t passes = (rows + 2 * kRows - 1) / (2 * kRows), lines = (8 + passes - 1) / passes;
+  for (int64_t d = 0; d < depth; d += kSlab) {
+    const uint16_t *weights = w + 2 * d * kBlock, *next = weights + 2 * (passes == 1 ? 1 : kSlab) * kBlock;
+    const int64_t count = std::min(kSlab, depth - d);
+    for (int64_t row = 0; row < rows; row += 2 * kRows, next += 4 * lines * count * 32) {
+      const uint16_t* block = a + (row / kRows * depth + d) * kBlock;
+      if (rows - row > kRows)
+        tile_rows<true>(block, block + depth * kBlock, weights, count, sums + row * 32, d == 0, next, lines);
+      else
+        tile_rows<false>(block, nullptr, weights, count, sums + row * 32, d == 0, next, lines);
+    }
+  }
+}
+#endif
+

@@ -1,0 +1,79 @@
+"""The compiled attention of a model's layers over its paged cache, and what the layers share in a step.
+
+Shape suffixes: T tokens of a step, L a context's length, A heads, D head size, R rotated elements.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertmesh.kernels.cpu.dense import AttentionLayer, AttentionStep
+from expertmesh.kernels.paged_attention import ChunkSpan, PagedKVCache, StepLayout
+
+# Above so many (query, key) pairs of a head, torch's blocked attention is faster than going row by row.
+_MOST_PAIRS_BY_ROW = 512 * 512
+
+
+class CompiledAttention:
+    """The attention of all layers that were recognised, and what they share in a step."""
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self._cache = cache
+        self._layout: StepLayout | None = None
+        self._step: AttentionStep | None = None
+
+    def run(
+        self, attention: AttentionLayer, layer: int, hidden_1TH: Tensor, rope: Any
+    ) -> tuple[Tensor, Tensor, AttentionStep]:
+        """Run a layer's attention; see `AttentionLayer.run`. rope: cosines and sines [1, T, R]."""
+        step = self._step_of(rope[0], rope[1], attention)
+        layout = self._layout
+        assert layout is not None, "a step without a layout"
+        large = self._large_spans(layout)
+
+        def attend_large() -> None:
+            for span, read_L in large:
+                options = self._cache.options[layer]
+                self._cache.attend_span(layer, step.query_TAD, span, read_L, options, step.attended_TAD)
+
+        return (*attention.run(hidden_1TH[0].contiguous(), step, attend_large if large else None), step)
+
+    def _step_of(self, cos_1TR: Tensor, sin_1TR: Tensor, attention: AttentionLayer) -> AttentionStep:
+        """Return what the layers need to know of the cache's current step; made by the first that asks."""
+        layout = self._cache.layout
+        assert layout is not None, "a layer ran without a step layout"
+        head_shape = (attention.num_heads, attention.head_size)
+        is_same = self._step is not None and self._step.query_TAD.shape[1:] == head_shape
+        is_same = is_same and self._step is not None and self._step.cos_TR.shape[1] == attention.rope_size
+        if self._step is None or layout is not self._layout or not is_same:
+            sequence_T = layout.sequence_T.clone()
+            for span, _ in self._large_spans(layout):
+                sequence_T[span.start : span.start + span.length] = -1
+            size = (len(sequence_T), *head_shape)
+            self._layout = layout
+            self._step = AttentionStep(
+                cos_TR=_whole(cos_1TR, attention.rope_size),
+                sin_TR=_whole(sin_1TR, attention.rope_size),
+                write_T=layout.write_T,
+                sequence_T=sequence_T,
+                length_T=layout.length_T,
+                pages_NP=layout.pages_NP,
+                query_TAD=torch.empty(size, dtype=torch.bfloat16),
+                attended_TAD=torch.empty(size, dtype=torch.bfloat16),
+            )
+        return self._step
+
+    def _large_spans(self, layout: StepLayout) -> list[tuple[ChunkSpan, Tensor]]:
+        """Return the chunks that are left to torch."""
+        return [
+            (span, read_L)
+            for span, read_L in layout.prefill
+            if span.length * (span.context + span.length) > _MOST_PAIRS_BY_ROW
+        ]
+
+
+def _whole(rope_1TR: Tensor, rope_size: int) -> Tensor:
+    """Return cosines or sines of every rotated element, float32 [T, R]; some families make them of half of these."""
+    rope_TR = rope_1TR[0].float()
+    return (rope_TR if rope_TR.shape[1] == rope_size else torch.cat([rope_TR, rope_TR], dim=1)).contiguous()

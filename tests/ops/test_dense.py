@@ -1,0 +1,276 @@
+"""The compiled dense half against the same mathematics in float32 torch, one row at a time.
+
+Shape suffixes: T rows, H hidden, A heads, G KV heads, D head size, R rotated elements, L context length.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from expertmesh.kernels.cpu.dense import (
+    AttentionLayer,
+    AttentionStep,
+    AttentionWeights,
+    QkNorm,
+    can_attend,
+    can_pack_linear,
+    pack_linear,
+)
+from expertmesh.kernels.cpu.expert_mlp import Isa, best_isa
+
+BEST = best_isa()
+assert BEST is not None, "these tests need a C++ compiler"
+ISAS = [isa for isa in Isa if isa <= BEST]
+PAGE_SIZE = 4
+# bf16 has 8 bits: roundings of inputs, of the queries and keys, and of the result.
+TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A layer to test."""
+
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 32
+    rope_size: int = 32
+    qk_norm: QkNorm = QkNorm.NONE
+    window: int | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    has_bias: bool = False
+
+
+SHAPES = {
+    "plain": Shape(),
+    "wide": Shape(hidden=320, heads=6, kv_heads=3, head_size=64, rope_size=64),
+    "norm of each head": Shape(qk_norm=QkNorm.EACH_HEAD),
+    "norm of all heads": Shape(qk_norm=QkNorm.ALL_HEADS, kv_heads=4),
+    "half rotated": Shape(head_size=64, rope_size=32, kv_heads=1),
+    "window": Shape(window=7),
+    "soft cap": Shape(softcap=2.0),
+    "sinks": Shape(has_sinks=True),
+    "biases": Shape(has_bias=True),
+}
+
+
+def bf16(*size: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*size) * scale).bfloat16()
+
+
+@dataclass
+class Layer:
+    """Random weights, in the layout that computes and as they are."""
+
+    shape: Shape
+    pages: int
+    qkv_OH: Tensor = field(init=False)
+    compiled: AttentionLayer = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        inner, wide = s.heads * s.head_size, (s.heads + 2 * s.kv_heads) * s.head_size
+        self.qkv_OH = bf16(wide, s.hidden, scale=2 * s.hidden**-0.5)
+        self.out_HO = bf16(s.hidden, inner, scale=2 * inner**-0.5)
+        self.qkv_bias = bf16(wide) if s.has_bias else None
+        self.out_bias = bf16(s.hidden) if s.has_bias else None
+        self.norms = [bf16(s.hidden) for _ in range(2)]
+        sizes = {QkNorm.EACH_HEAD: (s.head_size,) * 2, QkNorm.ALL_HEADS: (inner, s.kv_heads * s.head_size)}
+        self.qk_norms = [bf16(size) for size in sizes.get(s.qk_norm, ())]
+        self.sinks_A = torch.randn(s.heads) if s.has_sinks else None
+        self.keys, self.values = (bf16(self.pages * PAGE_SIZE, s.kv_heads, s.head_size) for _ in range(2))
+        weights = AttentionWeights(
+            num_heads=s.heads,
+            num_kv_heads=s.kv_heads,
+            head_size=s.head_size,
+            norm_H=self.norms[0],
+            norm_epsilon=1e-6,
+            qkv=pack_linear([self.qkv_OH[: inner + 32], self.qkv_OH[inner + 32 :]], self._parts(inner + 32)),
+            qk_norm=s.qk_norm,
+            q_norm=self.qk_norms[0] if self.qk_norms else None,
+            k_norm=self.qk_norms[1] if self.qk_norms else None,
+            qk_epsilon=1e-5,
+            out=pack_linear([self.out_HO], [self.out_bias]),
+            next_norm_H=self.norms[1],
+            next_epsilon=1e-6,
+            scale=0.2,
+            window=s.window,
+            softcap=s.softcap,
+            sinks_A=self.sinks_A,
+        )
+        self.compiled = AttentionLayer(weights, self.keys, self.values, PAGE_SIZE, s.rope_size)
+
+    def _parts(self, first: int) -> list[Tensor | None]:
+        return [None, None] if self.qkv_bias is None else [self.qkv_bias[:first], self.qkv_bias[first:]]
+
+
+def step_of(layer: Layer, sequences: list[tuple[int, int]]) -> AttentionStep:
+    """Return a step of sequences, each with so many tokens in the cache and so many new ones, on pages in any order."""
+    s = layer.shape
+    needed = [-(-(context + new) // PAGE_SIZE) for context, new in sequences]
+    order = torch.randperm(layer.pages).tolist()
+    pages_NP = torch.zeros((len(sequences), max(needed)), dtype=torch.int64)
+    for n, (start, count) in enumerate(zip(itertools.accumulate([0, *needed]), needed, strict=False)):
+        pages_NP[n, :count] = torch.tensor(order[start : start + count])
+    tokens = [(n, c + i) for n, (c, new) in enumerate(sequences) for i in range(new)]
+    positions = torch.tensor([position for _, position in tokens])
+    angles = positions.unsqueeze(1) * torch.tensor([1.3**-i for i in range(s.rope_size // 2)]).repeat(2)
+    size = (len(tokens), s.heads, s.head_size)
+    return AttentionStep(
+        cos_TR=angles.cos(),
+        sin_TR=angles.sin(),
+        write_T=torch.tensor([int(pages_NP[n, p // PAGE_SIZE]) * PAGE_SIZE + p % PAGE_SIZE for n, p in tokens]),
+        sequence_T=torch.tensor([n for n, _ in tokens]),
+        length_T=positions + 1,
+        pages_NP=pages_NP,
+        query_TAD=torch.empty(size, dtype=torch.bfloat16),
+        attended_TAD=torch.empty(size, dtype=torch.bfloat16),
+    )
+
+
+def rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight.float()
+
+
+def reference(layer: Layer, x_TH: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor]:
+    """Compute the layer in float32, one row after another, on copies of the cache."""
+    s = layer.shape
+    keys, values = layer.keys.float(), layer.values.float()
+    inner, kv = s.heads * s.head_size, s.kv_heads * s.head_size
+    qkv = rms(x_TH.float(), layer.norms[0], 1e-6) @ layer.qkv_OH.float().T
+    if layer.qkv_bias is not None:
+        qkv = qkv + layer.qkv_bias.float()
+    q, k, v = qkv[:, :inner], qkv[:, inner : inner + kv], qkv[:, inner + kv :]
+    if s.qk_norm is QkNorm.ALL_HEADS:
+        q, k = rms(q, layer.qk_norms[0], 1e-5), rms(k, layer.qk_norms[1], 1e-5)
+    q, k, v = q.view(-1, s.heads, s.head_size), k.view(-1, s.kv_heads, s.head_size), v.view(-1, s.kv_heads, s.head_size)
+    if s.qk_norm is QkNorm.EACH_HEAD:
+        q, k = rms(q, layer.qk_norms[0], 1e-5), rms(k, layer.qk_norms[1], 1e-5)
+    q, k = (rotated(x, step.cos_TR, step.sin_TR) for x in (q, k))
+    keys[step.write_T], values[step.write_T] = k, v
+    attended = torch.stack([attend(layer, q[t], t, keys, values, step) for t in range(len(x_TH))])
+    out = attended.flatten(1) @ layer.out_HO.float().T
+    if layer.out_bias is not None:
+        out = out + layer.out_bias.float()
+    residual = x_TH.float() + out
+    return residual, rms(residual, layer.norms[1], 1e-6)
+
+
+def rotated(x: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    size = cos_TR.shape[1]
+    turned, rest = x[..., :size], x[..., size:]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos_TR.unsqueeze(1) + torch.cat([-high, low], dim=-1) * sin_TR.unsqueeze(1)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def attend(layer: Layer, q_AD: Tensor, row: int, keys: Tensor, values: Tensor, step: AttentionStep) -> Tensor:
+    s, length = layer.shape, int(step.length_T[row])
+    positions = range(max(0, length - s.window) if s.window else 0, length)
+    pages_P = step.pages_NP[step.sequence_T[row]].tolist()
+    cache_L = [pages_P[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in positions]
+    key_LAD, value_LAD = (x[cache_L].repeat_interleave(s.heads // s.kv_heads, dim=1) for x in (keys, values))
+    scores_AL = torch.einsum("ad,lad->al", q_AD, key_LAD) * 0.2
+    if s.softcap is not None:
+        scores_AL = torch.tanh(scores_AL / s.softcap) * s.softcap
+    if layer.sinks_A is not None:
+        scores_AL = torch.cat([scores_AL, layer.sinks_A.unsqueeze(1)], dim=1)
+    weights_AL = torch.softmax(scores_AL, dim=-1)[:, : len(cache_L)]
+    return torch.einsum("al,lad->ad", weights_AL, value_LAD)
+
+
+def assert_close(got: Tensor, wanted: Tensor) -> None:
+    error = float((got.float() - wanted).norm() / wanted.norm())
+    assert error < TOLERANCE, error
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_a_layer_computes_what_its_parts_compute(isa: Isa, shape: Shape) -> None:
+    torch.manual_seed(1)
+    layer = Layer(shape, pages=80)
+    for sequences in ([(0, 1)], [(33, 1), (0, 20), (16, 1), (5, 3)], [(0, 150)]):
+        step = step_of(layer, sequences)
+        x_TH = bf16(len(step.write_T), shape.hidden)
+        wanted = reference(layer, x_TH, step)
+        got = layer.compiled.run(x_TH, step, isa=isa)
+        for mine, right in zip(got, wanted, strict=True):
+            assert_close(mine, right)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_a_row_has_the_same_bits_whatever_is_beside_it(isa: Isa, threads: int) -> None:
+    torch.manual_seed(2)
+    layer = Layer(SHAPES["wide"], pages=80)
+    step = step_of(layer, [(40, 1), (0, 60), (21, 1)])
+    x_TH = bf16(len(step.write_T), layer.shape.hidden)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = layer.compiled.run(x_TH, step, isa=isa)
+        for row in (0, 30, 61):
+            alone = layer.compiled.run(x_TH[row : row + 1], row_of(step, row), isa=isa)
+            assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def row_of(step: AttentionStep, row: int) -> AttentionStep:
+    part = {name: value if name == "pages_NP" else value[row : row + 1] for name, value in vars(step).items()}
+    return AttentionStep(**part)
+
+
+def test_rows_can_be_attended_elsewhere() -> None:
+    torch.manual_seed(3)
+    layer = Layer(SHAPES["plain"], pages=20)
+    step = step_of(layer, [(6, 1), (0, 9), (3, 1)])
+    x_TH = bf16(len(step.write_T), layer.shape.hidden)
+    wanted = layer.compiled.run(x_TH, step)
+    attended, queries = step.attended_TAD.clone(), step.query_TAD.clone()
+    step.sequence_T[1:10] = -1
+    step.attended_TAD.fill_(float("nan"))
+
+    def attend_others() -> None:
+        assert torch.equal(step.query_TAD, queries)
+        step.attended_TAD[1:10] = attended[1:10]
+
+    got = layer.compiled.run(x_TH, step, attend_others)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@given(
+    rows=st.integers(0, 300),
+    inputs=st.integers(1, 12),
+    outputs=st.integers(1, 6),
+    has_bias=st.booleans(),
+    isa=st.sampled_from(ISAS),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_linear_layer(rows: int, inputs: int, outputs: int, has_bias: bool, isa: Isa, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = bf16(32 * outputs, 32 * inputs)
+    bias = bf16(32 * outputs) if has_bias else None
+    x = bf16(rows, 32 * inputs)
+    got = pack_linear([weight], [bias])(x, isa)
+    assert got.shape == (rows, 32 * outputs)
+    if rows:
+        assert_close(got, F.linear(x.float(), weight.float(), None if bias is None else bias.float()))
+
+
+def test_what_the_kernel_cannot_do_is_said() -> None:
+    assert can_pack_linear(bf16(64, 32))
+    assert not can_pack_linear(bf16(64, 48))
+    assert not can_pack_linear(torch.zeros(64, 32))
+    assert can_attend(16, 8, 64, 64)
+    assert not can_attend(16, 8, 64, 16), "too few elements are rotated for a vector"
+    assert not can_attend(64, 2, 64, 64), "too many heads share a key"
+    assert not can_attend(8, 8, 512, 64), "heads are too large"
