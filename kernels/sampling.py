@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertmesh.kernels.cpu.draw import can_draw, draw_rows
+
 # A row's most likely token weighs 2**40, the others exp(difference) of that. The total of 2**22 tokens fits int64, and
 # only what is less likely than 2**-40 (1e-12) of the top is never drawn.
 WEIGHT_BITS = 40
@@ -78,6 +80,11 @@ class SamplingSettings:
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs must be at least 0, got {self.logprobs}")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether temperature is all that changes the scores."""
+        return (self.top_k, self.top_p, self.min_p, self.repetition_penalty) == (0, 1, 0, 1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledTokens:
@@ -112,19 +119,22 @@ def sample(
         NonFiniteLogitsError: A row whose largest logit is NaN or infinite; no row was drawn.
     """
     _check_arguments(logits_NV, settings_N, position_N)
-    scores_NV = _penalised(logits_NV, settings_N, context_ids_N)
-    # max() gives the first, so the lowest, of equal indices.
-    best_N = scores_NV.max(dim=-1)
-    finite_N = best_N.values.isfinite()
-    if not bool(finite_N.all()):
-        raise NonFiniteLogitsError(tuple((~finite_N).nonzero().flatten().tolist()))
-    ids_N = best_N.indices
-    drawing = [n for n, settings in enumerate(settings_N) if settings.temperature > 0]
-    num_at_once = max(1, SCORES_AT_ONCE["cpu" if logits_NV.is_cpu else "gpu"] // logits_NV.shape[1])
-    for start in range(0, len(drawing), num_at_once):
-        rows = drawing[start : start + num_at_once]
-        weights_MV = filtered_weights(_rows(scores_NV, rows), [settings_N[n] for n in rows])
-        ids_N[rows] = _inverse_cdf(weights_MV, [uniform(settings_N[n].seed, position_N[n]) for n in rows])
+    plain = [n for n, settings in enumerate(settings_N) if settings.is_plain] if can_draw(logits_NV) else []
+    others = sorted(set(range(len(settings_N))).difference(plain))
+    ids_N = torch.empty(len(settings_N), dtype=torch.int64, device=logits_NV.device)
+    is_finite_N = torch.ones_like(ids_N, dtype=torch.bool)
+    if plain:
+        settings_P = [settings_N[n] for n in plain]
+        uniforms = [uniform(s.seed, position_N[n]) for n, s in zip(plain, settings_P, strict=True)]
+        ids_N[plain], best_P = draw_rows(_rows(logits_NV, plain), [s.temperature for s in settings_P], uniforms)
+        is_finite_N[plain] = best_P.isfinite()
+    if others:
+        contexts = None if context_ids_N is None else [context_ids_N[n] for n in others]
+        settings_F, position_F = [settings_N[n] for n in others], [position_N[n] for n in others]
+        ids_N[others], best_F = _draw_filtered(_rows(logits_NV, others), settings_F, position_F, contexts)
+        is_finite_N[others] = best_F.isfinite()
+    if not bool(is_finite_N.all()):
+        raise NonFiniteLogitsError(tuple((~is_finite_N).nonzero().flatten().tolist()))
     token_ids: list[int] = ids_N.tolist()
     logprob, top = _logprobs(logits_NV, ids_N, settings_N)
     return SampledTokens(token_ids=token_ids, logprob=logprob, top=top)
@@ -147,6 +157,27 @@ def splitmix64(state: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
     return z ^ (z >> 31)
+
+
+def _draw_filtered(
+    logits_FV: Tensor,
+    settings_F: Sequence[SamplingSettings],
+    position_F: Sequence[int],
+    context_ids_F: Sequence[Sequence[int]] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return ids_F and best_F, each row's token and its largest score; nothing is drawn where one is not finite."""
+    scores_FV = _penalised(logits_FV, settings_F, context_ids_F)
+    # max() gives the first, so the lowest, of equal indices.
+    best_F, ids_F = scores_FV.max(dim=-1)
+    if not bool(best_F.isfinite().all()):
+        return ids_F, best_F
+    drawing = [f for f, settings in enumerate(settings_F) if settings.temperature > 0]
+    num_at_once = max(1, SCORES_AT_ONCE["cpu" if logits_FV.is_cpu else "gpu"] // logits_FV.shape[1])
+    for start in range(0, len(drawing), num_at_once):
+        rows = drawing[start : start + num_at_once]
+        weights_MV = filtered_weights(_rows(scores_FV, rows), [settings_F[f] for f in rows])
+        ids_F[rows] = _inverse_cdf(weights_MV, [uniform(settings_F[f].seed, position_F[f]) for f in rows])
+    return ids_F, best_F
 
 
 def filtered_weights(scores_MV: Tensor, settings_M: Sequence[SamplingSettings]) -> Tensor:

@@ -64,6 +64,16 @@ def load_dense() -> ctypes.CDLL | None:
 
 
 @functools.cache
+def load_draw() -> ctypes.CDLL | None:
+    """Return the compiled drawing of tokens; None, with the reason logged once, where torch has to do it."""
+    try:
+        return _load("draw.cpp")
+    except KernelBuildError as error:
+        _logger.warning("tokens are drawn by torch's kernels: %s", error)
+        return None
+
+
+@functools.cache
 def load_invariant_product() -> ctypes.CDLL:
     """Return the compiled product of `invariant_product`, which nothing of torch's can stand in for.
 

@@ -8,19 +8,10 @@
 #pragma once
 
 #include <omp.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+#include "isa.h"
 
 namespace {
 
@@ -31,8 +22,6 @@ constexpr int64_t kBlock = 512;  // elements of a block
 constexpr int64_t kAhead = 8;    // blocks between what is computed and what is asked of memory
 constexpr int64_t kSlab = 8;     // blocks of inputs that are used for all rows of a group at a time
 constexpr int64_t kGroup = 128;  // rows that are computed together, at most: they stay in the second-level cache
-
-enum Isa { kAnywhere = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // Palette 1, all eight tiles of 16 rows of 64 bytes. Constant data: the compiler does not see that ldtilecfg reads all of it.
 alignas(64) const uint8_t kTileConfig[64] = {1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,               // palette, reserved
