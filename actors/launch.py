@@ -155,10 +155,10 @@ class Deployment:
 
 def _inspect(settings: ServeSettings) -> tuple[Any, ExpertMeshError | None]:
     """Run in a process of its own: open the checkpoint, return its facts or why it cannot be served."""
-    from expertmesh.kernels.cpu.build import load_library
+    from expertmesh.kernels.cpu.build import compile_all
     from expertmesh.models.describe import inspect_checkpoint
 
-    load_library()  # compiled once here, so that shards and workers find it ready
+    compile_all()  # once here, so that shards and workers find them ready
     try:
         facts = inspect_checkpoint(
             settings.model, settings.dtype, settings.max_context, deterministic=settings.deterministic

@@ -153,11 +153,13 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
     from expertmesh.actors.worker.engine import Engine
     from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
     from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
+    from expertmesh.kernels.cpu.threads import set_num_threads
     from expertmesh.models import hooks
     from expertmesh.models.expert_slots import ExpertSlots
     from expertmesh.models.runners import PagedRunner
 
-    torch.set_num_threads(threads)
+    set_num_threads(threads)
+    torch.set_num_threads(max(1, threads // 2) if ports else threads)
     timers = watch_worker(kind) if breakdown else None
     cpu = torch.device("cpu")
     weights, placement = _open(checkpoint, max(1, len(ports)))

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.record import keep
-from expertmesh.kernels.cpu.expert_mlp import Activation, Isa, Kind, PackedSlots, best_isa, pack_expert
+from expertmesh.kernels.cpu.expert_mlp import Activation, Kind, PackedSlots, pack_expert
 from expertmesh.kernels.cpu.huge_pages import empty_bf16
+from expertmesh.kernels.cpu.isa import Isa, best_isa
 
 SHAPES = ((1024, 512, 32, 8), (2048, 1024, 64, 8))  # hidden, width, experts, experts of a token
 # A layer's weights are in no cache when its turn comes: this many layers' worth are gone through.
@@ -58,7 +59,7 @@ def main() -> int:
     isa = Isa[asked.isa] if asked.isa else None
     read_bytes_s, multiply_flop_s = read_rate(), multiply_rate()
     print(
-        f"{asked.threads} threads, {(isa or best_isa() or Isa.PLAIN).name}, "
+        f"{asked.threads} threads, {(best_isa() if isa is None else isa).name}, "
         f"read {read_bytes_s / 1e9:.1f} GB/s, bf16 product {multiply_flop_s / 1e9:.0f} GFLOP/s"
     )
     limits = (read_bytes_s, multiply_flop_s)

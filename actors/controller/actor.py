@@ -60,11 +60,10 @@ class Controller:
         self._model = model
         self._redis = None if settings.state else EmbeddedRedis(Path(state_dir))
         url = settings.state or (self._redis.url if self._redis else "")
-        # Shards of a step compute at the same time, so they share the cores. A worker takes turns with them; half of
-        # the cores measured best: threads that wait passively cost more to wake than they gain on a small layer.
+        # Shards of a step compute at the same time, so they share the cores. A worker takes turns with them.
         cores = psutil.cpu_count() or 1
         shard_threads = settings.shard_threads or max(1, cores // settings.shards)
-        worker_threads = settings.worker_threads or max(1, cores // (2 * settings.workers))
+        worker_threads = settings.worker_threads or max(1, cores // settings.workers)
         self._shards = Tier[ShardId](_SHARD, settings, threads=shard_threads, concurrency=8)
         self._workers = Tier[WorkerId](_WORKER, settings, threads=worker_threads, concurrency=1000)
         store = StateStore(open_client(url), model.name)

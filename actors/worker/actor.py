@@ -28,6 +28,7 @@ from expertmesh.cluster.placement import Placement
 from expertmesh.cluster.requests import SequenceRequest, TokenEvent
 from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
 from expertmesh.cluster.settings import ServeSettings
+from expertmesh.kernels.cpu.threads import set_num_threads
 from expertmesh.models import hooks
 from expertmesh.models.architecture import Architecture, open_architecture
 from expertmesh.models.deterministic import deterministic_math
@@ -45,7 +46,10 @@ class WorkerActor:
     """Runs the dense half of the model for its sequences, and has the experts run by the shards."""
 
     def __init__(self, worker_id: WorkerId, settings: ServeSettings, threads: int) -> None:
-        torch.set_num_threads(threads)
+        # The compiled kernels are few and long. Torch's operators beside them are many and short: handing out their
+        # work, to threads that wait passively, costs more than it gains.
+        set_num_threads(threads)
+        torch.set_num_threads(max(1, threads // 2))
         yield_soon()
         # Kept: what it replaces stays replaced as long as the process lives.
         self._math = ExitStack()

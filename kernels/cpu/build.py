@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,6 +29,13 @@ def cpu_features() -> frozenset[str]:
         if line.startswith("flags"):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
+
+
+def compile_all() -> None:
+    """Compile all kernels at once, so that the processes that use them find them ready."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for loading in [pool.submit(load) for load in (load_expert_mlp, load_dense, load_draw, load_library)]:
+            loading.result()
 
 
 @functools.cache

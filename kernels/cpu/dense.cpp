@@ -80,43 +80,41 @@ struct Linear {
 };
 
 void run_linear(const Passes& passes, Team& team, int phase, const Linear& linear, int64_t rows, const uint16_t* blocks) {
-  const int64_t panels = linear.outs / 32, groups = (rows + kGroup - 1) / kGroup, total = panels * groups;
-  for (int64_t begin, end; team.take(phase, total, team.at_once(total, 16), &begin, &end);)
+  const int64_t panels = linear.outs / 32, groups = (rows + kGroup - 1) / kGroup;
+  team.share(phase, panels * groups, 16, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / panels * kGroup;
       passes.linear_panel(blocks, first, std::min(kGroup, rows - first), linear.w, linear.ins / kDepth, linear.bias, linear.residual,
                           linear.to, linear.outs, task % panels);
     }
+  });
 }
 
 void run_layer(const Layer& layer, const Step& step, const Passes& passes, Team& team, int parts, uint16_t* blocks, uint16_t* qkv) {
   const int64_t rows = step.rows, inner = layer.heads * layer.head_size, wide = inner + 2 * layer.kv_heads * layer.head_size;
-  int64_t begin, end;
   if (parts & kProject) {
-    while (team.take(0, rows, team.at_once(rows, 16), &begin, &end))
+    team.share(0, rows, 16, [&](int64_t begin, int64_t end) {
       passes.gather_rows(step.x, begin, end, layer.hidden, layer.norm, layer.eps, blocks);
-    team.meet(0);
+    });
     run_linear(passes, team, 1, {layer.qkv, layer.qkv_bias, nullptr, layer.hidden, wide, qkv}, rows, blocks);
-    team.meet(1);
-    while (team.take(2, rows, team.at_once(rows, 16), &begin, &end))
+    team.share(2, rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) passes.finish_row(layer, step, row, qkv + row * wide);
-    team.meet(2);
+    });
   }
-  if (parts & kAttend) {
-    const int64_t tasks = rows * layer.kv_heads;
-    while (team.take(3, tasks, team.at_once(tasks, layer.kv_heads), &begin, &end))
+  if (parts & kAttend)
+    team.share(3, rows * layer.kv_heads, layer.kv_heads, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task)
         if (step.sequence_T[task / layer.kv_heads] >= 0) passes.attend_row(layer, step, task / layer.kv_heads, task % layer.kv_heads);
-    team.meet(3);
-  }
+    });
   if (parts & kOut) {
-    while (team.take(4, rows, team.at_once(rows, 16), &begin, &end)) passes.gather_rows(step.attended, begin, end, inner, nullptr, 0, blocks);
-    team.meet(4);
+    team.share(4, rows, 16, [&](int64_t begin, int64_t end) {
+      passes.gather_rows(step.attended, begin, end, inner, nullptr, 0, blocks);
+    });
     run_linear(passes, team, 5, {layer.out, layer.out_bias, step.x, inner, layer.hidden, step.residual}, rows, blocks);
-    team.meet(5);
-    while (team.take(6, rows, team.at_once(rows, 16), &begin, &end))
+    team.share(6, rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         passes.normalise_row(step.residual + row * layer.hidden, layer.hidden, layer.next_norm, layer.next_eps, step.normed + row * layer.hidden);
+    });
   }
 }
 
@@ -149,9 +147,7 @@ extern "C" void dense_linear(const uint16_t* x, int64_t rows, int64_t ins, const
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (isa == kAmx) configure_tiles();
-    for (int64_t begin, end; team.take(0, rows, team.at_once(rows, 16), &begin, &end);)
-      passes.gather_rows(x, begin, end, ins, nullptr, 0, blocks);
-    team.meet(0);
+    team.share(0, rows, 16, [&](int64_t begin, int64_t end) { passes.gather_rows(x, begin, end, ins, nullptr, 0, blocks); });
     run_linear(passes, team, 1, {w, bias, nullptr, ins, outs, to}, rows, blocks);
     if (isa == kAmx) release_tiles();
   }

@@ -12,9 +12,11 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.cpu.build import load_dense
-from expertmesh.kernels.cpu.expert_mlp import Isa, best_isa, pack_matrix
+from expertmesh.kernels.cpu.build import load_dense, load_expert_mlp
+from expertmesh.kernels.cpu.expert_mlp import pack_matrix
 from expertmesh.kernels.cpu.huge_pages import empty_bf16
+from expertmesh.kernels.cpu.isa import Isa, best_isa
+from expertmesh.kernels.cpu.threads import num_threads
 
 # Of a block of packed weights, and of a vector.
 _BLOCK, _LANES = 32, 16
@@ -62,7 +64,7 @@ def can_pack_linear(weight_OI: Tensor) -> bool:
         weight_OI.dtype == torch.bfloat16
         and weight_OI.device.type == "cpu"
         and not any(size % _BLOCK for size in weight_OI.shape)
-        and best_isa() is not None
+        and load_expert_mlp() is not None
         and load_dense() is not None
     )
 
@@ -253,9 +255,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _how(isa: Isa | None) -> tuple[ctypes.c_int, ctypes.c_int]:
-    isa = best_isa() if isa is None else isa
-    assert isa is not None, "packed layers without a compiled kernel"
-    return ctypes.c_int(isa), ctypes.c_int(torch.get_num_threads())
+    return ctypes.c_int(best_isa() if isa is None else isa), ctypes.c_int(num_threads())
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:

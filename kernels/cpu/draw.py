@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from expertmesh.kernels.cpu.build import load_draw
-from expertmesh.kernels.cpu.expert_mlp import Isa, best_isa
+from expertmesh.kernels.cpu.isa import Isa, best_isa
+from expertmesh.kernels.cpu.threads import num_threads
 
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -18,7 +19,7 @@ _DTYPES = (torch.bfloat16, torch.float32)
 def can_draw(scores_NV: Tensor) -> bool:
     """Say whether `draw_rows` can read these scores here."""
     is_readable = scores_NV.device.type == "cpu" and scores_NV.dtype in _DTYPES and scores_NV.is_contiguous()
-    return is_readable and load_draw() is not None and best_isa() is not None
+    return is_readable and load_draw() is not None
 
 
 def draw_rows(
@@ -36,9 +37,8 @@ def draw_rows(
         ids_N, int64, and best_N, float32: the largest score, NaN where any is. A row's id means nothing where it is not
         finite.
     """
-    library, chosen = load_draw(), best_isa() if isa is None else isa
+    library = load_draw()
     assert library is not None, "draw_rows() without a compiled kernel"
-    assert chosen is not None, "draw_rows() without a compiled kernel"
     num_rows, vocab_size = scores_NV.shape
     # A temperature that float32 rounds to 0 would make 0 / 0 of the most likely token.
     tiny = torch.finfo(torch.float32).tiny
@@ -52,7 +52,7 @@ def draw_rows(
         ctypes.c_int64(num_rows),
         ctypes.c_int64(vocab_size),
         *addresses[1:],
-        ctypes.c_int(chosen),
-        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_int(best_isa() if isa is None else isa),
+        ctypes.c_int(num_threads()),
     )
     return ids_N, best_N

@@ -145,18 +145,6 @@ void run(const Call& call, int isa, const int64_t* slot_P, int64_t rows, int64_t
 
 }  // namespace
 
-// The best instruction set of this processor: 0 plain, 1 AVX2, 2 AVX-512 BF16, 3 AMX.
-extern "C" int best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  // ARCH_REQ_XCOMP_PERM: the kernel grants the tile registers to this process, or there are none.
-  if (__builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0) return kAmx;
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kAnywhere;
-}
-
 // Packs w [outs, ins], whose element (o, i) is at o * out_stride + i * in_stride: every half_step-th half of a panel of `to`, from
 // half `half`. outs a multiple of 16, ins of 32.
 extern "C" void expert_pack(

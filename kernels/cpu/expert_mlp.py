@@ -8,24 +8,16 @@ import ctypes
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from expertmesh.kernels.cpu.build import load_expert_mlp
+from expertmesh.kernels.cpu.isa import Isa, best_isa
+from expertmesh.kernels.cpu.threads import num_threads
 
 _OUTS, _DEPTH = 16, 32  # of a block of packed weights
-
-
-class Isa(IntEnum):
-    """Instruction sets that the kernel is compiled for, the best last."""
-
-    PLAIN = 0
-    AVX2 = 1
-    AVX512_BF16 = 2
-    AMX = 3
 
 
 class Kind(IntEnum):
@@ -91,13 +83,6 @@ def recognise(activate: Callable[[Tensor], Tensor], numbers: Collection[float] =
     return None
 
 
-@cache
-def best_isa() -> Isa | None:
-    """Return the best that this machine can do; None where the kernel cannot be compiled."""
-    library = load_expert_mlp()
-    return None if library is None else Isa(library.best_isa())
-
-
 def can_pack(hidden: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the kernel can do experts of this size."""
     return (
@@ -105,7 +90,7 @@ def can_pack(hidden: int, width: int, dtype: torch.dtype, device: torch.device) 
         and device.type == "cpu"
         and hidden % _DEPTH == 0
         and width % _DEPTH == 0
-        and best_isa() is not None
+        and load_expert_mlp() is not None
     )
 
 
@@ -218,8 +203,6 @@ class PackedSlots:
         out = torch.empty(shape)
         sizes = (ctypes.c_int64 * 5)(num_rows, num_pairs, len(self.experts), self.hidden, self.width)
         how = self.activation
-        chosen = best_isa() if isa is None else isa
-        assert chosen is not None, "packed experts without a compiled kernel"
         _library().expert_mlp(
             _at(rows_TH),
             _at(row_P),
@@ -236,8 +219,8 @@ class PackedSlots:
             ctypes.c_float(how.alpha),
             ctypes.c_float(how.limit),
             ctypes.c_float(how.shift),
-            ctypes.c_int(chosen),
-            ctypes.c_int(torch.get_num_threads()),
+            ctypes.c_int(best_isa() if isa is None else isa),
+            ctypes.c_int(num_threads()),
         )
         return out
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.kernels.cpu.build import cpu_features, load_library
+from expertmesh.kernels.cpu.threads import num_threads
 
 _BLOCK_ROWS = 32
 # Above this many rows a slot the product is bound by arithmetic, and torch's blocked GEMM is faster. Measured on
@@ -78,7 +79,7 @@ def grouped_linear(x_PI: Tensor, weight_SOI: Tensor, counts_S: list[int], isa: s
         *(pointer(row.ctypes.data) for row in blocks_3B),
         pointer(scratch.data_ptr()),
         ctypes.c_int(isa == "amx"),
-        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_int(num_threads()),
     )
     return out_PO
 

@@ -1,12 +1,10 @@
-// The instruction sets that kernels are compiled for (every_isa.h), the best last.
+// The instruction sets that kernels are compiled for (every_isa.h), the best last, as kernels/cpu/isa.py counts them.
 
 #pragma once
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

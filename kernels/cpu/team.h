@@ -1,7 +1,8 @@
-// Threads of one OpenMP team that meet and share work within a parallel region.
+// Threads of one OpenMP team that share work within a parallel region, one phase after another.
 //
-// They wait spinning, for work of microseconds: with OMP_WAIT_POLICY=PASSIVE, which processes that share cores need, OpenMP's own
-// barrier sleeps, and waking takes longer than most of the work.
+// A phase ends when its work is done, whoever did it: a thread that comes late, as it slept, holds up nobody, and takes part from
+// where the others are. They wait spinning, for microseconds: with OMP_WAIT_POLICY=PASSIVE, which processes that share cores need,
+// OpenMP's own barriers sleep, and waking takes longer than most of the work.
 
 #pragma once
 
@@ -24,11 +25,17 @@ class Team {
  public:
   explicit Team(int threads) : threads_(threads) {}
 
-  // Waits until all have come. Each thread comes to each phase once, in order.
-  void meet(int phase) {
-    if (threads_ == 1) return;
-    here_[phase].fetch_add(1, std::memory_order_acq_rel);
-    for (int spin = 0; here_[phase].load(std::memory_order_acquire) < threads_; ++spin) {
+  // Calls work(begin, end) until all tasks of a phase are taken, at most `most` neighbours at a time, as long streams are read
+  // faster; returns when all are done. Each thread goes through the phases in order.
+  template <class Work>
+  void share(int phase, int64_t total, int64_t most, Work work) {
+    const int64_t at_once = std::clamp<int64_t>(total / (2 * threads_), 1, most);
+    for (int64_t begin; (begin = next_[phase].fetch_add(at_once, std::memory_order_relaxed)) < total;) {
+      const int64_t end = std::min(begin + at_once, total);
+      work(begin, end);
+      done_[phase].fetch_add(end - begin, std::memory_order_release);
+    }
+    for (int spin = 0; done_[phase].load(std::memory_order_acquire) < total; ++spin) {
 #if defined(__x86_64__)
       _mm_pause();
 #endif
@@ -36,20 +43,9 @@ class Team {
     }
   }
 
-  // Takes the next tasks of a phase, `most` at a time; false when none is left.
-  bool take(int phase, int64_t total, int64_t most, int64_t* begin, int64_t* end) {
-    *begin = next_[phase].fetch_add(most, std::memory_order_relaxed);
-    *end = std::min(*begin + most, total);
-    return *begin < total;
-  }
-
-  // Tasks to take at a time: neighbours read longer streams, but there must be some for everybody.
-  int64_t at_once(int64_t total, int64_t most) const { return std::clamp<int64_t>(total / (2 * threads_), 1, most); }
-
  private:
   const int threads_;
-  std::atomic<int> here_[kMostPhases] = {};
-  std::atomic<int64_t> next_[kMostPhases] = {};
+  std::atomic<int64_t> next_[kMostPhases] = {}, done_[kMostPhases] = {};
 };
 
 }  // namespace

@@ -49,13 +49,20 @@ def serving(
 
     Args:
         model: checkpoint directory.
-        home: of the server.
+        home: of the server; compiled kernels are this user's.
         options: of `serve`.
         env: variables beside those of this process.
         within: a command that runs the one that follows it, such as one that enters a network namespace.
     """
     log = home / "serve.log"
-    env = {**os.environ, **(env or {}), "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    env = {
+        **os.environ,
+        **(env or {}),
+        "HOME": str(home),
+        "XDG_STATE_HOME": str(home / "state"),
+        "XDG_CACHE_HOME": cache,
+    }
     command = [*within, *CLI, "serve", str(model), "--grpc-port", "0", *options]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
