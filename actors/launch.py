@@ -5,7 +5,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from expertmesh.actors.controller.actor import start_controller
-from expertmesh.actors.gateway.deployment import deploy_gateway
+from expertmesh.actors.gateway.deployment import deploy_gateway, start_serve
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray
 from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
@@ -53,6 +53,7 @@ class Deployment:
         self._directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
         self._controller: Any = None
         self._gateway: Any = None
+        self._serving: Future[None] | None = None
         self.grpc_address = ""
 
     def start(self) -> None:
@@ -74,6 +75,8 @@ class Deployment:
             inspection: Future[Any] = pool.submit(_inspect, settings)
             if self._ray_address is None:
                 self._say("starting Ray on this machine")
+                start_local_ray(self._directory / "ray")
+                self._on_ray()
             facts, error = inspection.result()
             if error is not None:
                 raise error
@@ -84,12 +87,14 @@ class Deployment:
         )
         if self._ray_address is None:
             self._check_memory(facts)
-            start_local_ray(self._directory / "ray")
         else:
             join_ray(self._ray_address)
-        self._on_ray()
-        self._controller = start_controller(settings, info, self._directory / "state")
-        self._follow(self._controller.start.remote())
+            self._on_ray()
+        with ThreadPoolExecutor(1) as thread:
+            self._serving = thread.submit(start_serve)  # takes seconds, mostly of waiting
+            self._controller = start_controller(settings, info, self._directory / "state")
+            self._follow(self._controller.start.remote())
+            self._serving.result()
         self._say("starting the gateway")
         self._gateway = deploy_gateway(settings, info)
         self.grpc_address = self._gateway.address.remote().result(timeout_s=60)
@@ -101,8 +106,9 @@ class Deployment:
             if self._gateway is not None:
                 self._say("draining the gateway")
                 self._gateway.shut_down.remote(_DRAIN_S).result(timeout_s=_DRAIN_S + 10)
-            if ray.is_initialized():
+            if self._serving is not None and self._serving.exception() is None:
                 serve.delete(GATEWAY_APP)
+            if ray.is_initialized():
                 self._stop_controller()
         finally:
             ray.shutdown()

@@ -81,7 +81,8 @@ def _compare(
     rates: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
     for number in range(rounds + 1):
         for kind, batch in cases:
-            seed = number * 1000 + batch
+            # Prompts that nobody has seen: our prefix cache would know those of another peer's rounds.
+            seed = random.Random(f"{name} {number} {kind} {batch}").randrange(1 << 31)
             time.sleep(_SPIN_S)
             ours = asyncio.run(_ours(address, vocab_size, kind, batch, seed))
             theirs = _theirs(ask, vocab_size, kind, batch, seed)
