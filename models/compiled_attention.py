@@ -20,7 +20,8 @@ class CompiledAttention:
 
     def __init__(self, cache: PagedKVCache) -> None:
         self._cache = cache
-        self._layout: StepLayout | None = None
+        # What the step was made of; kept, so that nothing else can be taken for it.
+        self._made_for: tuple[StepLayout, Tensor, int, tuple[int, int]] | None = None
         self._step: AttentionStep | None = None
 
     def run(
@@ -28,9 +29,8 @@ class CompiledAttention:
     ) -> tuple[Tensor, Tensor, AttentionStep]:
         """Run a layer's attention; see `AttentionLayer.run`. rope: cosines and sines [1, T, R]."""
         step = self._step_of(rope[0], rope[1], attention)
-        layout = self._layout
-        assert layout is not None, "a step without a layout"
-        large = self._large_spans(layout)
+        assert self._cache.layout is not None, "a layer ran without a step layout"
+        large = self._large_spans(self._cache.layout)
 
         def attend_large() -> None:
             for span, read_L in large:
@@ -40,18 +40,24 @@ class CompiledAttention:
         return (*attention.run(hidden_1TH[0].contiguous(), step, attend_large if large else None), step)
 
     def _step_of(self, cos_1TR: Tensor, sin_1TR: Tensor, attention: AttentionLayer) -> AttentionStep:
-        """Return what the layers need to know of the cache's current step; made by the first that asks."""
+        """Return what the layers need to know of the cache's current step; made by the first that asks.
+
+        Layers share it as long as they are of one shape and get the same cosines, which some families make by kind.
+        """
         layout = self._cache.layout
         assert layout is not None, "a layer ran without a step layout"
         head_shape = (attention.num_heads, attention.head_size)
-        is_same = self._step is not None and self._step.query_TAD.shape[1:] == head_shape
-        is_same = is_same and self._step is not None and self._step.cos_TR.shape[1] == attention.rope_size
-        if self._step is None or layout is not self._layout or not is_same:
+        made_for = (layout, cos_1TR, attention.rope_size, head_shape)
+        is_same = self._made_for is not None and all(
+            a is b if isinstance(a, Tensor | StepLayout) else a == b
+            for a, b in zip(made_for, self._made_for, strict=True)
+        )
+        if self._step is None or not is_same:
             sequence_T = layout.sequence_T.clone()
             for span, _ in self._large_spans(layout):
                 sequence_T[span.start : span.start + span.length] = -1
             size = (len(sequence_T), *head_shape)
-            self._layout = layout
+            self._made_for = made_for
             self._step = AttentionStep(
                 cos_TR=_whole(cos_1TR, attention.rope_size),
                 sin_TR=_whole(sin_1TR, attention.rope_size),

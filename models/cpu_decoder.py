@@ -51,8 +51,8 @@ def speed_up_layers(model: nn.Module, cache: PagedKVCache, run_step: Callable[[S
         How many layers were replaced.
     """
     layers = list(decoder_layers(model))
-    shape = next(iter(cache.shapes.values()))
-    if not layers or shape.dtype != torch.bfloat16 or cache.num_pages < NUM_PAGES or cache.page_size < PAGE_SIZE:
+    is_half = any(shape.dtype == torch.bfloat16 for shape in cache.shapes.values())
+    if not layers or not is_half or cache.num_pages < NUM_PAGES or cache.page_size < PAGE_SIZE:
         return 0
     shared = CompiledAttention(cache)
     steps = [watch(layers, cache, run_step, chunks) for chunks in steps_to_watch(model, cache.page_size)]
@@ -116,6 +116,7 @@ def _recognise(layer: Any, seen: Seen, cache: PagedKVCache) -> list[AttentionLay
     qk_norm = kinds.get(tuple(norm.weight.numel() for norm in qk_norms))
     fits = (
         qk_norm is not None
+        and shape.dtype == torch.bfloat16
         and shape.value_size == size
         and k.weight.shape[0] == v.weight.shape[0] == groups * size
         and out.weight.shape == (q.weight.shape[1], heads * size)

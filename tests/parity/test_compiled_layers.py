@@ -130,6 +130,22 @@ def test_window_and_sinks_are_kept() -> None:
         assert relative_error(got, wanted) < TOLERANCE
 
 
+def turned_slower(_layer: Any, args: Any, kwargs: Any) -> Any:
+    cos, sin = kwargs["position_embeddings"]
+    angles = torch.atan2(sin.float(), cos.float()) / 2
+    return args, {**kwargs, "position_embeddings": (angles.cos().bfloat16(), angles.sin().bfloat16())}
+
+
+def test_layers_may_be_given_cosines_of_their_own() -> None:
+    """As in families whose sliding layers turn at another rate."""
+    model = make_model("qwen3_moe")
+    model.model.layers[1].register_forward_pre_hook(turned_slower, with_kwargs=True)
+    plain, compiled = runners_of(model)
+    assert compiled.num_compiled == 3
+    for got, wanted in zip(run_steps(compiled), run_steps(plain), strict=True):
+        assert relative_error(got, wanted) < TOLERANCE
+
+
 def scaled_attention(layer: Any) -> None:
     forward: Callable[..., Any] = layer.self_attn.forward
 
