@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker-threads", type=int, default=max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--worker-threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--shard-threads", type=int, default=1)
     parser.add_argument("--link", default="local", help="kind of link, local or gloo")
     parser.add_argument("--no-pin", action="store_true", help="leave the shards' cores to the kernel")

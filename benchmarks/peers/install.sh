@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the peers into environments of their own and says how to name them: benchmarks/peers/install.sh FOLDER [CHECKPOINT]
-# FOLDER/vllm: vLLM's CPU build. FOLDER/zentorch: the same with zentorch. FOLDER/llama: llama.cpp, built from its sources (minutes),
+# FOLDER/vllm: vLLM's CPU build. FOLDER/zentorch: the same with zentorch, which vLLM uses on AMD's processors alone. FOLDER/llama: llama.cpp, built from its sources (minutes),
 # and, for a CHECKPOINT, its weights in llama.cpp's format.
 set -euo pipefail
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
