@@ -1,4 +1,4 @@
-"""Bringing a deployment up and down from one process: checks first, then Ray, controller, gateway."""
+"""Bringing a deployment up and down from one process: checks and Ray, then the controller, then the gateway."""
 
 import multiprocessing
 import shutil
@@ -53,7 +53,7 @@ class Deployment:
         self._directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
         self._controller: Any = None
         self._gateway: Any = None
-        self._serving: Future[None] | None = None
+        self._is_deployed = False
         self.grpc_address = ""
 
     def start(self) -> None:
@@ -91,11 +91,12 @@ class Deployment:
             join_ray(self._ray_address)
             self._on_ray()
         with ThreadPoolExecutor(1) as thread:
-            self._serving = thread.submit(start_serve)  # takes seconds, mostly of waiting
+            serving = thread.submit(start_serve)  # takes seconds, mostly of waiting
             self._controller = start_controller(settings, info, self._directory / "state")
             self._follow(self._controller.start.remote())
-            self._serving.result()
+            serving.result()
         self._say("starting the gateway")
+        self._is_deployed = True
         self._gateway = deploy_gateway(settings, info)
         self.grpc_address = self._gateway.address.remote().result(timeout_s=60)
         self._say(f"serving on {self.grpc_address}")
@@ -106,7 +107,7 @@ class Deployment:
             if self._gateway is not None:
                 self._say("draining the gateway")
                 self._gateway.shut_down.remote(_DRAIN_S).result(timeout_s=_DRAIN_S + 10)
-            if self._serving is not None and self._serving.exception() is None:
+            if self._is_deployed:
                 serve.delete(GATEWAY_APP)
             if ray.is_initialized():
                 self._stop_controller()

@@ -129,9 +129,10 @@ def sample(
         ids_N[plain], best_P = draw_rows(_rows(logits_NV, plain), [s.temperature for s in settings_P], uniforms)
         is_finite_N[plain] = best_P.isfinite()
     if others:
-        contexts = None if context_ids_N is None else [context_ids_N[n] for n in others]
-        settings_F, position_F = [settings_N[n] for n in others], [position_N[n] for n in others]
-        ids_N[others], best_F = _draw_filtered(_rows(logits_NV, others), settings_F, position_F, contexts)
+        scores_FV = _rows(_penalised(logits_NV, settings_N, context_ids_N), others)
+        ids_N[others], best_F = _draw_filtered(
+            scores_FV, [settings_N[n] for n in others], [position_N[n] for n in others]
+        )
         is_finite_N[others] = best_F.isfinite()
     if not bool(is_finite_N.all()):
         raise NonFiniteLogitsError(tuple((~is_finite_N).nonzero().flatten().tolist()))
@@ -160,19 +161,15 @@ def splitmix64(state: int) -> int:
 
 
 def _draw_filtered(
-    logits_FV: Tensor,
-    settings_F: Sequence[SamplingSettings],
-    position_F: Sequence[int],
-    context_ids_F: Sequence[Sequence[int]] | None,
+    scores_FV: Tensor, settings_F: Sequence[SamplingSettings], position_F: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return ids_F and best_F, each row's token and its largest score; nothing is drawn where one is not finite."""
-    scores_FV = _penalised(logits_FV, settings_F, context_ids_F)
     # max() gives the first, so the lowest, of equal indices.
     best_F, ids_F = scores_FV.max(dim=-1)
     if not bool(best_F.isfinite().all()):
         return ids_F, best_F
     drawing = [f for f, settings in enumerate(settings_F) if settings.temperature > 0]
-    num_at_once = max(1, SCORES_AT_ONCE["cpu" if logits_FV.is_cpu else "gpu"] // logits_FV.shape[1])
+    num_at_once = max(1, SCORES_AT_ONCE["cpu" if scores_FV.is_cpu else "gpu"] // scores_FV.shape[1])
     for start in range(0, len(drawing), num_at_once):
         rows = drawing[start : start + num_at_once]
         weights_MV = filtered_weights(_rows(scores_FV, rows), [settings_F[f] for f in rows])
@@ -187,8 +184,10 @@ def filtered_weights(scores_MV: Tensor, settings_M: Sequence[SamplingSettings]) 
     """
     device = scores_MV.device
     # The smallest normal float32: a temperature that float32 rounds to 0 would make 0 / 0 of the most likely token.
-    temperature_M = torch.tensor([s.temperature for s in settings_M], device=device)
-    temperature_M.clamp_(min=torch.finfo(torch.float32).tiny)
+    # And the largest: infinity would make NaN of excluded tokens.
+    limits = torch.finfo(torch.float32)
+    temperature_M = torch.tensor([min(s.temperature, limits.max) for s in settings_M], device=device)
+    temperature_M.clamp_(min=limits.tiny)
     # The largest is taken off first, so that a small temperature overflows to -inf and never to +inf.
     shifted_MV = (scores_MV - scores_MV.amax(dim=-1, keepdim=True)).div_(temperature_M[:, None])
     weights_MV = shifted_MV.exp_().mul_(2.0**WEIGHT_BITS).long()

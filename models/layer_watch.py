@@ -16,14 +16,20 @@ NUM_PAGES, PAGE_SIZE = 3, 4
 
 @dataclass
 class Seen:
-    """What transformers' code did in one layer in one step: hidden in, keys and values written, what came out."""
+    """What transformers' code did in one layer in one step: hidden in, keys and values written, what came out.
+
+    attended and projected: before and behind attention's output projection; joined and normed: before and behind the
+    norm that follows.
+    """
 
     layout: StepLayout
     input_1TH: Tensor
     rope: Any
     written: tuple[Tensor, Tensor] | None = None
-    attended: Tensor | None = None
-    normed: Tensor | None = None
+    attended: Any = None
+    projected: Any = None
+    joined: Any = None
+    normed: Any = None
     mlp_output: Any = None
     output: Any = None
 
@@ -71,6 +77,12 @@ def watch(
         seen[layer].written = (keys[seen[layer].layout.write_T], values[seen[layer].layout.write_T])
         seen[layer].attended = args[0].clone()
 
+    def project(layer: Any, output: Any) -> None:
+        seen[layer].projected = output.clone()
+
+    def join(layer: Any, args: Any) -> None:
+        seen[layer].joined = args[0].clone()
+
     def leave_mlp(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         seen[layer].normed, seen[layer].mlp_output = hidden.clone(), hidden_of(output)
@@ -90,6 +102,9 @@ def watch(
         out = getattr(layer.self_attn, "o_proj", None)
         if out is not None:
             handles.append(out.register_forward_pre_hook(lambda _, args, layer=layer: attend(layer, args)))
+            handles.append(out.register_forward_hook(lambda _, __, output, layer=layer: project(layer, output)))
+        norm = layer.post_attention_layernorm
+        handles.append(norm.register_forward_pre_hook(lambda _, args, layer=layer: join(layer, args)))
     try:
         with hooks.other_experts(layers, lambda _layer, hidden_TH, _ids, _weights: hidden_TH):
             run_step(chunks)

@@ -69,9 +69,9 @@ Passes passes_of(int isa) {
 // The parts of a layer, as bits of what is to be computed.
 enum Part { kProject = 1, kAttend = 2, kOut = 4 };
 
-// Memory of the one call that computes at a time.
-std::mutex turn;
-Scratch row_scratch, qkv_scratch;
+// Memory of the one call that computes at a time. Never freed: a thread may compute while the process ends.
+std::mutex& turn = *new std::mutex;
+Scratch &row_scratch = *new Scratch, &qkv_scratch = *new Scratch;
 
 struct Linear {
   const uint16_t *w, *bias, *residual;

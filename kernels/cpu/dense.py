@@ -148,7 +148,8 @@ class AttentionLayer:
         self, weights: AttentionWeights, keys_CGD: Tensor, values_CGD: Tensor, page_size: int, rope_size: int
     ) -> None:
         """Lay out a layer; the cache's tensors are kept and written to."""
-        self._kept = (weights, keys_CGD, values_CGD)  # the structure below holds addresses alone
+        self.weights = weights
+        self._kept = (keys_CGD, values_CGD)  # the structure below holds addresses alone
         self.num_heads = weights.num_heads
         self.head_size = weights.head_size
         self.rope_size = rope_size

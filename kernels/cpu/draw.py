@@ -40,9 +40,9 @@ def draw_rows(
     library = load_draw()
     assert library is not None, "draw_rows() without a compiled kernel"
     num_rows, vocab_size = scores_NV.shape
-    # A temperature that float32 rounds to 0 would make 0 / 0 of the most likely token.
-    tiny = torch.finfo(torch.float32).tiny
-    temperature_N = torch.tensor([max(t, tiny) if t > 0 else 0.0 for t in temperatures], dtype=torch.float32)
+    # One that float32 rounds to 0 would make 0 / 0 of the most likely token, an infinite one NaN of excluded tokens.
+    tiny, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    temperature_N = torch.tensor([min(max(t, tiny), most) if t > 0 else 0.0 for t in temperatures])
     uniform_N = torch.tensor(uniforms, dtype=torch.float64)
     ids_N, best_N = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
     addresses = [ctypes.c_void_p(t.data_ptr()) for t in (scores_NV, temperature_N, uniform_N, ids_N, best_N)]

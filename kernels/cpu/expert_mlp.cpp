@@ -3,7 +3,7 @@
 // Of the up projection's panels (packed.h) the first of two blocks is for 16 gates and the second for the values that they gate.
 //
 // Two passes with a barrier between: (expert, panel of the middle) and (panel of the output over all experts), so that no two
-// threads write one place and each weight is read from memory once. Sums are float32 in one order for a row, whatever rows are
+// threads write one place and, for up to kGroup rows an expert, each weight is read from memory once. Sums are float32 in one order for a row, whatever rows are
 // computed beside it, and a row's experts are added in the order of the slots.
 
 #include "packed.h"
@@ -104,9 +104,9 @@ Passes passes_of(int isa) {
 void run(const Call& call, int isa, const int64_t* slot_P, int64_t rows, int64_t pairs, int64_t slots, int threads) {
   const Passes passes = passes_of(isa);
   const bool use_tiles = isa == kAmx;
-  // One call at a time has all cores; others wait, and share its memory.
-  static std::mutex turn;
-  static Scratch row_scratch, middle_scratch, sum_scratch;
+  // One call at a time has all cores; others wait, and share its memory. Never freed: a thread may compute while the process ends.
+  static std::mutex& turn = *new std::mutex;
+  static Scratch &row_scratch = *new Scratch, &middle_scratch = *new Scratch, &sum_scratch = *new Scratch;
   const std::lock_guard<std::mutex> my_turn(turn);
   std::vector<int64_t> order;
   const std::vector<Group> groups = sort_pairs(slot_P, call.row_P, pairs, slots, call.first_row, call.first_row + rows, order);

@@ -192,7 +192,12 @@ class PackedSlots:
 
         Returns:
             float32 [T, H], the weighted sum of each row's experts, or [P, H] without weights.
+
+        Raises:
+            ValueError: rows of another size or dtype, as a damaged packet may hold.
         """
+        if rows_TH.dtype != torch.bfloat16 or rows_TH.shape[1] != self.hidden:
+            raise ValueError(f"rows of {rows_TH.shape[1]} {rows_TH.dtype}, the experts take {self.hidden} bfloat16")
         rows_TH = rows_TH.contiguous()
         row_P, slot_P = row_P.contiguous(), slot_P.contiguous()
         weight_P = None if weight_P is None else weight_P.contiguous()

@@ -1,7 +1,7 @@
 // Threads of one OpenMP team that share work within a parallel region, one phase after another.
 //
-// A phase ends when its work is done, whoever did it: a thread that comes late, as it slept, holds up nobody, and takes part from
-// where the others are. They wait spinning, for microseconds: with OMP_WAIT_POLICY=PASSIVE, which processes that share cores need,
+// A phase ends when its work is done, whoever did it: a thread that comes late, as it slept, holds up no phase, and takes part from
+// where the others are (the parallel region itself ends when all have come). They wait spinning, for microseconds: with OMP_WAIT_POLICY=PASSIVE, which processes that share cores need,
 // OpenMP's own barriers sleep, and waking takes longer than most of the work.
 
 #pragma once

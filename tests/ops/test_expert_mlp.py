@@ -213,6 +213,13 @@ def test_an_activation_is_known_by_what_it_computes(
     assert recognise(activate, numbers) == wanted
 
 
+@pytest.mark.parametrize("rows_TH", [torch.zeros(2, 32).bfloat16(), torch.zeros(2, 64), torch.zeros(2, 64).half()])
+def test_rows_that_do_not_fit_are_refused(rows_TH: Tensor) -> None:
+    _, packed = layer(ACTIVATIONS["swiglu"], (2, 64, 32), has_bias=False, seed=1)
+    with pytest.raises(ValueError, match="the experts take 64 bfloat16"):
+        packed.run(rows_TH, torch.tensor([0, 1]), torch.tensor([1, 0]), torch.ones(2))
+
+
 def test_what_the_kernel_cannot_do_is_left_to_torch() -> None:
     cpu = torch.device("cpu")
     assert can_pack(64, 32, torch.bfloat16, cpu)

@@ -166,11 +166,25 @@ def other_norm(layer: Any) -> None:
     norm.forward = lambda x: type(norm).forward(norm, x) + 0.1
 
 
-@pytest.mark.parametrize("change", [scaled_attention, turned_keys, other_norm])
-def test_a_layer_that_only_looks_common_is_left_alone(change: Callable[[Any], None]) -> None:
+def more_behind(layer: Any) -> None:
+    forward: Callable[..., Any] = layer.forward
+    layer.forward = lambda hidden, *args, **kwargs: forward(hidden, *args, **kwargs) + 0.01 * hidden
+
+
+@pytest.mark.parametrize("change", [scaled_attention, turned_keys, other_norm, more_behind])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_layer_that_only_looks_common_is_left_alone(change: Callable[[Any], None], scale: float) -> None:
+    """However small beside the hidden state what it does otherwise is."""
     model = make_model("qwen3_moe")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(scale)
     change(model.model.layers[1])
     assert make_runner(model).num_compiled == 2
+
+
+def test_bounds_that_short_steps_need_not_reach_are_seen() -> None:
+    _, compiled = runners_of(make_model("olmoe", clip_qkv=50.0))
+    assert compiled.num_compiled == 0
 
 
 def test_residuals_that_are_multiplied_are_left_alone() -> None:
