@@ -1,11 +1,11 @@
-"""Bringing a deployment up and down from one process: checks and Ray, then the controller, then the gateway."""
+"""Bringing a deployment up and down from one process: checks first, then Ray, controller, gateway."""
 
 import multiprocessing
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from expertmesh.actors.controller.actor import start_controller
-from expertmesh.actors.gateway.deployment import deploy_gateway, start_serve
+from expertmesh.actors.gateway.deployment import deploy_gateway
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray
 from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
@@ -75,8 +75,6 @@ class Deployment:
             inspection: Future[Any] = pool.submit(_inspect, settings)
             if self._ray_address is None:
                 self._say("starting Ray on this machine")
-                start_local_ray(self._directory / "ray")
-                self._on_ray()
             facts, error = inspection.result()
             if error is not None:
                 raise error
@@ -87,14 +85,12 @@ class Deployment:
         )
         if self._ray_address is None:
             self._check_memory(facts)
+            start_local_ray(self._directory / "ray")
         else:
             join_ray(self._ray_address)
-            self._on_ray()
-        with ThreadPoolExecutor(1) as thread:
-            serving = thread.submit(start_serve)  # takes seconds, mostly of waiting
-            self._controller = start_controller(settings, info, self._directory / "state")
-            self._follow(self._controller.start.remote())
-            serving.result()
+        self._on_ray()
+        self._controller = start_controller(settings, info, self._directory / "state")
+        self._follow(self._controller.start.remote())
         self._say("starting the gateway")
         self._is_deployed = True
         self._gateway = deploy_gateway(settings, info)
@@ -107,7 +103,7 @@ class Deployment:
             if self._gateway is not None:
                 self._say("draining the gateway")
                 self._gateway.shut_down.remote(_DRAIN_S).result(timeout_s=_DRAIN_S + 10)
-            if self._is_deployed:
+            if self._is_deployed:  # another's gateway may run in a cluster that this one failed to start in
                 serve.delete(GATEWAY_APP)
             if ray.is_initialized():
                 self._stop_controller()

@@ -10,20 +10,17 @@ usage: python -m benchmarks.against_peers CHECKPOINT [--peer NAME=COMMAND ...] [
 
 import argparse
 import asyncio
-import contextlib
-import json
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from benchmarks.asking import Peer, running_peer
 from benchmarks.record import keep
 from expertmesh.actors.cli.bench import peak_memory, run_round
 from expertmesh.actors.cli.child_server import child_server
@@ -34,7 +31,6 @@ PROMPT, NEW = 32, 64
 LONG_PROMPT, LONG_BATCHES = 512, (1, 8)
 # Threads of a peer spin for up to 200 ms after their work (Intel's KMP_BLOCKTIME): the next to be timed waits for that.
 _SPIN_S = 0.25
-Ask = Callable[[dict[str, Any]], dict[str, float]]
 
 
 def main() -> int:
@@ -60,10 +56,12 @@ def main() -> int:
         ready_s = {"expertmesh": time.perf_counter() - started_s}
         vocab_size = asyncio.run(_status(address)).model.vocab_size
         for name, command in commands.items():
-            with _peer(command) as (ask, peer_ready_s):
-                ready_s[name] = peer_ready_s
-                rows += _compare(address, vocab_size, name, ask, batches, asked.rounds)
-                memory[name] = ask({"memory": True})["bytes"]
+            peer_started_s = time.perf_counter()
+            with running_peer(shlex.split(command)) as peer:
+                peer.read()
+                ready_s[name] = time.perf_counter() - peer_started_s
+                rows += _compare(address, vocab_size, name, peer, batches, asked.rounds)
+                memory[name] = peer.ask({"memory": True})["bytes"]
         memory["expertmesh"] = sum(peak_memory(asyncio.run(_status(address))).values())
     for name, seconds in ready_s.items():
         print(f"{name}: ready after {seconds:.1f} s, peak memory {memory[name] / 2**30:.2f} GiB")
@@ -74,7 +72,7 @@ def main() -> int:
 
 
 def _compare(
-    address: str, vocab_size: int, name: str, ask: Ask, batches: list[int], rounds: int
+    address: str, vocab_size: int, name: str, peer: Peer, batches: list[int], rounds: int
 ) -> list[dict[str, Any]]:
     """Ask both in turns; return a row for each batch of decoding and of prefill."""
     cases = [("decode", batch) for batch in batches] + [("prefill", batch) for batch in LONG_BATCHES]
@@ -85,7 +83,7 @@ def _compare(
             seed = random.Random(f"{name} {number} {kind} {batch}").randrange(1 << 31)
             time.sleep(_SPIN_S)
             ours = asyncio.run(_ours(address, vocab_size, kind, batch, seed))
-            theirs = _theirs(ask, vocab_size, kind, batch, seed)
+            theirs = _theirs(peer, vocab_size, kind, batch, seed)
             print(f"round {number}, {kind} at {batch}: {ours:.1f} against {name}'s {theirs:.1f} tokens/s", flush=True)
             if number:
                 rates[kind, batch].append((ours, theirs))
@@ -115,36 +113,14 @@ async def _ours(address: str, vocab_size: int, kind: str, batch: int, seed: int)
         return one.figures()[f"{kind}_tokens_per_s"]
 
 
-def _theirs(ask: Ask, vocab_size: int, kind: str, batch: int, seed: int) -> float:
+def _theirs(peer: Peer, vocab_size: int, kind: str, batch: int, seed: int) -> float:
     rng = random.Random(seed)
     length = PROMPT if kind == "decode" else LONG_PROMPT
     prompts = [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(batch)]
-    first_s = ask({"prompts": prompts, "new": 1, "seed": seed})["seconds"]
+    first_s = peer.ask({"prompts": prompts, "new": 1, "seed": seed})["seconds"]
     if kind == "prefill":
         return batch * length / first_s
-    return batch * (NEW - 1) / (ask({"prompts": prompts, "new": NEW, "seed": seed})["seconds"] - first_s)
-
-
-@contextlib.contextmanager
-def _peer(command: str) -> Iterator[tuple[Ask, float]]:
-    """Start a peer; yield what asks it, and the seconds until it was ready."""
-    started_s = time.perf_counter()
-    with subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        stdin, stdout = process.stdin, process.stdout
-        assert stdin is not None
-        assert stdout is not None
-
-        def ask(question: dict[str, Any]) -> dict[str, float]:
-            print(json.dumps(question), file=stdin, flush=True)
-            answer: dict[str, float] = json.loads(stdout.readline())
-            return answer
-
-        try:
-            json.loads(stdout.readline())
-            yield ask, time.perf_counter() - started_s
-        finally:
-            stdin.close()
-            process.wait(timeout=60)
+    return batch * (NEW - 1) / (peer.ask({"prompts": prompts, "new": NEW, "seed": seed})["seconds"] - first_s)
 
 
 if __name__ == "__main__":

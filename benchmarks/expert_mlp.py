@@ -10,9 +10,7 @@ usage: benchmarks/peers/install.sh FOLDER
 
 import argparse
 import contextlib
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.asking import running_peer
 from benchmarks.record import keep
 from expertmesh.kernels.cpu.expert_mlp import Activation, Kind, PackedSlots, pack_expert
 from expertmesh.kernels.cpu.huge_pages import empty_bf16
@@ -88,23 +87,13 @@ def make_layer(hidden: int, width: int, experts: int) -> Layer:
 
 
 @contextlib.contextmanager
-def asking_peers(python: str | None, threads: int) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+def asking_peers(python: str | None, threads: int) -> Iterator[Callable[[dict[str, Any]], dict[str, float]]]:
     """Start the peers' process and yield what asks it (see peers/moe_op.py); without one nothing is answered."""
     if python is None:
         yield lambda _: {}
         return
-    command = [python, str(Path(__file__).parent / "peers" / "moe_op.py"), str(threads)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        stdin, stdout = process.stdin, process.stdout
-        assert stdin is not None
-        assert stdout is not None
-
-        def ask(question: dict[str, Any]) -> dict[str, Any]:
-            print(json.dumps(question), file=stdin, flush=True)
-            answer: dict[str, Any] = json.loads(stdout.readline())
-            return answer
-
-        yield ask
+    with running_peer([python, str(Path(__file__).parent / "peers" / "moe_op.py"), str(threads)]) as peer:
+        yield peer.ask
 
 
 def measure(
@@ -114,7 +103,7 @@ def measure(
     rounds: int,
     isa: Isa | None,
     limits: tuple[float, float],
-    ask: Callable[[dict[str, Any]], dict[str, Any]],
+    ask: Callable[[dict[str, Any]], dict[str, float]],
 ) -> dict[str, object]:
     """Time ours and the others' in turns, each on the next layer. limits: bytes/s read and FLOP/s."""
     read_bytes_s, multiply_flop_s = limits

@@ -55,7 +55,7 @@ def speed_up_layers(model: nn.Module, cache: PagedKVCache, run_step: Callable[[S
     if not layers or not is_half or cache.num_pages < NUM_PAGES or cache.page_size < PAGE_SIZE:
         return 0
     shared = CompiledAttention(cache)
-    steps = [watch(layers, cache, run_step, chunks) for chunks in steps_to_watch(model, cache.page_size)]
+    steps = [watch(model, layers, cache, run_step, chunks) for chunks in steps_to_watch(model, cache.page_size)]
     replaced = 0
     for layer in layers:
         seen = [step[layer] for step in steps if layer in step]
@@ -117,8 +117,9 @@ def _recognise(layer: Any, seen: Seen, cache: PagedKVCache) -> list[AttentionLay
         (heads * size, groups * size): QkNorm.ALL_HEADS,
     }
     qk_norm = kinds.get(tuple(norm.weight.numel() for norm in qk_norms))
+    rope_sizes = [rope_size for rope_size in (angles, 2 * angles) if can_attend(heads, groups, size, rope_size)]
     fits = (
-        qk_norm is not None
+        len(rope_sizes) > 0
         and shape.dtype == torch.bfloat16
         and shape.value_size == size
         and k.weight.shape[0] == v.weight.shape[0] == groups * size
@@ -148,11 +149,7 @@ def _recognise(layer: Any, seen: Seen, cache: PagedKVCache) -> list[AttentionLay
         softcap=options.softcap,
         sinks_A=None if options.sinks_A is None else options.sinks_A.float().contiguous(),
     )
-    return [
-        AttentionLayer(weights, *cache.tensors(index), cache.page_size, rope_size)
-        for rope_size in (angles, 2 * angles)
-        if can_attend(heads, groups, size, rope_size)
-    ]
+    return [AttentionLayer(weights, *cache.tensors(index), cache.page_size, rope_size) for rope_size in rope_sizes]
 
 
 def _epsilon(norm: Any) -> float | None:

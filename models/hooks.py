@@ -4,7 +4,7 @@ They keep no state of their own: what a layer needs hangs on its module, put the
 `attach_cache`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +38,9 @@ def attach_experts(experts_by_layer: Mapping[int, nn.Module], run: RunExperts) -
 
 
 @contextmanager
-def other_experts(modules: Iterable[nn.Module], run: RunExperts) -> Iterator[None]:
-    """Let the experts within some modules be computed by `run` for a while."""
-    own = [(m, m.expertmesh_run) for module in modules for m in module.modules() if hasattr(m, "expertmesh_run")]
+def other_experts(model: nn.Module, run: RunExperts) -> Iterator[None]:
+    """Let all experts of a model be computed by `run` for a while."""
+    own = [(module, module.expertmesh_run) for module in model.modules() if hasattr(module, "expertmesh_run")]
     try:
         for module, _ in own:
             module.expertmesh_run = run  # type: ignore[assignment]

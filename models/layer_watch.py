@@ -59,6 +59,7 @@ def steps_to_watch(model: Any, page_size: int) -> list[list[Chunk]]:
 
 
 def watch(
+    model: nn.Module,
     layers: Sequence[Any],
     cache: PagedKVCache,
     run_step: Callable[[Sequence[Chunk]], Tensor],
@@ -106,7 +107,7 @@ def watch(
         norm = layer.post_attention_layernorm
         handles.append(norm.register_forward_pre_hook(lambda _, args, layer=layer: join(layer, args)))
     try:
-        with hooks.other_experts(layers, lambda _layer, hidden_TH, _ids, _weights: hidden_TH):
+        with hooks.other_experts(model, lambda _layer, hidden_TH, _ids, _weights: hidden_TH):
             run_step(chunks)
     finally:
         for handle in handles:

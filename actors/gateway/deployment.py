@@ -172,13 +172,6 @@ async def _call(reference: Any) -> Any:
         raise UnavailableError(f"{type(error).__name__}: {error}") from error
 
 
-def start_serve() -> None:
-    """Start Ray Serve's own process; deploying the gateway needs it. Does nothing where it runs already."""
-    # Serve reports each of its own steps; what matters of them is said by ours.
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-
-
 def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
     """Run the gateway on Ray Serve, on this node: its address was checked here, clients look for it here.
 
@@ -200,7 +193,9 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
         graceful_shutdown_timeout_s=5,
         logging_config={"log_level": "WARNING"},
     )
-    start_serve()
+    # Serve reports each of its own steps; what matters of them is said by ours.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     try:
         return serve.run(deployment.bind(settings, model), name=GATEWAY_APP, route_prefix=None)
     except RuntimeError as error:

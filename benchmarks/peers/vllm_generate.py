@@ -21,12 +21,10 @@ def load() -> Generate:
         enable_prefix_caching=False,
     )
 
-    def generate(prompts: list[list[int]], new: int, seed: int) -> None:
-        params = SamplingParams(
-            temperature=1.0, max_tokens=new, min_tokens=0, ignore_eos=True, seed=None, detokenize=False
-        )
+    def generate(prompts: list[list[int]], new: int, _seed: int) -> None:
+        params = SamplingParams(temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        assert all(len(output.outputs[0].token_ids) == new for output in outputs), seed
+        assert all(len(output.outputs[0].token_ids) == new for output in outputs)
 
     return generate
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from expertmesh.kernels.cpu.isa import Isa, best_isa
+
 _logger = logging.getLogger(__name__)
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 _TIMEOUT_S = 120.0
@@ -22,17 +24,8 @@ class KernelBuildError(RuntimeError):
     """A kernel that something cannot do without was not compiled, or this processor cannot run it."""
 
 
-@functools.cache
-def cpu_features() -> frozenset[str]:
-    """Return the processor's features by their Linux names."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
 def compile_all() -> None:
-    """Compile all kernels at once, so that the processes that use them find them ready."""
+    """Compile the kernels that torch can stand in for, so that the processes that use them find them ready."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for loading in [pool.submit(load) for load in (load_expert_mlp, load_dense, load_draw, load_library)]:
             loading.result()
@@ -40,45 +33,29 @@ def compile_all() -> None:
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Return the compiled kernels; None, with the reason logged once, where torch has to do their work."""
-    if not {"avx512_bf16", "amx_bf16"} & cpu_features():
-        _logger.info("the processor has neither AMX nor AVX-512 BF16: experts run on torch's kernels")
+    """Return the compiled skinny products; None where torch has to do their work."""
+    if best_isa() < Isa.AVX512_BF16:
+        _logger.info("the processor has neither AMX nor AVX-512 BF16: products of few rows run on torch's kernels")
         return None
-    try:
-        return _load("grouped_linear.cpp")
-    except KernelBuildError as error:
-        _logger.warning("experts run on torch's kernels, about half as fast: %s", error)
-        return None
+    return _load_if_possible("grouped_linear.cpp", "products of few rows run on torch's kernels")
 
 
 @functools.cache
 def load_expert_mlp() -> ctypes.CDLL | None:
-    """Return the compiled expert MLPs; None, with the reason logged once, where torch has to do their work."""
-    try:
-        return _load("expert_mlp.cpp")
-    except KernelBuildError as error:
-        _logger.warning("experts run on torch's kernels, about half as fast: %s", error)
-        return None
+    """Return the compiled expert MLPs; None where torch has to do their work."""
+    return _load_if_possible("expert_mlp.cpp", "experts run on torch's kernels, about half as fast")
 
 
 @functools.cache
 def load_dense() -> ctypes.CDLL | None:
-    """Return the compiled dense half; None, with the reason logged once, where torch has to do its work."""
-    try:
-        return _load("dense.cpp")
-    except KernelBuildError as error:
-        _logger.warning("the dense half runs on torch's kernels, about half as fast: %s", error)
-        return None
+    """Return the compiled dense half; None where torch has to do its work."""
+    return _load_if_possible("dense.cpp", "the dense half runs on torch's kernels, about half as fast")
 
 
 @functools.cache
 def load_draw() -> ctypes.CDLL | None:
-    """Return the compiled drawing of tokens; None, with the reason logged once, where torch has to do it."""
-    try:
-        return _load("draw.cpp")
-    except KernelBuildError as error:
-        _logger.warning("tokens are drawn by torch's kernels: %s", error)
-        return None
+    """Return the compiled drawing of tokens; None where torch has to do it."""
+    return _load_if_possible("draw.cpp", "tokens are drawn by torch's kernels")
 
 
 @functools.cache
@@ -92,6 +69,15 @@ def load_invariant_product() -> ctypes.CDLL:
     if not library.can_multiply():
         raise KernelBuildError("this processor has no AVX2 with fused multiply-adds")
     return library
+
+
+def _load_if_possible(source: str, otherwise: str) -> ctypes.CDLL | None:
+    """Return a library; None, with what happens otherwise and the reason logged, where it cannot be built."""
+    try:
+        return _load(source)
+    except KernelBuildError as error:
+        _logger.warning("%s: %s", otherwise, error)
+        return None
 
 
 def _load(source: str) -> ctypes.CDLL:

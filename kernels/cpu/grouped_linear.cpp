@@ -12,8 +12,6 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 namespace {
 
@@ -112,9 +110,6 @@ __attribute__((target("amx-tile"))) void configure_tiles() { _tile_loadconfig(kT
 __attribute__((target("amx-tile"))) void release_tiles() { _tile_release(); }
 
 }  // namespace
-
-// Ask the kernel for the tile registers; 0 when granted.
-extern "C" int request_amx() { return static_cast<int>(syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18)); }
 
 // x [P, k], w [slots, n, k], y [P, n]; n a multiple of 16, k of 32. blocks of at most 32 rows of one slot: block_slot, block_start,
 // block_rows. scratch: num_blocks * 16 * k 32-bit words, for AMX only.

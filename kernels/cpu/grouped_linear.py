@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.cpu.build import cpu_features, load_library
+from expertmesh.kernels.cpu.build import load_library
+from expertmesh.kernels.cpu.isa import Isa, best_isa
 from expertmesh.kernels.cpu.threads import num_threads
 
 _BLOCK_ROWS = 32
@@ -22,12 +23,8 @@ _MOST_ROWS = {"amx": 64, "avx512": 4}
 @cache
 def instruction_set() -> str | None:
     """Return "amx", "avx512", or None where only torch's kernels can be used."""
-    library = load_library()
-    if library is None:
-        return None
-    if "amx_bf16" in cpu_features() and library.request_amx() == 0:
-        return "amx"
-    return "avx512" if "avx512_bf16" in cpu_features() else None
+    names = {Isa.AMX: "amx", Isa.AVX512_BF16: "avx512"}
+    return None if load_library() is None else names.get(best_isa())
 
 
 def can_multiply(x_PI: Tensor, weight_SOI: Tensor) -> bool:

@@ -4,8 +4,7 @@ import ctypes
 import platform
 from enum import IntEnum
 from functools import cache
-
-from expertmesh.kernels.cpu.build import cpu_features
+from pathlib import Path
 
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): the kernel grants tile registers to this process, or has none.
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
@@ -19,6 +18,15 @@ class Isa(IntEnum):
     AVX2 = 1
     AVX512_BF16 = 2
     AMX = 3
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """Return the processor's features by their Linux names."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
 
 
 @cache

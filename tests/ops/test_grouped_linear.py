@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.kernels.cpu import build
-from expertmesh.kernels.cpu.build import cpu_features
 from expertmesh.kernels.cpu.grouped_linear import grouped_linear, instruction_set, is_supported
+from expertmesh.kernels.cpu.isa import Isa, cpu_features
 from expertmesh.models.cpu_linears import speed_up_linears
 
 FEATURE = {"amx": "amx_bf16", "avx512": "avx512_bf16"}
@@ -77,7 +77,7 @@ def test_without_a_working_compiler_torch_does_the_work_and_a_warning_says_why(
     compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(build, "cpu_features", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(build, "best_isa", lambda: Isa.AMX)
     build.load_library.cache_clear()
     try:
         assert build.load_library() is None
