@@ -5,7 +5,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from expertmesh.actors.gateway.deployment import deploy_gateway
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray
 from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
+from expertmesh.cluster.model_info import CheckpointFacts
 from expertmesh.cluster.settings import ServeSettings
+from expertmesh.models.config_file import read_config_file
 
 _PROGRESS_PERIOD_S = 0.2
 _DRAIN_S = 5.0
@@ -70,14 +72,16 @@ class Deployment:
         if settings.state:
             connect(settings.state).close()
         self._say(f"checking {settings.model}")
-        # In a process of its own, so that torch and transformers do not stay in this one.
+        read_config_file(settings.model)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            inspection: Future[Any] = pool.submit(_inspect, settings)
+            # In a process of its own, so that torch and transformers do not stay in this one.
+            inspection = pool.submit(_inspect, settings)
             if self._ray_address is None:
                 self._say("starting Ray on this machine")
-            facts, error = inspection.result()
-            if error is not None:
-                raise error
+                start_local_ray(self._directory / "ray")
+            facts = inspection.result()
+        if isinstance(facts, ExpertMeshError):
+            raise facts
         info = facts.info
         self._say(
             f"{info.architecture}, {info.dtype}: {len(info.moe_layers)} MoE layers of {info.num_experts} experts, "
@@ -85,15 +89,18 @@ class Deployment:
         )
         if self._ray_address is None:
             self._check_memory(facts)
-            start_local_ray(self._directory / "ray")
         else:
             join_ray(self._ray_address)
         self._on_ray()
         self._controller = start_controller(settings, info, self._directory / "state")
-        self._follow(self._controller.start.remote())
-        self._say("starting the gateway")
-        self._is_deployed = True
-        self._gateway = deploy_gateway(settings, info)
+        starting = self._controller.start.remote()
+        with ThreadPoolExecutor(1) as thread:
+            # Its process waits much and computes little; until the controller is ready it answers that it is not.
+            self._is_deployed = True
+            deployment = thread.submit(deploy_gateway, settings, info)
+            self._follow(starting)
+            self._say("starting the gateway")
+            self._gateway = deployment.result()
         self.grpc_address = self._gateway.address.remote().result(timeout_s=60)
         self._say(f"serving on {self.grpc_address}")
 
@@ -141,7 +148,7 @@ class Deployment:
             if done:
                 return
 
-    def _check_memory(self, facts: Any) -> None:
+    def _check_memory(self, facts: CheckpointFacts) -> None:
         """Refuse what cannot fit on this machine, before anything is loaded. Accelerators check themselves."""
         settings, info = self._settings, facts.info
         if settings.device == "cuda":
@@ -156,19 +163,18 @@ class Deployment:
             )
 
 
-def _inspect(settings: ServeSettings) -> tuple[Any, ExpertMeshError | None]:
+def _inspect(settings: ServeSettings) -> CheckpointFacts | ExpertMeshError:
     """Run in a process of its own: open the checkpoint, return its facts or why it cannot be served."""
     from expertmesh.kernels.cpu.build import compile_all
     from expertmesh.models.describe import inspect_checkpoint
 
     compile_all()  # once here, so that shards and workers find them ready
     try:
-        facts = inspect_checkpoint(
+        return inspect_checkpoint(
             settings.model, settings.dtype, settings.max_context, deterministic=settings.deterministic
         )
-        return facts, None
     except ExpertMeshError as error:
-        return None, error
+        return error
 
 
 def _require_free_port(host: str, port: int) -> None:

@@ -24,3 +24,12 @@ class ModelInfo:
     max_context: int
     eos_token_ids: tuple[int, ...] = ()
     has_tokenizer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """A checkpoint that can be served, and the bytes of its dense half and of one expert in the serving dtype."""
+
+    info: ModelInfo
+    dense_bytes: int
+    expert_bytes: int

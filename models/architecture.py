@@ -3,7 +3,6 @@
 Nothing here reads weights. What cannot be served is refused here, with what was found and what is supported.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.core_model_loading import build_glob_alternation
 from expertmesh.cluster.errors import CheckpointError, UnsupportedModelError
 from expertmesh.kernels.grouped_mlp import ExpertMath
 from expertmesh.models import hooks
+from expertmesh.models.config_file import read_config_file
 
 SUPPORTED = (
     "supported are the causal language models of transformers whose MoE layers use its experts interface "
@@ -157,19 +157,7 @@ def needs_own_cache(model: nn.Module) -> bool:
 
 
 def _read_config(directory: Path) -> Any:
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory}: no config.json; a checkpoint directory as save_pretrained writes it is needed"
-        )
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, found {type(raw).__name__}")
+    raw = read_config_file(directory)
     model_type = raw.get("model_type")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

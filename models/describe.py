@@ -1,9 +1,8 @@
 """What the rest of the fleet must know of a checkpoint that it never opens."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from expertmesh.cluster.model_info import ModelInfo
+from expertmesh.cluster.model_info import CheckpointFacts, ModelInfo
 from expertmesh.models.architecture import Architecture, open_architecture
 from expertmesh.models.deterministic import require_deterministic
 from expertmesh.models.loading import CheckpointWeights
@@ -17,15 +16,6 @@ _TOP_K_NAMES = (
     "top_k_experts",
     "experts_per_token",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointFacts:
-    """A checkpoint that can be served, and the bytes of its dense half and of one expert in the serving dtype."""
-
-    info: ModelInfo
-    dense_bytes: int
-    expert_bytes: int
 
 
 def inspect_checkpoint(

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from expertmesh.cluster.errors import CorruptCheckpointError, InputError, UnsupportedModelError
+from expertmesh.models.tokenizer_backend import Backend, open_backend
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,18 +39,14 @@ def open_tokenizer(directory: Path) -> "Tokenizer | None":
     for name in names:
         if name.endswith(".json"):
             _check_json(directory / name)
-    # Late, so that whoever needs only the types does not load transformers.
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return Tokenizer(open_backend(directory, names))
     except Exception as error:
         # Its libraries raise bare exceptions of many kinds for a file whose content is not what they expect.
         found = f"{type(error).__name__}: {error}"
         if "tokenizer.json" in names:
             raise CorruptCheckpointError(f"{directory / 'tokenizer.json'} cannot be loaded: {found}") from error
         raise UnsupportedModelError(f"{directory} has {names}, but no tokenizer.json is there: {found}") from error
-    return Tokenizer(tokenizer)
 
 
 def _check_json(path: Path) -> None:
@@ -63,11 +59,10 @@ def _check_json(path: Path) -> None:
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer; wraps one of transformers."""
+    """A checkpoint's tokenizer."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    def __init__(self, backend: Backend):
+        self._backend = backend
         self._byte_ids = self._find_byte_ids()
 
     def encode(self, text: str) -> list[int]:
@@ -80,17 +75,15 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"text is not valid Unicode: {error}") from error
-        ids: list[int] = self._tokenizer.encode(text)
-        return ids
+        return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids: special tokens and ids outside the vocabulary left out, no spaces cleaned up."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return self._backend.decode(list(ids))
 
     def has_text(self, token_id: int) -> bool:
         """Say whether decode() does not leave this token out."""
-        return token_id not in self._special_ids and self._tokenizer.convert_ids_to_tokens(token_id) is not None
+        return token_id not in self._backend.special_ids and self._backend.name(token_id) is not None
 
     @property
     def byte_ids(self) -> frozenset[int]:
@@ -102,8 +95,8 @@ class Tokenizer:
 
     def _find_byte_ids(self) -> frozenset[int]:
         names = [f"<0x{byte:02X}>" for byte in range(256)]
-        ids = self._tokenizer.convert_tokens_to_ids(names)
-        if None in ids or self._tokenizer.convert_ids_to_tokens(ids) != names:
+        ids = [token_id for name in names if (token_id := self._backend.token_id(name)) is not None]
+        if [self._backend.name(token_id) for token_id in ids] != names:
             return frozenset()
         # The names alone prove nothing: some vocabularies hold them as plain text.
         return frozenset(ids) if self.decode(ids[byte] for byte in "é".encode()) == "é" else frozenset()

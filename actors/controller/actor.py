@@ -1,308 +1,79 @@
-"""The controller: a detached actor that answers for the deployment. Its absence loses no token.
+"""The controller's process as others call it: a detached Ray actor.
 
-`start` is idempotent: shards and workers are named and detached, so a controller that Ray restarts finds them again and
-goes on.
+Whoever holds an actor's handle imports its class, hence this file, which imports little.
 """
 
-import logging
-import os
-import threading
-import time
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import ray
-from google.protobuf.message import Message
-from ray.exceptions import RayError
 
-from expertmesh.actors.controller.autoscaling import Autoscaling
-from expertmesh.actors.controller.balancing import Balancing
-from expertmesh.actors.controller.keeper import Keeper
-from expertmesh.actors.controller.loads import LoadCollector
-from expertmesh.actors.controller.operator import Operator
-from expertmesh.actors.controller.records import FleetRecords
-from expertmesh.actors.controller.tiers import Tier
-from expertmesh.actors.cores import python_that_gives_way, take_part
-from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, log_to_stderr, node_id, on_this_node
-from expertmesh.actors.state import EmbeddedRedis, StateStore, open_client
-from expertmesh.cluster.balance import balancedness, shard_load_LS
-from expertmesh.cluster.errors import InputError, StateError, UnavailableError
+from expertmesh.actors.cores import python_that_gives_way
+from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, on_this_node
 from expertmesh.cluster.ids import ShardId, WorkerId
-from expertmesh.cluster.load_windows import Load
 from expertmesh.cluster.model_info import ModelInfo
-from expertmesh.cluster.placement import Placement
 from expertmesh.cluster.settings import ServeSettings
-from expertmesh.cluster.watchdog import Watchdog
-from expertmesh.v1.admin_pb2 import ShardStatus, WorkerStatus
-
-_log = logging.getLogger(__name__)
-_SHARD, _WORKER = "expertmesh.actors.shard.actor:ShardActor", "expertmesh.actors.worker.actor:WorkerActor"
-_CALL_TIMEOUT_S = 5.0
-_AGAIN_S = 1.0
 
 
-class Controller:
-    """One deployment's controller. Calls may come on several threads."""
+class ControllerActor:
+    """A Controller in a process of its own."""
 
     def __init__(self, settings: ServeSettings, model: ModelInfo, state_dir: str) -> None:
-        """Connect to the state store.
+        from expertmesh.actors.controller.controller import Controller
 
-        Args:
-            settings: what to serve and how.
-            model: what the model is.
-            state_dir: folder for the embedded Redis, used when settings.state is empty.
-        """
-        log_to_stderr()
-        self._settings = settings
-        self._model = model
-        self._redis = None if settings.state else EmbeddedRedis(Path(state_dir))
-        url = settings.state or (self._redis.url if self._redis else "")
-        # Shards of a step compute at the same time, so they share the cores. A worker takes turns with them.
-        cores = psutil.cpu_count() or 1
-        shard_threads = settings.shard_threads or max(1, cores // settings.shards)
-        worker_threads = settings.worker_threads or max(1, cores // settings.workers)
-        self._shards = Tier[ShardId](_SHARD, settings, threads=shard_threads, concurrency=8)
-        self._workers = Tier[WorkerId](_WORKER, settings, threads=worker_threads, concurrency=1000)
-        store = StateStore(open_client(url), model.name)
-        self._watchdog = Watchdog()
-        records = FleetRecords(store, model)
-        self._keeper = Keeper(settings, model, records, self._shards, self._workers, self._note, self._watchdog)
-        self._collector = LoadCollector(model, store, self._workers)
-        self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog)
-        self._operator = Operator(self._keeper, store, room_timeout_s=settings.room_timeout_s)
-        self._autoscaling = (
-            Autoscaling(self._keeper, self._operator, settings.autoscale, model, self._watchdog)
-            if settings.autoscale
-            else None
-        )
-        self._keeper.each_round = self._operator.step
-        if self._redis is not None:
-            records.ensure_store = self._redis.ensure
-        self._progress: list[str] = []
-        self._started = False
-        if _was_restarted():
-            threading.Thread(target=self._come_back, name="come back", daemon=True).start()
+        self._controller = Controller(settings, model, state_dir)
 
     def start(self) -> None:
-        """Bring up shards and workers, place the experts, join the two. Asking again changes nothing.
-
-        Raises:
-            ExpertMeshError: the first thing that went wrong; nothing is left half-started but idle actors.
-        """
-        settings = self._settings
-        self._note(f"starting {settings.shards} expert shards and {settings.workers} attention workers")
-        self._keeper.bring_up(*_first_members(settings))
-        self._begin()
-
-    def _come_back(self) -> None:
-        """Take up what a former controller left. Nobody waits for it, so whatever goes wrong is tried again."""
-        while not self._started:
-            try:
-                self._keeper.take_up(*_first_members(self._settings))
-                self._begin()
-            except Exception:  # noqa: BLE001  it is told and tried again
-                _log.exception("the fleet could not be taken up; trying again in %.0f s", _AGAIN_S)
-                time.sleep(_AGAIN_S)
-
-    def _begin(self) -> None:
-        self._operator.resume()
-        take_part()
-        self._note("ready")
-        self._started = True
-        threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
-        threading.Thread(target=self._balancing.run, name="balancing", daemon=True).start()
-        if self._autoscaling is not None:
-            threading.Thread(target=self._autoscaling.run, name="autoscaling", daemon=True).start()
+        """See Controller.start."""
+        self._controller.start()
 
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
-        """Hear from a worker that its link to a shard broke."""
-        _log.warning("%s lost its link to %s", worker, shard)
-        self._keeper.report_lost()
+        """See Controller.report_lost."""
+        self._controller.report_lost(worker, shard)
 
     def progress(self, after: int) -> list[str]:
-        """Return what `start` has said so far, from line number `after` on."""
-        return self._progress[after:]
+        """See Controller.progress."""
+        return self._controller.progress(after)
 
     def gateway_view(self) -> dict[str, Any]:
-        """Return what a gateway needs: workers that can take requests, and whether each expert has a live replica."""
-        reason = self._not_ready_reason()
-        handles = dict(self._workers.handles)
-        ready = {w: handles[w] for w in self._workers.ready if w in handles}
-        leaving = self._operator.leaving_workers
-        ready = {worker: handle for worker, handle in ready.items() if worker not in leaving}
-        return {
-            "started": self._started,
-            "workers": ready,
-            "leaving": leaving,
-            "ready": not reason,
-            "reason": reason,
-        }
+        """See Controller.gateway_view."""
+        return self._controller.gateway_view()
 
     def scale(self, shards: int | None, workers: int | None) -> dict[str, Any]:
-        """See Operator.scale and Autoscaling.require_allowed. Returns the operation's fields."""
-        self._require_started()
-        if self._autoscaling is not None:
-            self._autoscaling.require_allowed(shards, workers)
-        return self._operator.scale(shards, workers).facts()
+        """See Controller.scale."""
+        return self._controller.scale(shards, workers)
 
     def drain(self, member: str) -> dict[str, Any]:
-        """See Operator.drain. Returns the operation's fields."""
-        self._require_started()
-        return self._operator.drain(member).facts()
+        """See Controller.drain."""
+        return self._controller.drain(member)
 
     def rebalance(self, dry_run: bool) -> dict[str, Any]:
-        """Plan, and unless it is a dry run begin to carry out. Returns the plan's fields and those of an operation."""
-        self._require_started()
-        plan = self._balancing.plan()
-        operation = None
-        if not dry_run and plan.is_worthwhile:
-            operation = self._operator.go_to(plan.placement, "rebalance").facts()
-        return {
-            "moves": [
-                {"layer": m.key.layer, "expert": m.key.expert, "source": m.source or "", "target": m.target}
-                for m in plan.moves
-            ],
-            "bytes_moved": plan.bytes_moved,
-            "balancedness_before": plan.balancedness_before,
-            "balancedness_after": plan.balancedness_after,
-            "gain_s": plan.gain_s,
-            "cost_s": plan.cost_s,
-            "is_worthwhile": plan.is_worthwhile,
-            "reason": plan.reason,
-            **({"operation": operation} if operation else {}),
-        }
+        """See Controller.rebalance."""
+        return self._controller.rebalance(dry_run)
 
     def placement_record(self) -> bytes:
-        """Return the placement in force, as `Placement.to_bytes` packs it."""
-        self._require_started()
-        placement = self._keeper.placement
-        assert placement is not None
-        return placement.to_bytes()
+        """See Controller.placement_record."""
+        return self._controller.placement_record()
 
     def load_placement(self, record: bytes) -> dict[str, Any]:
-        """Begin to put a placement in force that was saved. Returns the operation's fields.
-
-        Raises:
-            InputError: it is damaged, or does not fit; see Operator.go_to.
-        """
-        self._require_started()
-        try:
-            target = Placement.from_bytes(record)
-        except StateError as error:
-            raise InputError(str(error)) from error
-        return self._operator.go_to(target, f"load placement {zlib.crc32(record):08x}").facts()
+        """See Controller.load_placement."""
+        return self._controller.load_placement(record)
 
     def operations(self, operation_id: str) -> list[dict[str, Any]]:
-        """Return one operation, or all, the newest last, when the id is empty.
-
-        Raises:
-            InputError: there is none of that id.
-            UnavailableError: a controller that came back does not know them yet.
-        """
-        self._require_started()
-        chosen = [self._operator.get(operation_id)] if operation_id else self._operator.all()
-        return [operation.facts() for operation in chosen]
+        """See Controller.operations."""
+        return self._controller.operations(operation_id)
 
     def status(self) -> dict[str, Any]:
-        """Return what StatusResponse shows, grpc_address excepted."""
-        if self._started:
-            try:
-                self._collector.collect(time.time())
-            except UnavailableError as error:
-                _log.warning("the loads shown are those of a moment ago: %s", error)
-        reason = self._not_ready_reason()
-        return {
-            "plan": self._plan_name(),
-            "epoch": self._keeper.placement.epoch if self._keeper.placement else 0,
-            "balancedness": self._balancedness(self._collector.slow(time.time())),
-            "recent_balancedness": self._balancedness(self._collector.fast(time.time())),
-            "controller": {"pid": os.getpid(), "node": node_id()},
-            "shards": [_shown(f, ShardStatus) for f in self._shards.in_order()],
-            "workers": [_shown(f, WorkerStatus) for f in self._workers.in_order()],
-            "layer_traffic": self._traffic(),
-            "ready": not reason,
-            "not_ready_reason": reason,
-            "warnings": [*self._watchdog.stalled(time.monotonic()), *self._exposed()],
-            "autoscaler": self._autoscaling.status(time.monotonic()) if self._autoscaling else None,
-        }
+        """See Controller.status."""
+        return self._controller.status()
 
     def loads(self) -> dict[int, list[int]]:
-        """Return the tokens of each expert since start, by layer."""
-        load_LE = sum((c["load_LE"] for c in self._counters()), self._no_load())
-        return {layer: load_LE[row].tolist() for row, layer in enumerate(self._model.moe_layers)}
+        """See Controller.loads."""
+        return self._controller.loads()
 
     def stop(self) -> None:
-        """End workers, shards and the embedded Redis, and free what was reserved for them."""
-        if self._autoscaling is not None:
-            self._autoscaling.stop()
-        self._balancing.stop()
-        self._keeper.stop()
-        for worker in tuple(self._workers.handles):
-            self._workers.dismiss(worker)
-        for shard in tuple(self._shards.handles):
-            self._shards.dismiss(shard)
-        if self._redis is not None:
-            self._redis.close()
-
-    def _require_started(self) -> None:
-        if not self._started:
-            raise UnavailableError("the deployment is still starting")
-
-    def _not_ready_reason(self) -> str:
-        return self._keeper.not_ready_reason() if self._started else "starting"
-
-    def _counters(self) -> list[dict[str, Any]]:
-        handles = dict(self._workers.handles)
-        references = [handles[w].counters.remote() for w in self._workers.ready if w in handles]
-        try:
-            return list(ray.get(references, timeout=_CALL_TIMEOUT_S))
-        except RayError as error:
-            raise UnavailableError(f"a worker does not answer: {error}") from error
-
-    def _no_load(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.zeros((len(self._model.moe_layers), self._model.num_experts), dtype=np.int64)
-
-    def _balancedness(self, load: Load) -> float | None:
-        placement = self._keeper.placement
-        if placement is None:
-            return None
-        load_LE = load.prefill_LE + load.decode_LE
-        return float(balancedness(shard_load_LS(load_LE, placement))) if load_LE.any() else None
-
-    def _exposed(self) -> list[str]:
-        """Say what the loss of a node would cost in spite of replicas."""
-        placement, nodes = self._keeper.placement, self._shards.nodes
-        if placement is None or self._keeper.replicas == 1 or len(set(nodes.values())) == 1:
-            return []
-        exposed = placement.on_one_node(nodes)
-        return (
-            [f"{len(exposed)} experts have all their replicas on one node, {exposed[0]} among them"] if exposed else []
-        )
-
-    def _traffic(self) -> list[dict[str, int]]:
-        counters = self._collector.latest()
-        return [
-            {
-                "layer": layer,
-                "dispatch_bytes": sum(c["dispatch_bytes_L"][row] for c in counters),
-                "combine_bytes": sum(c["combine_bytes_L"][row] for c in counters),
-                "reduce_bytes": 0,
-            }
-            for row, layer in enumerate(self._model.moe_layers)
-        ]
-
-    def _plan_name(self) -> str:
-        keeper = self._keeper
-        replicas = min(keeper.replicas, max(1, len(keeper.shard_ids)))
-        return f"experts ep={len(keeper.shard_ids)} x {replicas} replicas, attention dp={len(keeper.worker_ids)}"
-
-    def _note(self, line: str) -> None:
-        _log.info(line)
-        if not self._started:
-            self._progress.append(line)
+        """See Controller.stop."""
+        self._controller.stop()
 
 
 def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path) -> Any:
@@ -312,7 +83,7 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
     deployment ends with this process in any case.
     """
     return (
-        ray.remote(Controller)
+        ray.remote(ControllerActor)
         .options(
             name=CONTROLLER,
             namespace=NAMESPACE,
@@ -326,20 +97,3 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
         )
         .remote(settings, model, str(state_dir))
     )
-
-
-def _first_members(settings: ServeSettings) -> tuple[list[ShardId], list[WorkerId]]:
-    return (
-        [ShardId(f"shard-{i}") for i in range(settings.shards)],
-        [WorkerId(f"worker-{i}") for i in range(settings.workers)],
-    )
-
-
-def _was_restarted() -> bool:
-    """Say whether Ray has started this actor again: then nobody calls `start`."""
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
-
-
-def _shown(facts: dict[str, Any], message: type[Message]) -> dict[str, Any]:
-    """Return those facts that the status has a field for."""
-    return {name: value for name, value in facts.items() if name in message.DESCRIPTOR.fields_by_name}

@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -44,13 +43,11 @@ class Tier(Generic[Id]):
     facts: the last answer of each to `describe`; its "state" is "unresponsive" or "dead" where none came.
     """
 
-    def __init__(self, actor: str, settings: ServeSettings, *, threads: int, concurrency: int) -> None:
+    def __init__(self, actor: type, settings: ServeSettings, *, threads: int, concurrency: int) -> None:
         """Make an empty tier.
 
         Args:
-            actor: module and name of the class, whose constructor takes (id, settings, threads) and which has
-                `describe`. It is imported when one is started: a controller that is started again finds them all, and
-                is back in a fraction of the time that the import of torch and transformers takes.
+            actor: the class, whose constructor takes (id, settings, threads) and which has `describe`.
             settings: of the deployment.
             threads: each computes with.
             concurrency: calls that an actor may work on at once.
@@ -118,8 +115,7 @@ class Tier(Generic[Id]):
             runtime_env=self._runtime_env(gives_way=behind_traffic),
             timeout_s=settings.room_timeout_s,
         )
-        module, _, name = self._actor.partition(":")
-        actor = ray.remote(getattr(import_module(module), name)).options(max_concurrency=self._concurrency, **options)
+        actor = ray.remote(self._actor).options(max_concurrency=self._concurrency, **options)
         if not behind_traffic:
             return actor.remote(actor_id, settings, self._threads)
         with _LAUNCHES:

@@ -70,7 +70,8 @@ class Gateway:
         self._watch_task = asyncio.create_task(self._watch())
 
     async def address(self) -> str:
-        """Return host:port of the gRPC server."""
+        """Look at the fleet, and return host:port of the gRPC server."""
+        await self._look()
         return self._server.address
 
     async def shut_down(self, grace_s: float) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from expertmesh.kernels.cache_folder import cache_folder
 from expertmesh.kernels.cpu.isa import Isa, best_isa
 
 _logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def _build(compiler: str, source: Path) -> Path:
     version = _run([compiler, "--version"])
     parts = [source.read_bytes(), *(header.read_bytes() for header in sorted(source.parent.glob("*.h")))]
     key = hashlib.blake2b(repr((parts, _FLAGS, version)).encode(), digest_size=12).hexdigest()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
+    root = cache_folder()
     path = root / f"kernels-{key}.so"
     if path.is_file():
         return path

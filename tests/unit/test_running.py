@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from expertmesh.actors import launch
 from expertmesh.actors.cli import main, running
 from expertmesh.actors.cli.stop import stop
 from expertmesh.cluster.errors import CapacityError, InputError, StateError, UnavailableError
+from expertmesh.cluster.model_info import CheckpointFacts, ModelInfo
 from expertmesh.cluster.settings import ServeSettings
 
 MODEL = Path("models/tiny")
+POCKET = Path(__file__).resolve().parents[2] / "examples" / "pocket-moe"
 GIB = 2**30
 # Registers itself as `serve` does, says so, and waits; told "deaf" it ignores SIGTERM.
 SERVER = """
@@ -207,8 +210,20 @@ def deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, **set
 
 
 # 4 layers of 8 experts of 1 GiB: 32 GiB. A dense half of 2 GiB for each worker.
-FACTS = SimpleNamespace(
-    expert_bytes=GIB, dense_bytes=2 * GIB, info=SimpleNamespace(num_experts=8, moe_layers=(0, 1, 2, 3))
+FACTS = CheckpointFacts(
+    expert_bytes=GIB,
+    dense_bytes=2 * GIB,
+    info=ModelInfo(
+        name="m",
+        architecture="A",
+        dtype="bfloat16",
+        num_layers=4,
+        moe_layers=(0, 1, 2, 3),
+        num_experts=8,
+        top_k=2,
+        vocab_size=8,
+        max_context=8,
+    ),
 )
 
 
@@ -235,3 +250,13 @@ def test_a_deployment_that_never_came_up_stops_and_leaves_nothing(
     assert list(tmp_path.glob("expertmesh-*"))
     unstarted.stop()
     assert not list(tmp_path.glob("expertmesh-*"))
+
+
+def test_what_is_known_of_a_checkpoint_comes_without_torch() -> None:
+    facts = launch._inspect(ServeSettings(model=POCKET))
+    code = (
+        "import pickle, sys; facts = pickle.load(sys.stdin.buffer);"
+        "print(facts.info.num_experts, [m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(facts), capture_output=True, check=True)
+    assert run.stdout.split(maxsplit=1) == [b"16", b"[]\n"]

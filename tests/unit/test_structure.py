@@ -1,6 +1,7 @@
 """The arrows of docs/architecture.md section 6, and what else holds for every file."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -11,6 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from expertmesh.actors.controller.actor import ControllerActor
+from expertmesh.actors.controller.controller import Controller
+from expertmesh.actors.shard.actor import ShardActor
+from expertmesh.actors.shard.shard import Shard
+from expertmesh.actors.worker.actor import WorkerActor
+from expertmesh.actors.worker.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "expertmesh"
@@ -252,13 +260,28 @@ def test_a_named_path_is_found(text: str, is_named: bool) -> None:
     assert bool(named_paths(text)) == is_named
 
 
-def test_the_controller_is_back_without_importing_what_computes() -> None:
-    heavy = "{'torch', 'transformers', 'grpc'} & set(sys.modules)"
-    found = subprocess.run(
-        [sys.executable, "-c", f"import sys, expertmesh.actors.controller.actor; print(sorted({heavy}))"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
+def test_what_computes_is_imported_by_what_computes_alone() -> None:
+    """A process imports the class of every actor that it holds a handle of; torch and transformers take it seconds."""
+    light = ["launch", "controller.actor", "controller.controller", "shard.actor", "worker.actor", "gateway.deployment"]
+    code = "".join(
+        f"import sys, expertmesh.actors.{module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)));"
+        for module in light
     )
-    assert found.stdout.strip() == "[]"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert dict(zip(light, found.stdout.splitlines(), strict=True)) == dict.fromkeys(light, "[]")
+
+
+def public_methods(kind: type) -> dict[str, object]:
+    own = {name: member for name, member in vars(kind).items() if not name.startswith("_") or name == "__init__"}
+    return {
+        name: (inspect.signature(member), inspect.iscoroutinefunction(member))
+        for name, member in own.items()
+        if inspect.isfunction(member)
+    }
+
+
+@pytest.mark.parametrize(
+    ("actor", "inner"), [(ControllerActor, Controller), (ShardActor, Shard), (WorkerActor, Worker)]
+)
+def test_an_actor_can_be_asked_for_all_that_it_does(actor: type, inner: type) -> None:
+    assert public_methods(actor) == public_methods(inner)

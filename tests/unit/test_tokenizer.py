@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 from expertmesh.cluster.errors import CorruptCheckpointError, InputError, UnsupportedModelError
 from expertmesh.models.tokenizer import IncrementalDecoder, Tokenizer, open_tokenizer
@@ -81,6 +82,14 @@ def save(tokenizer: tokenizers.Tokenizer, directory: Path) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        root = tmp_path_factory.mktemp("cache")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(root))
+        yield root / "expertmesh"
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     directory = tmp_path_factory.mktemp("tokenizers")
@@ -98,8 +107,9 @@ def check_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
 
 
 def ids_of(tokenizer: Tokenizer, names: Iterable[str]) -> list[int]:
-    ids: list[int] = tokenizer._tokenizer.convert_tokens_to_ids(list(names))
-    assert None not in ids
+    found = [tokenizer._backend.token_id(name) for name in names]
+    ids = [token_id for token_id in found if token_id is not None]
+    assert len(ids) == len(found)
     return ids
 
 
@@ -117,7 +127,7 @@ def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
 def test_pieces_of_any_ids_join_to_their_text(opened: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = opened[kind]
     # 999 is in no vocabulary; embeddings are often padded beyond it.
-    any_id = st.one_of(st.integers(0, len(tokenizer._tokenizer) - 1), st.just(0), st.just(999))
+    any_id = st.one_of(st.integers(0, KINDS[kind]().get_vocab_size() - 1), st.just(0), st.just(999))
 
     @settings(max_examples=150, deadline=None)
     @given(st.lists(any_id, max_size=40))
@@ -184,7 +194,7 @@ class CountingTokenizer(Tokenizer):
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("byte_level", ["ĠĠ", "t"]),
+        ("byte_level", ["Ġ", "t"]),
         ("byte_level", ["Ģ"]),  # byte 0x80: continues no character
         ("byte_level", ["ð", "Ł"]),  # bytes 0xF0 0x9F: begin a character that is never finished
         ("byte_fallback", ["▁the"]),
@@ -192,7 +202,7 @@ class CountingTokenizer(Tokenizer):
     ],
 )
 def test_the_work_grows_with_the_tokens_alone(opened: dict[str, Tokenizer], kind: str, names: list[str]) -> None:
-    tokenizer = CountingTokenizer(opened[kind]._tokenizer)
+    tokenizer = CountingTokenizer(opened[kind]._backend)
     tokenizer.num_decoded = 0
     ids = ids_of(tokenizer, names)
     decoder = IncrementalDecoder(tokenizer)
@@ -267,3 +277,95 @@ def test_the_import_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, expertmesh.models.tokenizer; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_and_ids_are_those_of_transformers(tmp_path_factory: pytest.TempPathFactory, kind: str) -> None:
+    directory = save(KINDS[kind](), tmp_path_factory.mktemp("compared"))
+    theirs = AutoTokenizer.from_pretrained(directory)
+    first, kept = open_tokenizer(directory), open_tokenizer(directory)
+    assert first is not None
+    assert kept is not None
+    some_text = st.text() | st.lists(st.sampled_from(["the", " cat", "<|end|>", "<think>", "你", "😀", "  "])).map(
+        "".join
+    )
+
+    @settings(max_examples=60)
+    @given(text=some_text, ids=st.lists(st.integers(0, len(theirs) + 3)))
+    def check(text: str, ids: list[int]) -> None:
+        if text.isprintable():  # of what is no character, test_encode_and_decode says more
+            assert first.encode(text) == kept.encode(text) == theirs.encode(text)
+        wanted = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert first.decode(ids) == kept.decode(ids) == wanted
+
+    check()
+
+
+def test_one_that_is_kept_is_opened_without_transformers(tmp_path: Path, cache: Path) -> None:
+    save(byte_level(), tmp_path)
+    open_tokenizer(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from expertmesh.models.tokenizer import open_tokenizer;"
+        f"print(open_tokenizer(Path({str(tmp_path)!r})).encode('the cat'));"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert run.stdout.split("\n")[:2] == [str(tokenizer.encode("the cat")), "[]"]
+
+
+def test_a_checkpoint_that_has_changed_is_opened_anew(tmp_path: Path) -> None:
+    before = open_tokenizer(save(byte_level(), tmp_path))
+    after = open_tokenizer(save(byte_fallback(), tmp_path))
+    assert before is not None
+    assert after is not None
+    assert not before.byte_ids
+    assert len(after.byte_ids) == 256
+
+
+def test_truncation_in_the_file_is_not_applied(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    save(backend, tmp_path)
+    for tokenizer in (open_tokenizer(tmp_path), open_tokenizer(tmp_path)):
+        assert tokenizer is not None
+        assert len(tokenizer.encode("cat")) < 9
+        assert tokenizer.decode(tokenizer.encode("the cat sat on the mat")) == "the cat sat on the mat"
+
+
+def test_a_damaged_kept_one_is_made_anew(tmp_path: Path, cache: Path) -> None:
+    save(byte_level(), tmp_path)
+    before = set(cache.glob("tokenizer-*"))
+    backend = byte_level()
+    backend.add_tokens(["another"])
+    first = open_tokenizer(save(backend, tmp_path))
+    (kept,) = set(cache.glob("tokenizer-*")) - before
+    content = kept.read_bytes()
+    kept.write_bytes(content[:100])
+    again = open_tokenizer(tmp_path)
+    assert first is not None
+    assert again is not None
+    assert first.encode("another cat") == again.encode("another cat")
+    assert kept.read_bytes() == content
+
+
+def test_without_a_place_to_keep_it_it_is_opened_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert open_tokenizer(save(byte_level(), tmp_path / "checkpoint")) is not None
+
+
+def test_one_that_does_more_than_the_library_is_left_to_transformers(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(byte_level(), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "split_special_tokens": True}))
+    before = set(cache.glob("tokenizer-*"))
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert set(cache.glob("tokenizer-*")) == before
+    # "<|end|>" is text to such a tokenizer.
+    assert tokenizer.decode(tokenizer.encode("cat<|end|>")) == "cat<|end|>"
