@@ -5,13 +5,12 @@ Shape suffixes: R rows, H hidden, P (row, expert) pairs.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind, WireDtype
-from expertmesh.kernels.dispatch import ShardPairs
+from expertmesh.kernels.dispatch import PAIR_BYTES, ShardRequest, read_pairs
 
 _TORCH_DTYPE = {
     WireDtype.FLOAT32: torch.float32,
@@ -31,9 +30,6 @@ def torch_dtype(header: PacketHeader) -> torch.dtype:
     return _TORCH_DTYPE[header.dtype]
 
 
-PAIR_BYTES = 12  # row int32, expert int32, weight float32
-
-
 class Dispatch(NamedTuple):
     """A request as a shard reads it: rows [R, H], and int64, int64 and float32 pairs."""
 
@@ -43,28 +39,31 @@ class Dispatch(NamedTuple):
     weight_P: Tensor
 
 
-def dispatch_packet(
-    rows_RH: Tensor, pairs: ShardPairs, *, layer: int, generation: int, sequence: int, epoch: int, by_pair: bool = False
-) -> tuple[PacketHeader, list[Tensor]]:
-    """Return the header and parts of a request to a shard; by_pair asks for each pair's output by itself."""
-    num_pairs = len(pairs.row_P)
-    pair_block = torch.from_numpy(
-        np.concatenate([pairs.row_P.view(np.uint8), pairs.expert_P.view(np.uint8), pairs.weight_P.view(np.uint8)])
-    )
-    header = PacketHeader(
+def dispatch_header(
+    request: ShardRequest,
+    *,
+    hidden: int,
+    dtype: torch.dtype,
+    layer: int,
+    generation: int,
+    sequence: int,
+    epoch: int,
+    by_pair: bool = False,
+) -> PacketHeader:
+    """Return the header of a request to a shard; by_pair asks for each pair's output by itself."""
+    return PacketHeader(
         kind=PacketKind.DISPATCH,
         generation=generation,
         sequence=sequence,
         epoch=epoch,
         layer=layer,
-        num_rows=rows_RH.shape[0],
-        num_pairs=num_pairs,
-        hidden=rows_RH.shape[1],
-        dtype=_WIRE_DTYPE[rows_RH.dtype],
-        payload_bytes=rows_RH.numel() * rows_RH.element_size() + num_pairs * PAIR_BYTES,
+        num_rows=request.num_rows,
+        num_pairs=request.num_pairs,
+        hidden=hidden,
+        dtype=_WIRE_DTYPE[dtype],
+        payload_bytes=request.payload_bytes,
         by_pair=by_pair,
     )
-    return header, [rows_RH.contiguous(), pair_block.to(rows_RH.device)]
 
 
 def read_dispatch(header: PacketHeader, payload: Tensor) -> Dispatch:
@@ -79,15 +78,10 @@ def read_dispatch(header: PacketHeader, payload: Tensor) -> Dispatch:
     if not header.num_pairs or payload.numel() != row_bytes + header.num_pairs * PAIR_BYTES:
         raise LinkError(f"a dispatch of {payload.numel()} bytes does not fit its header {header}")
     rows_RH = payload[:row_bytes].view(dtype).view(header.num_rows, header.hidden)
-    # Copied: the block of pairs need not be aligned for its types.
-    block = payload[row_bytes:].clone().view(3, header.num_pairs * 4)
-    row_P = block[0].view(torch.int32).long()
-    if not 0 <= int(row_P.min()) <= int(row_P.max()) < header.num_rows:
-        raise LinkError(f"a dispatch names rows outside 0 to {header.num_rows - 1}")
-    expert_P = block[1].view(torch.int32).long()
-    if int(expert_P.min()) < 0:
-        raise LinkError(f"a dispatch names expert {int(expert_P.min())}")
-    return Dispatch(rows_RH, row_P, expert_P, block[2].view(torch.float32))
+    try:
+        return Dispatch(rows_RH, *read_pairs(payload[row_bytes:], header.num_pairs, header.num_rows))
+    except ValueError as error:
+        raise LinkError(f"a dispatch names {error}") from error
 
 
 def combine_packet(request: PacketHeader, rows_RH: Tensor, epoch: int) -> tuple[PacketHeader, list[Tensor]]:

@@ -47,10 +47,10 @@ def watch_worker(kind: str) -> Timers:
     timers = Timers()
     link = {"gloo": gloo.GlooLink, "local": local.LocalLink}[kind]
     timers.watch(dispatcher.Dispatcher, "run", "experts, all")
-    timers.watch(dispatcher.Dispatcher, "_count", "count loads")
+    timers.watch(dispatcher, "count_tokens", "count loads")
     timers.watch(DispatchTable, "choose", "hash")
-    timers.watch(dispatcher, "pairs_for_shard", "pairs")
-    timers.watch(dispatcher, "dispatch_packet", "pack")
+    timers.watch(dispatcher, "requests_for_shards", "pack")
+    timers.watch(dispatcher, "dispatch_header", "headers")
     timers.watch(link, "send", "send")
     timers.watch(link, "recv", "wait and receive")
     timers.watch(dispatcher, "add_rows", "add")

@@ -179,7 +179,9 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
             rows = torch.arange(ids.shape[0]).repeat_interleave(ids.shape[1])
             slots = local.layer(layer)
             assert slots is not None
-            return slots.run(hidden, rows, ids.flatten(), topk_weights.flatten().float()).to(hidden.dtype)
+            slot_P = slots.slots_of(ids.flatten())
+            assert slot_P is not None
+            return slots.run(hidden, rows, slot_P, topk_weights.flatten().float()).to(hidden.dtype)
 
         run = run_here
 

@@ -76,7 +76,7 @@ class PacketHeader:
         )
 
     @classmethod
-    def unpack(cls, data: bytes) -> "PacketHeader":
+    def unpack(cls, data: bytes | memoryview) -> "PacketHeader":
         """Read a header.
 
         Raises:

@@ -27,25 +27,26 @@ class LayerSlots:
     weights: LayerWeights
     slot_E: Tensor
 
-    def hosts(self, expert_P: Tensor) -> bool:
-        """Say whether every expert of expert_P (int64) has a slot here."""
-        return bool((self.slot_E[expert_P] >= 0).all())
+    def slots_of(self, expert_P: Tensor) -> Tensor | None:
+        """Return the slots of experts (int64); None: one of them has none here."""
+        slot_P = self.slot_E.index_select(0, expert_P)
+        return slot_P if int(slot_P.min()) >= 0 else None
 
-    def run(self, rows_RH: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor) -> Tensor:
-        """Run experts over pairs of rows and experts; see `grouped_mlp`. All experts must be hosted.
+    def run(self, rows_RH: Tensor, row_P: Tensor, slot_P: Tensor, weight_P: Tensor) -> Tensor:
+        """Run the experts of slots over pairs of rows and slots; see `grouped_mlp`.
 
         Returns:
             float32 [R, H], each row's weighted sum.
         """
-        return self.weights.run(rows_RH, row_P, self.slot_E[expert_P], weight_P)
+        return self.weights.run(rows_RH, row_P, slot_P, weight_P)
 
-    def run_pairs(self, rows_RH: Tensor, row_P: Tensor, expert_P: Tensor) -> Tensor:
-        """Run experts over pairs of rows and experts; see `grouped_mlp_pairs`. All experts must be hosted.
+    def run_pairs(self, rows_RH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
+        """Run the experts of slots over pairs of rows and slots; see `grouped_mlp_pairs`.
 
         Returns:
             [P, H], each pair's output by itself, dtype of the rows.
         """
-        return self.weights.run_pairs(rows_RH, row_P, self.slot_E[expert_P])
+        return self.weights.run_pairs(rows_RH, row_P, slot_P)
 
 
 class ExpertSlots:

@@ -44,8 +44,9 @@ class LocalLink(Link):
         self._name = address.name
         self._timeout_s = address.timeout_s
         self._device = device
-        self._header = bytearray(HEADER_BYTES)
-        self._payload = torch.empty(KEPT_BYTES, dtype=torch.uint8)
+        self._buffer = torch.empty(HEADER_BYTES + KEPT_BYTES, dtype=torch.uint8)
+        self._view = self._buffer.numpy().data
+        self._ahead = b""  # of the next message, read with the last one
         try:
             self._socket = _listen(address) if address.rank == SHARD_RANK else _connect(address)
         except (OSError, LinkError) as error:
@@ -71,9 +72,14 @@ class LocalLink(Link):
 
     def recv(self, timeout_s: float | None = None) -> tuple[PacketHeader, Tensor]:
         """See Link.recv."""
-        self._read(memoryview(self._header), self._timeout_s if timeout_s is None else timeout_s)
+        got = len(self._ahead)
+        self._view[:got] = self._ahead
+        self._wait_at_most(self._timeout_s if timeout_s is None else timeout_s)
+        # A message is there as a whole, most often: one call takes header and payload.
+        while got < HEADER_BYTES:
+            got += self._read(self._view[got:], 0)
         try:
-            header = PacketHeader.unpack(bytes(self._header))
+            header = PacketHeader.unpack(self._view[:HEADER_BYTES])
         except LinkError as error:
             raise self._broken("receive failed", error) from error
         if header.generation != self.generation:
@@ -81,9 +87,16 @@ class LocalLink(Link):
                 "receive failed", f"a packet of generation {header.generation} on generation {self.generation}"
             )
         size = header.payload_bytes
-        payload = self._payload[:size] if size <= KEPT_BYTES else torch.empty(size, dtype=torch.uint8)
-        if size:
-            self._read(payload.numpy().data, self._recv_timeout_s)
+        end = HEADER_BYTES + size
+        self._ahead = self._view[end:got].tobytes()
+        if size <= KEPT_BYTES:
+            payload, view = self._buffer[HEADER_BYTES:end], self._view[HEADER_BYTES:end]
+        else:
+            payload = torch.empty(size, dtype=torch.uint8)
+            view = payload.numpy().data
+            view[: got - HEADER_BYTES] = self._view[HEADER_BYTES:got]
+        if got < end:
+            self._read(view[got - HEADER_BYTES :], socket.MSG_WAITALL)
         return header, payload if self._device.type == "cpu" else payload.to(self._device)
 
     def close(self) -> None:
@@ -95,19 +108,27 @@ class LocalLink(Link):
             self.send(header)
             self._socket.shutdown(socket.SHUT_WR)
 
-    def _read(self, buffer: memoryview, timeout_s: float) -> None:
-        """Fill the buffer."""
+    def _wait_at_most(self, timeout_s: float) -> None:
+        """Set the time that one reading call may wait."""
+        if timeout_s == self._recv_timeout_s:
+            return
         try:
-            if timeout_s != self._recv_timeout_s:
-                self._set_timeout(socket.SO_RCVTIMEO, timeout_s)
-                self._recv_timeout_s = timeout_s
-            got = self._socket.recv_into(buffer, len(buffer), socket.MSG_WAITALL)
-        except BlockingIOError as error:
-            raise self._broken("receive failed", f"nothing came in {timeout_s:g} s") from error
+            self._set_timeout(socket.SO_RCVTIMEO, timeout_s)
         except OSError as error:
             raise self._broken("receive failed", error) from error
-        if got < len(buffer):
+        self._recv_timeout_s = timeout_s
+
+    def _read(self, buffer: memoryview, flags: int) -> int:
+        """Read into the buffer, with MSG_WAITALL all of it; return how many bytes."""
+        try:
+            got = self._socket.recv_into(buffer, len(buffer), flags)
+        except BlockingIOError as error:
+            raise self._broken("receive failed", f"nothing came in {self._recv_timeout_s:g} s") from error
+        except OSError as error:
+            raise self._broken("receive failed", error) from error
+        if got < (len(buffer) if flags else 1):
             raise self._broken("receive failed", f"the peer ended after {got} of {len(buffer)} bytes")
+        return got
 
     def _set_timeout(self, option: int, timeout_s: float) -> None:
         """Bound each call in the kernel: cheaper than Python's own timeouts, which poll before every call."""
@@ -163,4 +184,6 @@ def _is_ours(connection: socket.socket) -> bool:
 
 
 def _bytes_of(part: Tensor) -> memoryview:
-    return part.reshape(-1).view(torch.uint8).cpu().numpy().data
+    if part.dtype != torch.uint8 or part.dim() != 1:
+        part = part.reshape(-1).view(torch.uint8)
+    return part.cpu().numpy().data

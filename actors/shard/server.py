@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,10 +125,11 @@ class ShardServer:
         """Give each packet its answer. Packets that fail together are tried one by one: a bad one fails alone."""
         try:
             slots = self.slots.layer(batch[0].header.layer)
-            here = [p for p in batch if slots is not None and slots.hosts(p.dispatch.expert_P)]
+            work = [(p, _find(p.dispatch, slots)) for p in batch] if slots is not None else []
+            found = [(p, pairs) for p, pairs in work if pairs is not None]
             compute = _compute_pairs if batch[0].header.by_pair else _compute
-            outputs = compute(slots, [p.dispatch for p in here]) if slots is not None and here else []
-            answers = [combine_packet(p.header, rows, self.epoch) for p, rows in zip(here, outputs, strict=True)]
+            outputs = compute(slots, [pairs for _, pairs in found]) if slots is not None and found else []
+            answers = [combine_packet(p.header, rows, self.epoch) for (p, _), rows in zip(found, outputs, strict=True)]
         except Exception as error:
             if len(batch) > 1:
                 for packet in batch:
@@ -136,10 +138,11 @@ class ShardServer:
             _logger.exception("computing a packet failed: %s", batch[0].header)
             batch[0].answer = self._empty_answer(batch[0].header, PacketKind.FAILED, str(error))
             return
-        for packet in batch:
-            packet.answer = self._empty_answer(packet.header, PacketKind.NOT_HERE)
-        for packet, answer in zip(here, answers, strict=True):
+        for (packet, _), answer in zip(found, answers, strict=True):
             packet.answer = answer
+        for packet in batch:
+            if packet.answer is None:
+                packet.answer = self._empty_answer(packet.header, PacketKind.NOT_HERE)
         self.num_packets += len(batch)
         self.num_batches += 1
 
@@ -163,30 +166,45 @@ def _kind_of(header: PacketHeader) -> tuple[int, WireDtype, bool]:
     return header.layer, header.dtype, header.by_pair
 
 
+class _Pairs(NamedTuple):
+    """What is to be computed: rows [R, H], and the row (int64), slot (int64) and weight (float32) of each pair."""
+
+    rows_RH: Tensor
+    row_P: Tensor
+    slot_P: Tensor
+    weight_P: Tensor
+
+
+def _find(dispatch: Dispatch, slots: LayerSlots) -> _Pairs | None:
+    """Find the slots of the experts that a packet asks for; None: one is not here."""
+    slot_P = slots.slots_of(dispatch.expert_P)
+    return None if slot_P is None else _Pairs(dispatch.rows_RH, dispatch.row_P, slot_P, dispatch.weight_P)
+
+
 @torch.inference_mode()
-def _compute(slots: LayerSlots, dispatches: list[Dispatch]) -> list[Tensor]:
+def _compute(slots: LayerSlots, packets: list[_Pairs]) -> list[Tensor]:
     """Run one grouped MLP over several packets. Return each packet's rows, float32."""
-    out_RH = slots.run(*_joined(dispatches))
-    return list(torch.split(out_RH, [d.rows_RH.shape[0] for d in dispatches]))
+    out_RH = slots.run(*_joined(packets))
+    return [out_RH] if len(packets) == 1 else list(torch.split(out_RH, [p.rows_RH.shape[0] for p in packets]))
 
 
 @torch.inference_mode()
-def _compute_pairs(slots: LayerSlots, dispatches: list[Dispatch]) -> list[Tensor]:
+def _compute_pairs(slots: LayerSlots, packets: list[_Pairs]) -> list[Tensor]:
     """Run one grouped MLP over several packets. Return each packet's pairs' outputs."""
-    joined = _joined(dispatches)
-    out_PH = slots.run_pairs(joined.rows_RH, joined.row_P, joined.expert_P)
-    return list(torch.split(out_PH, [d.row_P.shape[0] for d in dispatches]))
+    joined = _joined(packets)
+    out_PH = slots.run_pairs(joined.rows_RH, joined.row_P, joined.slot_P)
+    return list(torch.split(out_PH, [p.row_P.shape[0] for p in packets]))
 
 
-def _joined(dispatches: list[Dispatch]) -> Dispatch:
-    """Return several dispatches as one, their rows and their pairs one after another."""
-    if len(dispatches) == 1:
-        return dispatches[0]
-    sizes = [d.rows_RH.shape[0] for d in dispatches]
+def _joined(packets: list[_Pairs]) -> _Pairs:
+    """Return several packets as one, their rows and their pairs one after another."""
+    if len(packets) == 1:
+        return packets[0]
+    sizes = [p.rows_RH.shape[0] for p in packets]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return Dispatch(
-        torch.cat([d.rows_RH for d in dispatches]),
-        torch.cat([d.row_P + start for d, start in zip(dispatches, starts, strict=True)]),
-        torch.cat([d.expert_P for d in dispatches]),
-        torch.cat([d.weight_P for d in dispatches]),
+    return _Pairs(
+        torch.cat([p.rows_RH for p in packets]),
+        torch.cat([p.row_P + start for p, start in zip(packets, starts, strict=True)]),
+        torch.cat([p.slot_P for p in packets]),
+        torch.cat([p.weight_P for p in packets]),
     )

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from expertmesh.actors.links.base import Link
-from expertmesh.actors.wire import dispatch_packet, read_combine
+from expertmesh.actors.wire import dispatch_header, read_combine
 from expertmesh.cluster.dispatch_hash import DispatchTable
 from expertmesh.cluster.dispatch_policy import open_policy
 from expertmesh.cluster.errors import LinkError, NoReplicaError, UnavailableError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketKind
 from expertmesh.cluster.placement import Placement
-from expertmesh.kernels.dispatch import ShardPairs, add_rows, gather_rows, pairs_for_shard, sum_pairs
+from expertmesh.kernels.dispatch import ShardRequest, add_rows, count_tokens, requests_for_shards, sum_pairs
 
 _log = logging.getLogger(__name__)
 OnLost = Callable[[ShardId, Link], None]
@@ -48,9 +48,7 @@ class Fleet:
 class _Asked:
     """A packet under way."""
 
-    shard: int
-    pairs: ShardPairs
-    mine_TK: npt.NDArray[np.bool_]
+    request: ShardRequest
     sequence: int
 
 
@@ -120,10 +118,11 @@ class Dispatcher:
         Raises:
             NoReplicaError: an expert has no live replica and no newer fleet came within recovery_s.
         """
-        ids_TK = topk_ids_TK.cpu().numpy()
+        ids_TK = topk_ids_TK.long().contiguous().cpu().numpy()
         weights_TK = topk_weights_TK.float().cpu().numpy()
         started_s = time.perf_counter()
-        self._count(self._row_of_layer[layer], ids_TK)
+        row = self._row_of_layer[layer]
+        count_tokens(ids_TK, self._is_decode_T[: len(ids_TK)], self.load_LE[row], self.decode_LE[row])
         # With by_pair [T, K, H], and every answer writes its own part of it.
         if self._by_pair:
             out = hidden_TH.new_empty((*ids_TK.shape, hidden_TH.shape[1]))
@@ -131,23 +130,27 @@ class Dispatcher:
             out = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
         keys_T = self._token_keys_T[: len(ids_TK)]
         assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
-        todo_TK = np.ones(ids_TK.shape, dtype=np.bool_)
-        while todo_TK.any():
+        todo_TK: npt.NDArray[np.bool_] | None = None  # None: all
+        while todo_TK is None or todo_TK.any():
             fleet = self._fleet
             assert fleet is not None, "run() before set_fleet()"
             # What is done needs no replica any more: its place is taken by an expert that does.
-            wanted_TK = np.where(todo_TK, ids_TK, ids_TK[todo_TK][0])
+            wanted_TK = ids_TK if todo_TK is None else np.where(todo_TK, ids_TK, ids_TK[todo_TK][0])
             try:
                 shard_TK = fleet.choose[layer](wanted_TK, keys_T, fleet.alive_S)
             except NoReplicaError as error:
                 self._await_fleet(fleet, error)
                 continue
-            asked = self._send_all(fleet, layer, hidden_TH, ids_TK, weights_TK, shard_TK, todo_TK)
+            if todo_TK is not None:
+                shard_TK = np.where(todo_TK, shard_TK, np.int32(-1))
+            requests = requests_for_shards(hidden_TH, ids_TK, weights_TK, shard_TK, len(fleet.shards))
+            asked = self._send_all(fleet, layer, hidden_TH, requests)
             # Every answer is taken before anything is waited for, so that no link is left with one under way.
-            answers = [self._receive(fleet, layer, request, out) for request in asked]
-            for request, answer in zip(asked, answers, strict=True):
-                if answer is PacketKind.COMBINE:
-                    todo_TK &= ~request.mine_TK
+            answers = [self._receive(fleet, layer, one, out, shard_TK) for one in asked]
+            if len(answers) == len(requests) and all(answer is PacketKind.COMBINE for answer in answers):
+                break
+            done = [one.request.shard for one, kind in zip(asked, answers, strict=True) if kind is PacketKind.COMBINE]
+            todo_TK = (shard_TK >= 0) & ~np.isin(shard_TK, done)
             if PacketKind.NOT_HERE in answers:
                 epoch = fleet.placement.epoch
                 self._await_fleet(
@@ -157,38 +160,16 @@ class Dispatcher:
         self.expert_s += time.perf_counter() - started_s
         return out_TH.to(hidden_TH.dtype)
 
-    def _count(self, row: int, ids_TK: npt.NDArray[np.int64]) -> None:
-        """Add a layer's tokens to the loads."""
-        count_E = np.bincount(ids_TK.ravel(), minlength=self._num_experts)
-        self.load_LE[row] += count_E
-        is_decode_T = self._is_decode_T[: len(ids_TK)]
-        if is_decode_T.all():
-            self.decode_LE[row] += count_E
-        elif is_decode_T.any():
-            self.decode_LE[row] += np.bincount(ids_TK[is_decode_T].ravel(), minlength=self._num_experts)
-
-    def _send_all(
-        self,
-        fleet: Fleet,
-        layer: int,
-        hidden_TH: Tensor,
-        ids_TK: npt.NDArray[np.int64],
-        weights_TK: npt.NDArray[np.float32],
-        shard_TK: npt.NDArray[np.int32],
-        todo_TK: npt.NDArray[np.bool_],
-    ) -> list[_Asked]:
+    def _send_all(self, fleet: Fleet, layer: int, hidden_TH: Tensor, requests: list[ShardRequest]) -> list[_Asked]:
         """Send each shard its packet. A shard whose link breaks is marked dead, and its pairs stay to be done."""
         asked: list[_Asked] = []
-        for index in range(len(fleet.shards)):
-            mine_TK = (shard_TK == index) & todo_TK
-            if not mine_TK.any():
-                continue
-            pairs = pairs_for_shard(mine_TK, ids_TK, weights_TK)
+        for request in requests:
             self._sequence += 1
-            link = fleet.links[fleet.shards[index]]
-            header, parts = dispatch_packet(
-                gather_rows(hidden_TH, pairs),
-                pairs,
+            link = fleet.links[fleet.shards[request.shard]]
+            header = dispatch_header(
+                request,
+                hidden=hidden_TH.shape[1],
+                dtype=hidden_TH.dtype,
                 layer=layer,
                 generation=link.generation,
                 sequence=self._sequence,
@@ -196,34 +177,37 @@ class Dispatcher:
                 by_pair=self._by_pair,
             )
             try:
-                link.send(header, parts)
+                link.send(header, request.parts)
             except LinkError as error:
-                self._lose(fleet, index, error)
+                self._lose(fleet, request.shard, error)
                 continue
             self.dispatch_bytes_L[self._row_of_layer[layer]] += header.payload_bytes
-            asked.append(_Asked(shard=index, pairs=pairs, mine_TK=mine_TK, sequence=self._sequence))
+            asked.append(_Asked(request, self._sequence))
         return asked
 
-    def _receive(self, fleet: Fleet, layer: int, request: _Asked, out: Tensor) -> PacketKind:
+    def _receive(
+        self, fleet: Fleet, layer: int, asked: _Asked, out: Tensor, shard_TK: npt.NDArray[np.int32]
+    ) -> PacketKind:
         """Take one answer, into out if it is one; return its kind. FAILED: the shard is lost."""
+        request = asked.request
         link = fleet.links[fleet.shards[request.shard]]
         try:
             header, payload = link.recv()
-            if header.sequence != request.sequence:
-                raise LinkError(f"asked for packet {request.sequence}, got {header}")
+            if header.sequence != asked.sequence:
+                raise LinkError(f"asked for packet {asked.sequence}, got {header}")
             if header.kind is PacketKind.FAILED:
                 raise LinkError(f"the shard failed: {bytes(payload.cpu().numpy()).decode(errors='replace')}")
             if header.kind not in (PacketKind.COMBINE, PacketKind.NOT_HERE):
                 raise LinkError(f"an answer of kind {header.kind.name}")
             if header.kind is PacketKind.COMBINE:
                 rows = read_combine(header, payload)
-                num_rows = len(request.pairs.row_P) if self._by_pair else request.pairs.num_rows
+                num_rows = request.num_pairs if self._by_pair else request.num_rows
                 if rows.shape != (num_rows, out.shape[-1]) or header.by_pair != self._by_pair:
                     raise LinkError(f"asked for {num_rows} rows of {out.shape[-1]}, got {header}")
                 if self._by_pair:
-                    out[torch.from_numpy(request.mine_TK)] = rows
+                    out[torch.from_numpy(shard_TK == request.shard)] = rows
                 else:
-                    add_rows(out, rows, request.pairs)
+                    add_rows(out, rows, request.token_R)
                 self.combine_bytes_L[self._row_of_layer[layer]] += header.payload_bytes
         except LinkError as error:
             self._lose(fleet, request.shard, error)

@@ -28,7 +28,8 @@ class KernelBuildError(RuntimeError):
 def compile_all() -> None:
     """Compile the kernels that torch can stand in for, so that the processes that use them find them ready."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for loading in [pool.submit(load) for load in (load_expert_mlp, load_dense, load_draw, load_library)]:
+        loads = (load_expert_mlp, load_dense, load_draw, load_dispatch, load_library)
+        for loading in [pool.submit(load) for load in loads]:
             loading.result()
 
 
@@ -57,6 +58,12 @@ def load_dense() -> ctypes.CDLL | None:
 def load_draw() -> ctypes.CDLL | None:
     """Return the compiled drawing of tokens; None where torch has to do it."""
     return _load_if_possible("draw.cpp", "tokens are drawn by torch's kernels")
+
+
+@functools.cache
+def load_dispatch() -> ctypes.CDLL | None:
+    """Return the compiled dispatch; None where torch has to do its work."""
+    return _load_if_possible("dispatch.cpp", "tokens are packed for shards by torch's kernels")
 
 
 @functools.cache

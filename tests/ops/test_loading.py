@@ -290,8 +290,10 @@ def test_slots_hold_what_is_asked_for_and_refuse_an_expert_twice(qwen3_moe: Path
     assert slots.weight_bytes == 3 * weights.expert_bytes()
     first = slots.layer(0)
     assert first is not None
-    assert first.hosts(torch.tensor([1, 6, 1]))
-    assert not first.hosts(torch.tensor([1, 3]))
+    slot_P = first.slots_of(torch.tensor([1, 6, 1]))
+    assert slot_P is not None
+    assert [first.experts[slot] for slot in slot_P] == [1, 6, 1]
+    assert first.slots_of(torch.tensor([1, 3])) is None
     assert slots.layer(1) is None
     with pytest.raises(InputError, match=r"layer 1: cannot add experts \[2, 2\] to \[\]"):
         ExpertSlots(weights, [ExpertKey(1, 2), ExpertKey(1, 2)], CPU)
@@ -307,7 +309,9 @@ def test_experts_come_and_go_and_a_computation_under_way_keeps_those_it_began_wi
 
     def run(layer: LayerSlots | None, expert: int) -> torch.Tensor:
         assert layer is not None
-        return layer.run(hidden_TH, row_P, torch.full((3,), expert), one_P)
+        slot_P = layer.slots_of(torch.full((3,), expert))
+        assert slot_P is not None
+        return layer.run(hidden_TH, row_P, slot_P, one_P)
 
     before = slots.layer(0)
     old_1, old_6 = run(before, 1), run(before, 6)
@@ -350,7 +354,9 @@ def test_slots_compute_what_the_models_own_experts_compute(family: str, tmp_path
     row_P = torch.arange(5).repeat_interleave(2)
     held = slots.layer(layer)
     assert held is not None
-    got_TH = held.run(hidden_TH, row_P, topk_ids_TK.flatten(), topk_weights_TK.flatten())
+    slot_P = held.slots_of(topk_ids_TK.flatten())
+    assert slot_P is not None
+    got_TH = held.run(hidden_TH, row_P, slot_P, topk_weights_TK.flatten())
     with torch.inference_mode():
         expected_TH = model.get_submodule(name)(hidden_TH, topk_ids_TK, topk_weights_TK)
     torch.testing.assert_close(got_TH, expected_TH, rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.shard.server import ShardServer
-from expertmesh.actors.wire import dispatch_packet, read_combine
+from expertmesh.actors.wire import read_combine
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ExpertKey
 from expertmesh.cluster.packets import PacketHeader, PacketKind
@@ -29,6 +29,7 @@ from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 from expertmesh.models.loading import CheckpointWeights
 from tests.families import write_checkpoint
 from tests.fleet import CPU, break_link, link_pair, served_link
+from tests.packets import dispatch_packet
 
 EPOCH = 11
 HIDDEN = 32

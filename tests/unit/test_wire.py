@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expertmesh.actors.wire import PAIR_BYTES, combine_packet, dispatch_packet, read_combine, read_dispatch
+from expertmesh.actors.wire import combine_packet, read_combine, read_dispatch
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind
-from expertmesh.kernels.dispatch import ShardPairs, add_rows, gather_rows, pairs_for_shard
+from expertmesh.kernels.dispatch import PAIR_BYTES, ShardPairs, add_rows, gather_rows, pairs_for_shard
+from tests.packets import dispatch_packet
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUM_EXPERTS = 6
@@ -116,7 +117,7 @@ def test_a_row_that_was_not_sent_is_refused(row: int) -> None:
 
 def test_a_negative_expert_is_refused() -> None:
     header, payload = packed(torch.zeros(3, 5), pairs_of([0, 1], [0, -2], 3))
-    with pytest.raises(LinkError, match="a dispatch names expert -2"):
+    with pytest.raises(LinkError, match="a dispatch names a negative expert"):
         read_dispatch(header, payload)
 
 
@@ -167,7 +168,7 @@ def test_gather_and_add_equal_a_loop(
     pairs = pairs_for_shard(mine_TK, ids_TK, weights_TK)
     rows_RH = gather_rows(hidden_TH, pairs)
     assert torch.equal(rows_RH, torch.stack([hidden_TH[t] for t in tokens]) if tokens else hidden_TH[:0])
-    add_rows(out_TH, rows_RH * 2, pairs)
+    add_rows(out_TH, rows_RH * 2, pairs.token_R)
     for token in range(len(mine_TK)):
         added = hidden_TH[token].float() * 2 if token in tokens else torch.zeros(4)
         assert torch.equal(out_TH[token], added + 0.5)
