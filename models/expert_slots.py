@@ -49,6 +49,10 @@ class LayerSlots:
         return self.weights.run_pairs(rows_RH, row_P, slot_P)
 
 
+# Told a layer and its slots, None where it has none any more.
+Watcher = Callable[[int, LayerSlots | None], None]
+
+
 class ExpertSlots:
     """Experts held by one process: nothing else of the model.
 
@@ -70,6 +74,7 @@ class ExpertSlots:
             for layer, module in architecture.experts_by_layer.items()
         }
         self._layers: dict[int, LayerSlots] = {}
+        self._watchers: list[Watcher] = []
         for layer, experts in sorted(_by_layer(keys).items()):
             self.add(layer, experts, weights.load_expert)
 
@@ -96,7 +101,7 @@ class ExpertSlots:
             raise InputError(f"layer {layer}: cannot add experts {sorted(experts)} to {sorted(held)}")
         weights = old.weights if old else self._empty[layer]
         grown = weights.grown([partial(read, ExpertKey(layer, expert)) for expert in experts])
-        self._layers[layer] = self._build((*held, *experts), grown)
+        self._put(layer, self._build((*held, *experts), grown))
 
     def keep(self, keys: Collection[ExpertKey]) -> None:
         """Let go of all experts but these."""
@@ -104,10 +109,26 @@ class ExpertSlots:
         for layer, old in list(self._layers.items()):
             stay = [slot for slot, expert in enumerate(old.experts) if expert in wanted.get(layer, ())]
             if not stay:
-                del self._layers[layer]
+                self._put(layer, None)
             elif len(stay) < len(old.experts):
                 experts = tuple(old.experts[slot] for slot in stay)
-                self._layers[layer] = self._build(experts, old.weights.kept(stay))
+                self._put(layer, self._build(experts, old.weights.kept(stay)))
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell of the slots of each layer now, and whenever they change, before those that they replace are let go."""
+        self._watchers.append(watcher)
+        for layer, held in self._layers.items():
+            watcher(layer, held)
+
+    @property
+    def num_layers(self) -> int:
+        """One more than the index of the last layer that may have slots."""
+        return max(self._empty) + 1
+
+    @property
+    def are_packed(self) -> bool:
+        """Whether the slots of some layer are in the CPU kernel's layout."""
+        return any(empty.packed is not None for empty in self._empty.values())
 
     @property
     def num_slots(self) -> int:
@@ -129,6 +150,14 @@ class ExpertSlots:
     def layer(self, layer: int) -> LayerSlots | None:
         """Return the slots of a layer as they are now; None where it has none."""
         return self._layers.get(layer)
+
+    def _put(self, layer: int, held: LayerSlots | None) -> None:
+        old = self._layers.pop(layer, None) if held is None else self._layers.get(layer)
+        if held is not None:
+            self._layers[layer] = held
+        for watcher in self._watchers:
+            watcher(layer, held)
+        del old  # not before everybody was told
 
     def _build(self, experts: tuple[int, ...], weights: LayerWeights) -> LayerSlots:
         slot_E = torch.full((self._num_experts,), -1, dtype=torch.int64)

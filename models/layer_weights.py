@@ -65,6 +65,11 @@ class LayerWeights(ABC):
     def num_bytes(self) -> int:
         """Bytes of all weights."""
 
+    @property
+    def packed(self) -> PackedSlots | None:
+        """The same experts as the CPU kernel takes them; None: they are not in its layout."""
+        return None
+
 
 def no_weights(module: Any, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device) -> LayerWeights:
     """Return the weights of no expert, in the layout that suits a layer.
@@ -205,6 +210,11 @@ class PackedWeights(LayerWeights):
             for tensor in (expert.up, expert.down, expert.up_bias_U, expert.down_bias_H)
             if tensor is not None
         )
+
+    @property
+    def packed(self) -> PackedSlots:
+        """See LayerWeights."""
+        return self._slots
 
     @property
     def _activation(self) -> Activation:

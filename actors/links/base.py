@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.actors.links.ends import LinkAddress
-from expertmesh.cluster.errors import UnknownNameError
+from expertmesh.cluster.errors import LinkError, UnknownNameError
 from expertmesh.cluster.packets import PacketHeader
 
 # An idle link is no error: a reader waits this long for the next request, and again.
@@ -51,6 +51,27 @@ class Link(ABC):
         Raises:
             LinkError: the peer is gone, the deadline passed, or the message is not of this protocol.
         """
+
+    def descriptor(self, timeout_s: float | None = None) -> int | None:
+        """Return the socket that carries this link's messages as they are, for compiled code to use in place of it.
+
+        It blocks, as long as send() and recv(timeout_s) would. None: there is none, or part of a message was read.
+        """
+        return None
+
+    def unread(self, data: bytes) -> None:
+        """Have what was read from the descriptor be read again by recv()."""
+        raise NotImplementedError(f"{type(self).__name__} has no descriptor")
+
+    def failed(self, doing: str, fault: int, got: int = 0) -> LinkError:
+        """Break the link, and return the error: compiled code failed at "send" or "receive".
+
+        Args:
+            doing: one of the two.
+            fault: errno; 0: a part was sent within the deadline, or the peer ended.
+            got: bytes that had been received.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no descriptor")
 
     @abstractmethod
     def close(self) -> None:

@@ -4,6 +4,7 @@ A blocking call in the kernel wakes the other process directly; Gloo passes each
 both ends (docs/performance.md has both round trips).
 """
 
+import errno
 import os
 import secrets
 import socket
@@ -44,8 +45,7 @@ class LocalLink(Link):
         self._name = address.name
         self._timeout_s = address.timeout_s
         self._device = device
-        self._buffer = torch.empty(HEADER_BYTES + KEPT_BYTES, dtype=torch.uint8)
-        self._view = self._buffer.numpy().data
+        self._make_room(HEADER_BYTES + KEPT_BYTES)
         self._ahead = b""  # of the next message, read with the last one
         try:
             self._socket = _listen(address) if address.rank == SHARD_RANK else _connect(address)
@@ -73,6 +73,8 @@ class LocalLink(Link):
     def recv(self, timeout_s: float | None = None) -> tuple[PacketHeader, Tensor]:
         """See Link.recv."""
         got = len(self._ahead)
+        if got > len(self._view):
+            self._make_room(got)
         self._view[:got] = self._ahead
         self._wait_at_most(self._timeout_s if timeout_s is None else timeout_s)
         # A message is there as a whole, most often: one call takes header and payload.
@@ -94,10 +96,32 @@ class LocalLink(Link):
         else:
             payload = torch.empty(size, dtype=torch.uint8)
             view = payload.numpy().data
-            view[: got - HEADER_BYTES] = self._view[HEADER_BYTES:got]
+            view[: min(got, end) - HEADER_BYTES] = self._view[HEADER_BYTES : min(got, end)]
         if got < end:
             self._read(view[got - HEADER_BYTES :], socket.MSG_WAITALL)
         return header, payload if self._device.type == "cpu" else payload.to(self._device)
+
+    def descriptor(self, timeout_s: float | None = None) -> int | None:
+        """See Link.descriptor."""
+        if self._ahead or self._device.type != "cpu":
+            return None
+        self._wait_at_most(self._timeout_s if timeout_s is None else timeout_s)
+        return self._socket.fileno()
+
+    def unread(self, data: bytes) -> None:
+        """See Link.unread."""
+        self._ahead = data
+
+    def failed(self, doing: str, fault: int, got: int = 0) -> LinkError:
+        """See Link.failed."""
+        if fault in (errno.EAGAIN, errno.EWOULDBLOCK):
+            waited_s = self._timeout_s if doing == "send" else self._recv_timeout_s
+            return self._broken(f"{doing} failed", f"nothing went in {waited_s:g} s")
+        if fault:
+            return self._broken(f"{doing} failed", os.strerror(fault))
+        if doing == "send":
+            return self._broken("send failed", f"not all was taken in {self._timeout_s:g} s")
+        return self._broken("receive failed", f"the peer ended after {got} bytes")
 
     def close(self) -> None:
         """See Link.close."""
@@ -107,6 +131,10 @@ class LocalLink(Link):
             self._set_timeout(socket.SO_SNDTIMEO, min(self._timeout_s, _CLOSE_S))
             self.send(header)
             self._socket.shutdown(socket.SHUT_WR)
+
+    def _make_room(self, size: int) -> None:
+        self._buffer = torch.empty(size, dtype=torch.uint8)
+        self._view = self._buffer.numpy().data
 
     def _wait_at_most(self, timeout_s: float) -> None:
         """Set the time that one reading call may wait."""

@@ -19,6 +19,7 @@ from expertmesh.actors.shard.copying import asked_expert, expert_packet
 from expertmesh.actors.wire import Dispatch, combine_packet, read_dispatch
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind, WireDtype
+from expertmesh.kernels.cpu.packet_server import PacketServer, can_serve
 from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 
 _logger = logging.getLogger(__name__)
@@ -32,28 +33,57 @@ class _Packet:
     answer: tuple[PacketHeader, list[Tensor]] | None = None
 
 
+class Counted(NamedTuple):
+    """Packets answered, batches in which, seconds spent computing, seconds that packets waited until that began."""
+
+    num_packets: int
+    num_batches: int
+    busy_s: float
+    queue_s: float
+
+
 class ShardServer:
     """Answers the packets of all links from one shard's slots. Keeps nothing of a request once it is answered.
 
-    epoch: of the newest placement that the shard was told. Since the start: num_packets answered in num_batches, busy_s
-    seconds spent computing them, queue_s seconds that packets waited until that began, summed.
+    Where it can, compiled code answers (kernels/cpu/packet_server.py), and hands on what it cannot answer.
     """
 
     def __init__(self, slots: ExpertSlots, epoch: int) -> None:
         self.slots = slots
+        self._compiled: PacketServer | None = None
+        if slots.are_packed and can_serve():
+            self._compiled = PacketServer(slots.num_layers)
+            slots.watch(self._use)
         self.epoch = epoch
-        self.num_packets = 0
-        self.num_batches = 0
-        self.busy_s = 0.0
-        self.queue_s = 0.0
+        self._counted = Counted(0, 0, 0.0, 0.0)
         self._waiting: deque[_Packet] = deque()
         self._computing = False
         self._turn = threading.Condition()
+
+    @property
+    def epoch(self) -> int:
+        """Of the newest placement that the shard was told."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        if self._compiled is not None:
+            self._compiled.set_epoch(epoch)
+
+    @property
+    def counted(self) -> "Counted":
+        """What was done since the start."""
+        if self._compiled is None:
+            return self._counted
+        (packets, batches, busy_s, queue_s), own = self._compiled.counters(), self._counted
+        return Counted(own.num_packets + packets, own.num_batches + batches, own.busy_s + busy_s, own.queue_s + queue_s)
 
     def serve(self, link: Link) -> None:
         """Answer a link's packets until the peer closes it or is gone. Runs on a thread of its own."""
         try:
             while True:
+                self._serve_compiled(link)
                 header, payload = link.recv(IDLE_S)
                 if header.kind is PacketKind.CLOSE:
                     return
@@ -86,8 +116,10 @@ class ShardServer:
                 self._answer(batch)
             finally:
                 # Nobody else is here: one computes at a time.
-                self.busy_s += time.perf_counter() - began_s
-                self.queue_s += sum(began_s - waited.arrived_s for waited in batch)
+                packets, batches, busy_s, queue_s = self._counted
+                busy_s += time.perf_counter() - began_s
+                queue_s += sum(began_s - waited.arrived_s for waited in batch)
+                self._counted = Counted(packets + len(batch), batches + 1, busy_s, queue_s)
                 with self._turn:
                     self._computing = False
                     self._turn.notify_all()
@@ -143,8 +175,24 @@ class ShardServer:
         for packet in batch:
             if packet.answer is None:
                 packet.answer = self._empty_answer(packet.header, PacketKind.NOT_HERE)
-        self.num_packets += len(batch)
-        self.num_batches += 1
+
+    def _use(self, layer: int, held: LayerSlots | None) -> None:
+        assert self._compiled is not None
+        packed = None if held is None else held.weights.packed
+        if held is None or packed is None:
+            self._compiled.forget_layer(layer)
+        else:
+            self._compiled.set_layer(layer, packed, held.slot_E)
+
+    def _serve_compiled(self, link: Link) -> None:
+        """Answer packets as long as compiled code can; what it has read and not answered is left to the link."""
+        descriptor = None if self._compiled is None else link.descriptor(IDLE_S)
+        if self._compiled is None or descriptor is None:
+            return
+        try:
+            link.unread(self._compiled.serve(descriptor, link.generation))
+        except OSError as error:
+            raise link.failed("send", max(0, error.errno or 0)) from error
 
     def _empty_answer(
         self, request: PacketHeader, kind: PacketKind, reason: str = ""

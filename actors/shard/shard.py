@@ -20,7 +20,7 @@ from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, cal
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.runtime import link_end, node_address, node_id
 from expertmesh.actors.shard.intake import Intake
-from expertmesh.actors.shard.server import ShardServer
+from expertmesh.actors.shard.server import Counted, ShardServer
 from expertmesh.cluster.counters import CLOCK
 from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId
@@ -124,6 +124,7 @@ class Shard:
         """Return what `status` shows of a shard."""
         server = self._server
         slots = server.slots if server else None
+        counted = server.counted if server else Counted(0, 0, 0.0, 0.0)
         return {
             "id": self._id,
             "pid": os.getpid(),
@@ -139,9 +140,9 @@ class Shard:
             "link_end": link_end(),
             "counters": {
                 CLOCK: time.monotonic(),
-                "busy_s": server.busy_s if server else 0.0,
-                "queue_s": server.queue_s if server else 0.0,
-                "num_packets": server.num_packets if server else 0,
+                "busy_s": counted.busy_s,
+                "queue_s": counted.queue_s,
+                "num_packets": counted.num_packets,
             },
         }
 

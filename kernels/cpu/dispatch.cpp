@@ -1,10 +1,12 @@
-// A layer's tokens packed for the shards that run their experts, in one call; and what a shard reads of such a packet.
+// A layer's dispatch: tokens packed for the shards that run their experts, sent, the answers received and added.
 //
 // A packet's payload: the rows, then the pairs' rows, experts (int32) and weights (float32), each all together (kernels/dispatch.py).
 // Blocks of pairs need not be aligned. T tokens, K choices a token, S shards, R rows and P pairs of one shard.
 
-#include <stdint.h>
-#include <string.h>
+#include <algorithm>
+#include <vector>
+
+#include "packets.h"
 
 namespace {
 
@@ -15,6 +17,75 @@ int32_t get(const uint8_t* at, int64_t index) {
   memcpy(&value, at + index * 4, 4);
   return value;
 }
+
+// What each shard is asked: shard_TK names the shard of a pair, or -1.
+struct Requests {
+  const uint8_t* hidden_TH;
+  int64_t row_bytes;
+  const int64_t* ids_TK;
+  const float* weights_TK;
+  const int32_t* shard_TK;
+  int64_t tokens, choices, shards;
+};
+
+void count(const Requests& all, int64_t* rows_S, int64_t* pairs_S) {
+  std::vector<int64_t> last_S(all.shards, -1);
+  for (int64_t s = 0; s < all.shards; ++s) rows_S[s] = pairs_S[s] = 0;
+  for (int64_t t = 0; t < all.tokens; ++t)
+    for (int64_t k = 0; k < all.choices; ++k) {
+      const int32_t s = all.shard_TK[t * all.choices + k];
+      if (s < 0) continue;
+      ++pairs_S[s];
+      if (last_S[s] != t) last_S[s] = t, ++rows_S[s];
+    }
+}
+
+// Writes each shard's payload, and the tokens of its rows; rows_S and pairs_S as counted.
+void pack(const Requests& all, const int64_t* rows_S, const int64_t* pairs_S, uint8_t* const* payload_S, int64_t* const* token_SR) {
+  std::vector<int64_t> row_S(all.shards, 0), pair_S(all.shards, 0), last_S(all.shards, -1);
+  for (int64_t t = 0; t < all.tokens; ++t)
+    for (int64_t k = 0; k < all.choices; ++k) {
+      const int64_t at = t * all.choices + k;
+      const int32_t s = all.shard_TK[at];
+      if (s < 0) continue;
+      if (last_S[s] != t) {
+        last_S[s] = t;
+        token_SR[s][row_S[s]] = t;
+        memcpy(payload_S[s] + row_S[s] * all.row_bytes, all.hidden_TH + t * all.row_bytes, all.row_bytes);
+        ++row_S[s];
+      }
+      uint8_t* block = payload_S[s] + rows_S[s] * all.row_bytes;
+      const int64_t pair = pair_S[s]++;
+      put(block, pair, static_cast<int32_t>(row_S[s] - 1));
+      put(block, pairs_S[s] + pair, static_cast<int32_t>(all.ids_TK[at]));
+      memcpy(block + (2 * pairs_S[s] + pair) * 4, all.weights_TK + at, 4);
+    }
+}
+
+// Adds rows [R, H] to those of sum_TH that token_R names; null: to the first R.
+void add(float* sum_TH, const uint8_t* rows_RH, uint8_t dtype, const int64_t* token_R, int64_t rows, int64_t hidden) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* sum = sum_TH + (token_R ? token_R[r] : r) * hidden;
+    if (dtype == kBfloat16) {
+      const uint8_t* from = rows_RH + r * hidden * 2;
+      for (int64_t h = 0; h < hidden; ++h) {
+        uint16_t half;
+        memcpy(&half, from + h * 2, 2);
+        sum[h] += to_float(half);
+      }
+    } else {
+      const uint8_t* from = rows_RH + r * hidden * 4;
+      for (int64_t h = 0; h < hidden; ++h) {
+        float value;
+        memcpy(&value, from + h * 4, 4);
+        sum[h] += value;
+      }
+    }
+  }
+}
+
+// Of a shard in an exchange.
+enum State : int32_t { kNotAsked = 0, kDone = 1, kOtherAnswer = 2, kNotSent = 3, kNotReceived = 4 };
 
 }  // namespace
 
@@ -33,44 +104,6 @@ extern "C" int dispatch_count(const int64_t* ids_TK, const uint8_t* is_decode_T,
   return 0;
 }
 
-// Counts each shard's rows and pairs: shard_TK names the shard of a pair, or -1.
-extern "C" void dispatch_sizes(const int32_t* shard_TK, int64_t tokens, int64_t choices, int64_t shards, int64_t* rows_S, int64_t* pairs_S,
-                               int64_t* last_S) {
-  for (int64_t s = 0; s < shards; ++s) rows_S[s] = pairs_S[s] = 0, last_S[s] = -1;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t k = 0; k < choices; ++k) {
-      const int32_t s = shard_TK[t * choices + k];
-      if (s < 0) continue;
-      ++pairs_S[s];
-      if (last_S[s] != t) last_S[s] = t, ++rows_S[s];
-    }
-}
-
-// Writes each shard's payload, and the tokens of its rows. rows_S and pairs_S as dispatch_sizes found them; next_SI: room for 3 * shards.
-extern "C" void dispatch_pack(const uint8_t* hidden_TH, int64_t row_bytes, const int64_t* ids_TK, const float* weights_TK,
-                              const int32_t* shard_TK, int64_t tokens, int64_t choices, int64_t shards, const int64_t* rows_S,
-                              const int64_t* pairs_S, uint8_t* const* payload_S, int64_t* const* token_SR, int64_t* next_SI) {
-  int64_t *row_S = next_SI, *pair_S = next_SI + shards, *last_S = next_SI + 2 * shards;
-  for (int64_t s = 0; s < shards; ++s) row_S[s] = pair_S[s] = 0, last_S[s] = -1;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t k = 0; k < choices; ++k) {
-      const int64_t at = t * choices + k;
-      const int32_t s = shard_TK[at];
-      if (s < 0) continue;
-      if (last_S[s] != t) {
-        last_S[s] = t;
-        token_SR[s][row_S[s]] = t;
-        memcpy(payload_S[s] + row_S[s] * row_bytes, hidden_TH + t * row_bytes, row_bytes);
-        ++row_S[s];
-      }
-      uint8_t* block = payload_S[s] + rows_S[s] * row_bytes;
-      const int64_t pair = pair_S[s]++;
-      put(block, pair, static_cast<int32_t>(row_S[s] - 1));
-      put(block, pairs_S[s] + pair, static_cast<int32_t>(ids_TK[at]));
-      memcpy(block + (2 * pairs_S[s] + pair) * 4, weights_TK + at, 4);
-    }
-}
-
 // Reads a block of pairs. Returns 0; 1: a row outside 0 to rows - 1; 2: a negative expert.
 extern "C" int dispatch_read(const uint8_t* block, int64_t pairs, int64_t rows, int64_t* row_P, int64_t* expert_P, float* weight_P) {
   for (int64_t p = 0; p < pairs; ++p) {
@@ -83,27 +116,125 @@ extern "C" int dispatch_read(const uint8_t* block, int64_t pairs, int64_t rows, 
   return 0;
 }
 
-// Adds rows [R, H], bf16 or float32, to those of out_TH that token_R names.
-extern "C" void dispatch_add(float* out_TH, const uint8_t* rows_RH, int is_bf16, const int64_t* token_R, int64_t rows, int64_t hidden) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = out_TH + (token_R ? token_R[r] : r) * hidden;
-    if (is_bf16) {
-      const uint8_t* from = rows_RH + r * hidden * 2;
-      for (int64_t h = 0; h < hidden; ++h) {
-        uint16_t half;
-        memcpy(&half, from + h * 2, 2);
-        const uint32_t bits = static_cast<uint32_t>(half) << 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        out[h] += value;
-      }
+// See add.
+extern "C" void dispatch_add(float* sum_TH, const uint8_t* rows_RH, int is_bf16, const int64_t* token_R, int64_t rows, int64_t hidden) {
+  add(sum_TH, rows_RH, is_bf16 ? kBfloat16 : kFloat32, token_R, rows, hidden);
+}
+
+// See count.
+extern "C" void dispatch_sizes(const int32_t* shard_TK, int64_t tokens, int64_t choices, int64_t shards, int64_t* rows_S, int64_t* pairs_S) {
+  count({nullptr, 0, nullptr, nullptr, shard_TK, tokens, choices, shards}, rows_S, pairs_S);
+}
+
+// See pack.
+extern "C" void dispatch_pack(const uint8_t* hidden_TH, int64_t row_bytes, const int64_t* ids_TK, const float* weights_TK,
+                              const int32_t* shard_TK, int64_t tokens, int64_t choices, int64_t shards, const int64_t* rows_S,
+                              const int64_t* pairs_S, uint8_t* const* payload_S, int64_t* const* token_SR) {
+  pack({hidden_TH, row_bytes, ids_TK, weights_TK, shard_TK, tokens, choices, shards}, rows_S, pairs_S, payload_S, token_SR);
+}
+
+// One layer's way to the shards and back.
+struct Exchange {
+  const uint8_t* hidden_TH;  // dtype as on the wire, bf16 or float32
+  const int64_t* ids_TK;
+  const float* weights_TK;
+  const int32_t* shard_TK;
+  float* sum_TH;             // of the answers, in the order of the shards
+  uint8_t* out_TH;           // the same in the wire's dtype, once all answers have come
+  const int32_t* fd_S;       // stream sockets that block, with deadlines of their own
+  const uint32_t* generation_S;
+  int32_t* state_S;          // State, of each shard, and why
+  int32_t* errno_S;
+  const uint8_t** left_S;    // kOtherAnswer, kNotReceived: what was read of the answer; valid until this thread's next exchange
+  int64_t* left_bytes_S;
+  int64_t tokens, choices, shards, hidden;
+  uint64_t epoch, sequence;  // the packets' sequences count up from it, by shard
+  int64_t sent_bytes, received_bytes;  // of payloads; set
+  uint32_t layer, dtype;
+};
+
+// Returns 1 when all that was asked is done. Every answer under way is waited for, whatever became of the others.
+extern "C" int dispatch_exchange(Exchange* e) {
+  static thread_local std::vector<std::vector<uint8_t>> message_S, answer_S;
+  static thread_local std::vector<std::vector<int64_t>> token_SR;
+  const int64_t shards = e->shards, row_bytes = e->hidden * bytes_of(e->dtype);
+  const Requests all{e->hidden_TH, row_bytes, e->ids_TK, e->weights_TK, e->shard_TK, e->tokens, e->choices, shards};
+  std::vector<int64_t> rows_S(shards), pairs_S(shards);
+  std::vector<uint8_t*> payload_S(shards);
+  std::vector<int64_t*> tokens_S(shards);
+  count(all, rows_S.data(), pairs_S.data());
+  if (static_cast<int64_t>(message_S.size()) < shards) message_S.resize(shards), answer_S.resize(shards), token_SR.resize(shards);
+  for (int64_t s = 0; s < shards; ++s) {
+    message_S[s].resize(std::max<size_t>(message_S[s].size(), kHeader + rows_S[s] * row_bytes + pairs_S[s] * kPairBytes));
+    token_SR[s].resize(std::max<size_t>(token_SR[s].size(), rows_S[s]));
+    payload_S[s] = message_S[s].data() + kHeader;
+    tokens_S[s] = token_SR[s].data();
+  }
+  pack(all, rows_S.data(), pairs_S.data(), payload_S.data(), tokens_S.data());
+  e->sent_bytes = e->received_bytes = 0;
+  for (int64_t s = 0; s < shards; ++s) {
+    e->state_S[s] = kNotAsked;
+    if (!pairs_S[s]) continue;
+    const uint64_t payload_bytes = rows_S[s] * row_bytes + pairs_S[s] * kPairBytes;
+    const Header header{kMagic,
+                        kDispatch,
+                        static_cast<uint8_t>(e->dtype),
+                        0,
+                        e->generation_S[s],
+                        e->sequence + s,
+                        e->epoch,
+                        e->layer,
+                        static_cast<uint32_t>(rows_S[s]),
+                        static_cast<uint32_t>(pairs_S[s]),
+                        static_cast<uint32_t>(e->hidden),
+                        payload_bytes,
+                        {}};
+    memcpy(message_S[s].data(), &header, kHeader);
+    if (send_all(e->fd_S[s], message_S[s].data(), kHeader + payload_bytes)) {
+      e->state_S[s] = kDone;  // until the answer says otherwise
+      e->sent_bytes += payload_bytes;
     } else {
-      const uint8_t* from = rows_RH + r * hidden * 4;
-      for (int64_t h = 0; h < hidden; ++h) {
-        float value;
-        memcpy(&value, from + h * 4, 4);
-        out[h] += value;
-      }
+      e->state_S[s] = kNotSent;
+      e->errno_S[s] = errno;
     }
   }
+  memset(e->sum_TH, 0, e->tokens * e->hidden * sizeof(float));
+  bool all_done = true;
+  for (int64_t s = 0; s < shards; ++s) {
+    if (e->state_S[s] != kDone) {
+      all_done = all_done && e->state_S[s] == kNotAsked;
+      continue;
+    }
+    // Nothing behind the answer that is expected is read: what else comes is for others to make sense of.
+    const int64_t answer_bytes = rows_S[s] * row_bytes, wanted = kHeader + answer_bytes;
+    answer_S[s].resize(std::max<size_t>(answer_S[s].size(), wanted));
+    uint8_t* answer = answer_S[s].data();
+    int64_t got = read_at_least(e->fd_S[s], answer, kHeader, wanted);
+    Header header;
+    memcpy(&header, answer, kHeader);
+    const bool is_answer = got >= kHeader && header.magic == kMagic && header.kind == kCombine && header.dtype == e->dtype &&
+                           header.by_pair == 0 && header.generation == e->generation_S[s] && header.sequence == e->sequence + s &&
+                           header.rows == rows_S[s] && header.hidden == e->hidden &&
+                           header.payload_bytes == static_cast<uint64_t>(answer_bytes);
+    if (is_answer && got < wanted) got += read_at_least(e->fd_S[s], answer + got, wanted - got, wanted - got);
+    if (is_answer && got == wanted) {
+      add(e->sum_TH, answer + kHeader, e->dtype, tokens_S[s], rows_S[s], e->hidden);
+      e->received_bytes += answer_bytes;
+      continue;
+    }
+    e->state_S[s] = got >= kHeader && !is_answer ? kOtherAnswer : kNotReceived;
+    e->errno_S[s] = errno;
+    e->left_S[s] = answer;
+    e->left_bytes_S[s] = got;
+    all_done = false;
+  }
+  if (!all_done) return 0;
+  if (e->dtype == kBfloat16)
+    for (int64_t at = 0; at < e->tokens * e->hidden; ++at) {
+      const uint16_t half = to_bf16(e->sum_TH[at]);
+      memcpy(e->out_TH + at * 2, &half, 2);
+    }
+  else
+    memcpy(e->out_TH, e->sum_TH, e->tokens * e->hidden * 4);
+  return 1;
 }

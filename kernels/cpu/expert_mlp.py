@@ -178,6 +178,10 @@ class PackedSlots:
         self._up_bias = _pointers([e.up_bias_U for e in experts])
         self._down_bias = _pointers([e.down_bias_H for e in experts])
 
+    def tables(self) -> "dict[str, ctypes.Array[ctypes.c_void_p] | None]":
+        """Return the addresses that the kernel takes, by slot; they hold as long as this object."""
+        return {"up": self._up, "down": self._down, "up_bias": self._up_bias, "down_bias": self._down_bias}
+
     def run(
         self, rows_TH: Tensor, row_P: Tensor, slot_P: Tensor, weight_P: Tensor | None, isa: Isa | None = None
     ) -> Tensor:

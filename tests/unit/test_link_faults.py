@@ -131,7 +131,7 @@ class TwoShards:
     @property
     def num_packets(self) -> tuple[int, int]:
         """Packets that each shard has computed."""
-        return self._servers[A].num_packets, self._servers[B].num_packets
+        return self._servers[A].counted.num_packets, self._servers[B].counted.num_packets
 
     def _serve(self, shard: ShardId) -> tuple[Link, FaultyLink]:
         pair = link_pair(f"{shard}/{self._generation}", self._generation, DEADLINE_S, kind=self._kind)

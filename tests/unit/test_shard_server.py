@@ -147,7 +147,7 @@ def test_answers_equal_the_reference(server: ShardServer, weights: CheckpointWei
                 request = Request(seed, experts, layer=layer)
                 request.send(link)
                 request.check_answer(link, weights)
-    assert (server.num_packets, server.num_batches) == (9, 9)
+    assert (server.counted.num_packets, server.counted.num_batches) == (9, 9)
 
 
 def test_packets_of_a_layer_that_wait_are_computed_together(
@@ -164,7 +164,7 @@ def test_packets_of_a_layer_that_wait_are_computed_together(
             request.check_answer(link, weights)
     # The first alone, the three of its layer that came meanwhile, and the one of another layer.
     assert sorted(gate.num_rows) == [3, 3, 9]
-    assert (server.num_packets, server.num_batches) == (5, 3)
+    assert (server.counted.num_packets, server.counted.num_batches) == (5, 3)
 
 
 def test_pairs_are_answered_by_themselves_and_the_same_whoever_waits(
@@ -176,7 +176,7 @@ def test_pairs_are_answered_by_themselves_and_the_same_whoever_waits(
         for request in requests:
             request.send(links[0], by_pair=True)
             alone.append(read_combine(*links[0].recv(3.0)).clone())  # the link reuses its buffer
-        before = server.num_batches
+        before = server.counted.num_batches
         held.send(links[0])
         gate.await_waiting(0)
         summed.send(links[1])
@@ -196,7 +196,7 @@ def test_pairs_are_answered_by_themselves_and_the_same_whoever_waits(
             )
             torch.testing.assert_close(out_RH, request.expected(weights), rtol=TOLERANCE, atol=TOLERANCE)
     # The one held, the one that is summed, and the three others together.
-    assert server.num_batches - before == 3
+    assert server.counted.num_batches - before == 3
 
 
 def test_an_expert_that_is_not_hosted_is_not_here(server: ShardServer, weights: CheckpointWeights) -> None:
@@ -284,7 +284,7 @@ def test_a_packet_that_no_worker_sends_ends_serving(server: ShardServer) -> None
             worker_end.send(header, payload)
             thread.join(timeout=2.0)
             assert not thread.is_alive()
-    assert server.num_packets == 0
+    assert server.counted.num_packets == 0
 
 
 def test_a_worker_that_dies_while_its_answer_is_computed_disturbs_nobody(

@@ -1,0 +1,78 @@
+// Packets on a stream socket, as cluster/packets.py and kernels/dispatch.py lay them out; a test holds them to one another.
+
+#pragma once
+
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/socket.h>
+
+namespace {
+
+constexpr uint32_t kMagic = 0x31584D45;
+constexpr uint8_t kDispatch = 1, kCombine = 2;
+constexpr uint8_t kFloat32 = 0, kBfloat16 = 1;
+constexpr int64_t kPairBytes = 12;
+
+#pragma pack(push, 1)
+struct Header {
+  uint32_t magic;
+  uint8_t kind, dtype;
+  uint16_t by_pair;
+  uint32_t generation;
+  uint64_t sequence, epoch;
+  uint32_t layer, rows, pairs, hidden;
+  uint64_t payload_bytes;
+  uint8_t padding[12];
+};
+#pragma pack(pop)
+static_assert(sizeof(Header) == 64, "a header has 64 bytes");
+
+constexpr int64_t kHeader = sizeof(Header);
+
+inline int64_t bytes_of(uint8_t dtype) { return dtype == kBfloat16 ? 2 : 4; }
+
+// Reads until at least `least` of `room` bytes are there; returns how many are. Fewer than least: the peer ended (errno 0), or errno.
+int64_t read_at_least(int fd, uint8_t* to, int64_t least, int64_t room) {
+  int64_t got = 0;
+  while (got < least) {
+    const ssize_t part = recv(fd, to + got, room - got, 0);
+    if (part > 0) {
+      got += part;
+    } else if (part == 0) {
+      errno = 0;
+      break;
+    } else if (errno != EINTR) {
+      break;
+    }
+  }
+  return got;
+}
+
+// Sends all; false: errno, or 0 where the deadline passed with a part of it sent.
+bool send_all(int fd, const uint8_t* from, int64_t size) {
+  for (;;) {
+    const ssize_t sent = send(fd, from, size, MSG_NOSIGNAL);
+    if (sent == size) return true;
+    if (sent < 0 && errno == EINTR) continue;
+    if (sent >= 0) errno = 0;
+    return false;
+  }
+}
+
+inline float to_float(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Rounds to the nearest, to even between two, as torch does.
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if (value != value) return 0x7FC0;
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace
