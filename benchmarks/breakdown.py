@@ -41,14 +41,19 @@ class Timers:
 def watch_worker(kind: str) -> Timers:
     """Put timers around the worker's part of a layer."""
     from expertmesh.actors.links import gloo, local
-    from expertmesh.actors.worker import dispatcher
+    from expertmesh.actors.worker import dispatcher, engine
     from expertmesh.cluster.dispatch_hash import DispatchTable
+    from expertmesh.kernels.cpu import dense, exchange
 
     timers = Timers()
+    timers.watch(dense.AttentionLayer, "run", "attention")
+    timers.watch(dense.PackedLinear, "__call__", "head")
+    timers.watch(engine, "sample", "sample")
     link = {"gloo": gloo.GlooLink, "local": local.LocalLink}[kind]
     timers.watch(dispatcher.Dispatcher, "run", "experts, all")
     timers.watch(dispatcher, "count_tokens", "count loads")
     timers.watch(DispatchTable, "choose", "hash")
+    timers.watch(exchange.Exchange, "run", "compiled: pack, send, wait, receive, add")
     timers.watch(dispatcher, "requests_for_shards", "pack")
     timers.watch(dispatcher, "dispatch_header", "headers")
     timers.watch(link, "send", "send")
@@ -60,9 +65,10 @@ def watch_worker(kind: str) -> Timers:
 def report(taken: dict[str, float], *, steps: int, layers: int, step_s: float) -> str:
     """Return one line: microseconds a layer by label, and what of a step is left for the dense half."""
     parts = ", ".join(f"{label} {seconds / steps / layers * 1e6:.0f}" for label, seconds in taken.items())
-    dense_us = (step_s - taken["experts, all"] / steps) / layers * 1e6
+    known_s = sum(taken[label] for label in ("experts, all", "attention", "head", "sample"))
+    rest_us = (step_s - known_s / steps) / layers * 1e6
     counting = taken["count loads"] / steps / step_s
     return (
         f"step {step_s * 1e3:.1f} ms, {counting:.2%} of it counting loads; us a layer: {parts}; "
-        f"dense half and the rest {dense_us:.0f}"
+        f"router and the rest {rest_us:.0f}"
     )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from expertmesh.cluster.errors import LinkError, NoReplicaError, UnavailableErro
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketKind
 from expertmesh.cluster.placement import Placement
+from expertmesh.kernels.cpu.exchange import Exchange, State, can_exchange
 from expertmesh.kernels.dispatch import ShardRequest, add_rows, count_tokens, requests_for_shards, sum_pairs
 
 _log = logging.getLogger(__name__)
@@ -37,14 +39,43 @@ class Fleet:
         self.shards = tuple(slots.shard for slots in placement.shards)
         self.links = dict(links)
         self.alive_S = np.array([shard in self.links for shard in self.shards])
+        self.generations = [self.links[s].generation if s in self.links else 0 for s in self.shards]
         self.choose = {layer: open_policy(policy, DispatchTable(placement, layer)) for layer in placement.layers}
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """Carries layers to these shards and back in compiled code; where `descriptors` finds how."""
+        return Exchange(len(self.shards))
+
+    def descriptors(self) -> list[int] | None:
+        """Return the socket of each shard's link, -1 of a dead one; None: a link has none, or is broken."""
+        try:
+            found = [
+                self.links[shard].descriptor() if alive else -1
+                for shard, alive in zip(self.shards, self.alive_S, strict=True)
+            ]
+        except LinkError:
+            return None  # who sends will find it so again, and lose it
+        sockets = [descriptor for descriptor in found if descriptor is not None]
+        return sockets if len(sockets) == len(found) else None
 
     def mark_dead(self, index: int) -> None:
         """Send nothing more to a shard."""
         self.alive_S[index] = False
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Batch:
+    """A layer's tokens, and who is to run each pair; -1: nobody, it is done."""
+
+    layer: int
+    hidden_TH: Tensor
+    ids_TK: npt.NDArray[np.int64]
+    weights_TK: npt.NDArray[np.float32]
+    shard_TK: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
 class _Asked:
     """A packet under way."""
 
@@ -143,15 +174,18 @@ class Dispatcher:
                 continue
             if todo_TK is not None:
                 shard_TK = np.where(todo_TK, shard_TK, np.int32(-1))
-            requests = requests_for_shards(hidden_TH, ids_TK, weights_TK, shard_TK, len(fleet.shards))
-            asked = self._send_all(fleet, layer, hidden_TH, requests)
-            # Every answer is taken before anything is waited for, so that no link is left with one under way.
-            answers = [self._receive(fleet, layer, one, out, shard_TK) for one in asked]
-            if len(answers) == len(requests) and all(answer is PacketKind.COMBINE for answer in answers):
-                break
-            done = [one.request.shard for one, kind in zip(asked, answers, strict=True) if kind is PacketKind.COMBINE]
+            batch = _Batch(layer, hidden_TH, ids_TK, weights_TK, shard_TK)
+            descriptors = fleet.descriptors() if todo_TK is None and self._may_exchange(hidden_TH) else None
+            if descriptors is None:
+                kinds = self._ask(fleet, batch, out)
+            else:
+                kinds, finished_TH = self._exchange(fleet, batch, descriptors, out)
+                if finished_TH is not None:
+                    self.expert_s += time.perf_counter() - started_s
+                    return finished_TH
+            done = [shard for shard, kind in kinds.items() if kind is PacketKind.COMBINE]
             todo_TK = (shard_TK >= 0) & ~np.isin(shard_TK, done)
-            if PacketKind.NOT_HERE in answers:
+            if PacketKind.NOT_HERE in kinds.values():
                 epoch = fleet.placement.epoch
                 self._await_fleet(
                     fleet, UnavailableError(f"layer {layer}: a shard does not host what epoch {epoch} says")
@@ -160,7 +194,67 @@ class Dispatcher:
         self.expert_s += time.perf_counter() - started_s
         return out_TH.to(hidden_TH.dtype)
 
-    def _send_all(self, fleet: Fleet, layer: int, hidden_TH: Tensor, requests: list[ShardRequest]) -> list[_Asked]:
+    def _may_exchange(self, hidden_TH: Tensor) -> bool:
+        return not self._by_pair and can_exchange(hidden_TH)
+
+    def _exchange(
+        self, fleet: Fleet, batch: _Batch, descriptors: list[int], sum_TH: Tensor
+    ) -> tuple[dict[int, PacketKind], Tensor | None]:
+        """Ask the shards in compiled code.
+
+        Returns:
+            What became of each shard's packet, as `_ask` does, and, once all are done, the sum in the wire's dtype.
+        """
+        exchange = fleet.exchange
+        sequence = self._sequence + 1
+        self._sequence += len(descriptors)
+        finished_TH = exchange.run(
+            batch.hidden_TH,
+            batch.ids_TK,
+            batch.weights_TK,
+            batch.shard_TK,
+            descriptors,
+            fleet.generations,
+            sum_TH,
+            layer=batch.layer,
+            epoch=fleet.placement.epoch,
+            sequence=sequence,
+        )
+        row = self._row_of_layer[batch.layer]
+        self.dispatch_bytes_L[row] += exchange.sent_bytes
+        self.combine_bytes_L[row] += exchange.received_bytes
+        if finished_TH is not None:
+            return {}, finished_TH
+        kinds: dict[int, PacketKind] = {}
+        states = [(shard, State(state)) for shard, state in enumerate(exchange.state_S) if state != State.NOT_ASKED]
+        for shard, state in states:
+            link = fleet.links[fleet.shards[shard]]
+            if state is State.DONE:
+                kinds[shard] = PacketKind.COMBINE
+            elif state is State.OTHER_ANSWER:
+                link.unread(exchange.left(shard))
+                request = next(r for r in self._requests(fleet, batch) if r.shard == shard)
+                kinds[shard] = self._receive(fleet, batch, _Asked(request, sequence + shard), sum_TH)
+            else:
+                doing = "send" if state is State.NOT_SENT else "receive"
+                got = 0 if state is State.NOT_SENT else len(exchange.left(shard))
+                self._lose(fleet, shard, link.failed(doing, exchange.fault(shard), got))
+                kinds[shard] = PacketKind.FAILED
+        return kinds, None
+
+    def _ask(self, fleet: Fleet, batch: _Batch, out: Tensor) -> dict[int, PacketKind]:
+        """Ask the shards over their links; return the kind of each one's answer, FAILED where it is lost."""
+        requests = self._requests(fleet, batch)
+        kinds = {request.shard: PacketKind.FAILED for request in requests}
+        # Every answer is taken before anything is waited for, so that no link is left with one under way.
+        for asked in self._send_all(fleet, batch, requests):
+            kinds[asked.request.shard] = self._receive(fleet, batch, asked, out)
+        return kinds
+
+    def _requests(self, fleet: Fleet, batch: _Batch) -> list[ShardRequest]:
+        return requests_for_shards(batch.hidden_TH, batch.ids_TK, batch.weights_TK, batch.shard_TK, len(fleet.shards))
+
+    def _send_all(self, fleet: Fleet, batch: _Batch, requests: list[ShardRequest]) -> list[_Asked]:
         """Send each shard its packet. A shard whose link breaks is marked dead, and its pairs stay to be done."""
         asked: list[_Asked] = []
         for request in requests:
@@ -168,9 +262,9 @@ class Dispatcher:
             link = fleet.links[fleet.shards[request.shard]]
             header = dispatch_header(
                 request,
-                hidden=hidden_TH.shape[1],
-                dtype=hidden_TH.dtype,
-                layer=layer,
+                hidden=batch.hidden_TH.shape[1],
+                dtype=batch.hidden_TH.dtype,
+                layer=batch.layer,
                 generation=link.generation,
                 sequence=self._sequence,
                 epoch=fleet.placement.epoch,
@@ -181,13 +275,11 @@ class Dispatcher:
             except LinkError as error:
                 self._lose(fleet, request.shard, error)
                 continue
-            self.dispatch_bytes_L[self._row_of_layer[layer]] += header.payload_bytes
+            self.dispatch_bytes_L[self._row_of_layer[batch.layer]] += header.payload_bytes
             asked.append(_Asked(request, self._sequence))
         return asked
 
-    def _receive(
-        self, fleet: Fleet, layer: int, asked: _Asked, out: Tensor, shard_TK: npt.NDArray[np.int32]
-    ) -> PacketKind:
+    def _receive(self, fleet: Fleet, batch: _Batch, asked: _Asked, out: Tensor) -> PacketKind:
         """Take one answer, into out if it is one; return its kind. FAILED: the shard is lost."""
         request = asked.request
         link = fleet.links[fleet.shards[request.shard]]
@@ -205,10 +297,10 @@ class Dispatcher:
                 if rows.shape != (num_rows, out.shape[-1]) or header.by_pair != self._by_pair:
                     raise LinkError(f"asked for {num_rows} rows of {out.shape[-1]}, got {header}")
                 if self._by_pair:
-                    out[torch.from_numpy(shard_TK == request.shard)] = rows
+                    out[torch.from_numpy(batch.shard_TK == request.shard)] = rows
                 else:
                     add_rows(out, rows, request.token_R)
-                self.combine_bytes_L[self._row_of_layer[layer]] += header.payload_bytes
+                self.combine_bytes_L[self._row_of_layer[batch.layer]] += header.payload_bytes
         except LinkError as error:
             self._lose(fleet, request.shard, error)
             return PacketKind.FAILED

@@ -1,0 +1,135 @@
+"""A layer's way to its shards and back in one compiled call: see dispatch_exchange in dispatch.cpp.
+
+Shape suffixes: T tokens, H hidden, K choices a token, S shards.
+"""
+
+import ctypes
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertmesh.kernels.cpu.build import load_dispatch
+
+_ADDRESS = ctypes.c_void_p
+_WIRE_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class State(IntEnum):
+    """What became of a shard's packet."""
+
+    NOT_ASKED = 0
+    DONE = 1
+    OTHER_ANSWER = 2  # it is under way, and not what was asked for
+    NOT_SENT = 3
+    NOT_RECEIVED = 4
+
+
+class _Record(ctypes.Structure):
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("hidden_TH", "ids_TK", "weights_TK", "shard_TK", "sum_TH", "out_TH")),
+        *((name, _ADDRESS) for name in ("fd_S", "generation_S", "state_S", "errno_S", "left_S", "left_bytes_S")),
+        *((name, ctypes.c_int64) for name in ("tokens", "choices", "shards", "hidden")),
+        *((name, ctypes.c_uint64) for name in ("epoch", "sequence")),
+        *((name, ctypes.c_int64) for name in ("sent_bytes", "received_bytes")),
+        *((name, ctypes.c_uint32) for name in ("layer", "dtype")),
+    )
+
+
+def can_exchange(hidden_TH: Tensor) -> bool:
+    """Say whether these rows can be sent by compiled code."""
+    is_plain = hidden_TH.device.type == "cpu" and hidden_TH.dtype in _WIRE_DTYPE and hidden_TH.is_contiguous()
+    return is_plain and load_dispatch() is not None
+
+
+class Exchange:
+    """Sends a layer's tokens to a number of shards over sockets, and adds up their answers; one thread at a time.
+
+    After `run`: state_S (State of each shard), sent_bytes and received_bytes of payloads.
+    """
+
+    def __init__(self, num_shards: int) -> None:
+        library = load_dispatch()
+        assert library is not None, "Exchange() without a compiled kernel"
+        self._run = library.dispatch_exchange
+        self._run.argtypes = [ctypes.POINTER(_Record)]
+        self._fd_S = (ctypes.c_int32 * num_shards)()
+        self._generation_S = (ctypes.c_uint32 * num_shards)()
+        self.state_S = (ctypes.c_int32 * num_shards)()
+        self._errno_S = (ctypes.c_int32 * num_shards)()
+        self._left_S = (_ADDRESS * num_shards)()
+        self._left_bytes_S = (ctypes.c_int64 * num_shards)()
+        self._record = _Record(
+            fd_S=ctypes.addressof(self._fd_S),
+            generation_S=ctypes.addressof(self._generation_S),
+            state_S=ctypes.addressof(self.state_S),
+            errno_S=ctypes.addressof(self._errno_S),
+            left_S=ctypes.addressof(self._left_S),
+            left_bytes_S=ctypes.addressof(self._left_bytes_S),
+            shards=num_shards,
+        )
+
+    def run(
+        self,
+        hidden_TH: Tensor,
+        ids_TK: npt.NDArray[np.int64],
+        weights_TK: npt.NDArray[np.float32],
+        shard_TK: npt.NDArray[np.int32],
+        descriptors: list[int],
+        generations: list[int],
+        sum_TH: Tensor,
+        *,
+        layer: int,
+        epoch: int,
+        sequence: int,
+    ) -> Tensor | None:
+        """Send, receive and add.
+
+        Args:
+            hidden_TH: contiguous, bf16 or float32.
+            ids_TK: the experts chosen.
+            weights_TK: the router's weights.
+            shard_TK: who runs each pair.
+            descriptors: of each shard's stream socket, which blocks, with deadlines of its own; of shards in shard_TK.
+            generations: of each shard's link.
+            sum_TH: float32, where the answers are added up, in the order of the shards.
+            layer: the packets' layer.
+            epoch: the placement's.
+            sequence: of the first shard's packet; the others count up from it.
+
+        Returns:
+            The sum in the dtype of hidden_TH once all is done, else None.
+        """
+        ids_TK, weights_TK, shard_TK = map(np.ascontiguousarray, (ids_TK, weights_TK, shard_TK))
+        out_TH = torch.empty_like(hidden_TH)
+        self._fd_S[:] = descriptors  # type: ignore[assignment]
+        self._generation_S[:] = generations  # type: ignore[assignment]
+        record = self._record
+        record.hidden_TH, record.sum_TH, record.out_TH = hidden_TH.data_ptr(), sum_TH.data_ptr(), out_TH.data_ptr()
+        record.ids_TK, record.weights_TK = ids_TK.ctypes.data, weights_TK.ctypes.data
+        record.shard_TK = shard_TK.ctypes.data
+        record.tokens, record.choices = shard_TK.shape
+        record.hidden = hidden_TH.shape[1]
+        record.epoch, record.sequence, record.layer = epoch, sequence, layer
+        record.dtype = _WIRE_DTYPE[hidden_TH.dtype]
+        return out_TH if self._run(record) else None
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of the payloads sent."""
+        return int(self._record.sent_bytes)
+
+    @property
+    def received_bytes(self) -> int:
+        """Of the payloads added up."""
+        return int(self._record.received_bytes)
+
+    def fault(self, shard: int) -> int:
+        """Return errno of a packet NOT_SENT or NOT_RECEIVED; 0: it was cut short."""
+        return int(self._errno_S[shard])
+
+    def left(self, shard: int) -> bytes:
+        """Return what was read of an answer that was not added up; before the next `run`."""
+        return ctypes.string_at(self._left_S[shard] or 0, self._left_bytes_S[shard])
