@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from expertmesh.actors.controller.actor import start_controller
 from expertmesh.actors.gateway.deployment import deploy_gateway
-from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray
+from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray, yield_to_actors
 from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.model_info import CheckpointFacts
@@ -101,6 +101,8 @@ class Deployment:
             self._follow(starting)
             self._say("starting the gateway")
             self._gateway = deployment.result()
+        if self._ray_address is None:
+            yield_to_actors()
         self.grpc_address = self._gateway.address.remote().result(timeout_s=60)
         self._say(f"serving on {self.grpc_address}")
 

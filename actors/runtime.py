@@ -1,13 +1,16 @@
 """Ray as ExpertMesh uses it: names, the environment of the actors, a local cluster of our own."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from expertmesh.actors.cores import step_back
 from expertmesh.actors.links.ends import LinkEnd
 from expertmesh.cluster.errors import CapacityError
 
@@ -56,9 +59,23 @@ def start_local_ray(temp_dir: Path) -> None:
         logging_level="ERROR",
         _node_ip_address="127.0.0.1",
         _temp_dir=str(temp_dir),
-        # No record of each call to an actor: nobody reads it here, and Ray keeps 100,000 of them in memory.
-        _system_config={"task_events_report_interval_ms": 0},
+        _system_config={
+            # No record of each call to an actor: nobody reads it here, and Ray keeps 100,000 of them in memory.
+            "task_events_report_interval_ms": 0,
+            # Ray gives its own processes the cores before its actors (niceness 15). Here the actors come first.
+            "worker_niceness": 0,
+        },
     )
+    yield_to_actors()
+
+
+def yield_to_actors() -> None:
+    """Have the processes of the Ray that this process started step back, those apart that actors are started from."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            if "raylet/raylet" not in command and (not command.startswith("ray::") or "ServeController" in command):
+                step_back(process.pid)
 
 
 def join_ray(address: str) -> None:

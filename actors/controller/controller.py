@@ -25,7 +25,7 @@ from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.tiers import Tier
-from expertmesh.actors.cores import take_part
+from expertmesh.actors.cores import step_back, take_part
 from expertmesh.actors.runtime import log_to_stderr, node_id
 from expertmesh.actors.shard.actor import ShardActor
 from expertmesh.actors.state import EmbeddedRedis, StateStore, open_client
@@ -111,6 +111,7 @@ class Controller:
     def _begin(self) -> None:
         self._operator.resume()
         take_part()
+        step_back()
         self._note("ready")
         self._started = True
         threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()

@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from expertmesh.actors.cores import step_back
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
@@ -54,6 +55,7 @@ class Gateway:
     """Serves gRPC to clients. Goes on with the workers that it knows while the controller is away."""
 
     async def __init__(self, settings: ServeSettings, model: ModelInfo) -> None:  # type: ignore[misc]  # Serve awaits it
+        step_back()
         tokenizer = open_tokenizer(settings.model)
         self._id = f"gateway-{uuid.uuid4().hex[:8]}"
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)

@@ -152,6 +152,8 @@ class Dispatcher:
         ids_TK = topk_ids_TK.long().contiguous().cpu().numpy()
         weights_TK = topk_weights_TK.float().cpu().numpy()
         started_s = time.perf_counter()
+        keys_T = self._token_keys_T[: len(ids_TK)]
+        assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
         row = self._row_of_layer[layer]
         count_tokens(ids_TK, self._is_decode_T[: len(ids_TK)], self.load_LE[row], self.decode_LE[row])
         # With by_pair [T, K, H], and every answer writes its own part of it.
@@ -159,8 +161,6 @@ class Dispatcher:
             out = hidden_TH.new_empty((*ids_TK.shape, hidden_TH.shape[1]))
         else:
             out = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
-        keys_T = self._token_keys_T[: len(ids_TK)]
-        assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
         todo_TK: npt.NDArray[np.bool_] | None = None  # None: all
         while todo_TK is None or todo_TK.any():
             fleet = self._fleet

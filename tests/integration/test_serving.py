@@ -1,6 +1,7 @@
 """A served model as clients see it: parity, streams at once, cancel, deadline, health, bad input."""
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -174,6 +176,16 @@ def test_status_json_is_the_contract_and_memory_adds_up(pocket: Server) -> None:
     assert sum(shard["num_slots"] for shard in status["shards"]) == 2 * 4 * 16
     assert [worker["dense_bytes"] for worker in status["workers"]] == [dense, dense]
     assert all(row["dispatch_bytes"] > 0 and row["combine_bytes"] > 0 for row in status["layer_traffic"])
+
+
+def test_what_computes_has_the_cores_before_what_does_not(pocket: Server) -> None:
+    processes = psutil.Process(pocket.process.pid).children(recursive=True)
+    niceness = {" ".join(process.cmdline()): process.nice() for process in processes}
+    computing = [nice for name, nice in niceness.items() if "ShardActor" in name or "WorkerActor" in name]
+    assert len(computing) >= 2
+    others = {nice for name, nice in niceness.items() if any(other in name for other in ("gcs_server", "gateway"))}
+    assert set(computing) == {os.getpriority(os.PRIO_PROCESS, 0)}
+    assert others == {max(10, *computing)}
 
 
 def test_generate_command(pocket: Server) -> None:

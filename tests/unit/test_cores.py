@@ -17,6 +17,7 @@ from expertmesh.actors.cores import (
     in_background,
     python_that_gives_way,
     resume,
+    step_back,
     use_cores,
 )
 
@@ -142,6 +143,25 @@ child.kill()
         assert found.stdout.splitlines() == [idle, usual]
     found = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.splitlines() == [usual, usual], "what never gave way"
+
+
+def test_a_process_steps_back_with_all_its_threads() -> None:
+    code = (
+        "import os, threading, time;"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start();"
+        "print('up', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            step_back(process.pid)
+            threads = [int(thread) for thread in os.listdir(f"/proc/{process.pid}/task")]
+            assert len(threads) == 2
+            assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {10}
+        finally:
+            process.kill()
+    step_back(process.pid)  # it has ended
 
 
 def test_a_process_that_has_ended_needs_not_resume() -> None:

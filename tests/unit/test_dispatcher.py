@@ -1,4 +1,6 @@
-"""The dispatcher over shards in memory that fail as told, and a whole fleet that loses a shard.
+"""The dispatcher over shards that fail as told, and a whole fleet that loses a shard.
+
+The shards are in memory, or at the other end of a Unix socket: over sockets compiled code sends and receives.
 
 Shape suffixes: T tokens, H hidden, K choices a token, E experts, R rows that one shard gets.
 """
@@ -7,7 +9,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.packets import PacketHeader, PacketKind
 from expertmesh.cluster.placement import Placement, ShardSlots, initial_placement
 from tests.families import random_prompts, write_checkpoint
-from tests.fleet import LocalFleet, break_link, greedy
+from tests.fleet import LocalFleet, break_link, greedy, link_pair
 
 LAYER = 3
 NUM_EXPERTS = 8
@@ -124,6 +127,41 @@ class Batch:
         torch.testing.assert_close(out_TH, self.expected(), rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def over_socket(shard: MemoryShard, stack: ExitStack) -> Link:
+    """Return a link over a Unix socket at whose other end a thread lets the shard answer."""
+
+    def serve() -> None:
+        with suppress(LinkError):
+            while (message := shard_end.recv(10.0))[0].kind is not PacketKind.CLOSE:
+                header, payload = message
+                try:
+                    shard.send(header, [payload])
+                    answer, rows = shard.recv()
+                except LinkError:
+                    break_link(shard_end)
+                    return
+                shard_end.send(answer, [rows])
+
+    worker_end, shard_end = stack.enter_context(link_pair("socket", kind="local"))
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    stack.callback(thread.join, 5.0)
+    stack.callback(worker_end.close)
+    return worker_end
+
+
+# How the links of the fleets in this file are made of their shards.
+_connect: Callable[[MemoryShard], Link] = lambda shard: shard
+
+
+@pytest.fixture(params=["memory", "socket"], autouse=True)
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with ExitStack() as stack:
+        if request.param == "socket":
+            monkeypatch.setattr(f"{__name__}._connect", lambda shard: over_socket(shard, stack))
+        yield request.param
+
+
 def placement_of(
     experts_of_shard: dict[str, set[int]], epoch: int = 1, weights: tuple[int, ...] | None = None
 ) -> Placement:
@@ -143,7 +181,8 @@ def memory_fleet(
     experts_of_shard: dict[str, set[int]], weights: tuple[int, ...] | None = None
 ) -> tuple[Fleet, list[MemoryShard]]:
     shards = {ShardId(name): MemoryShard(experts) for name, experts in experts_of_shard.items()}
-    return Fleet(placement_of(experts_of_shard, weights=weights), shards), list(shards.values())
+    links = {name: _connect(shard) for name, shard in shards.items()}
+    return Fleet(placement_of(experts_of_shard, weights=weights), links), list(shards.values())
 
 
 def dispatcher_of(fleet: Fleet, recovery_s: float = 0.1, *, by_pair: bool = False) -> Dispatcher:
