@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.kernels.cpu.dense import AttentionLayer, AttentionStep
-from expertmesh.kernels.paged_attention import ChunkSpan, PagedKVCache, StepLayout
-
-# Above so many (query, key) pairs of a head, torch's blocked attention is faster than going row by row.
-_MOST_PAIRS_BY_ROW = 512 * 512
+from expertmesh.kernels.paged_attention import PagedKVCache, StepLayout
 
 
 class CompiledAttention:
@@ -29,15 +26,7 @@ class CompiledAttention:
     ) -> tuple[Tensor, Tensor, AttentionStep]:
         """Run a layer's attention; see `AttentionLayer.run`. rope: cosines and sines [1, T, R]."""
         step = self._step_of(rope[0], rope[1], attention)
-        assert self._cache.layout is not None, "a layer ran without a step layout"
-        large = self._large_spans(self._cache.layout)
-
-        def attend_large() -> None:
-            for span, read_L in large:
-                options = self._cache.options[layer]
-                self._cache.attend_span(layer, step.query_TAD, span, read_L, options, step.attended_TAD)
-
-        return (*attention.run(hidden_1TH[0].contiguous(), step, attend_large if large else None), step)
+        return (*attention.run(hidden_1TH[0].contiguous(), step), step)
 
     def _step_of(self, cos_1TR: Tensor, sin_1TR: Tensor, attention: AttentionLayer) -> AttentionStep:
         """Return what the layers need to know of the cache's current step; made by the first that asks.
@@ -53,30 +42,19 @@ class CompiledAttention:
             for a, b in zip(made_for, self._made_for, strict=True)
         )
         if self._step is None or not is_same:
-            sequence_T = layout.sequence_T.clone()
-            for span, _ in self._large_spans(layout):
-                sequence_T[span.start : span.start + span.length] = -1
-            size = (len(sequence_T), *head_shape)
+            size = (len(layout.sequence_T), *head_shape)
             self._made_for = made_for
             self._step = AttentionStep(
                 cos_TR=_whole(cos_1TR, attention.rope_size),
                 sin_TR=_whole(sin_1TR, attention.rope_size),
                 write_T=layout.write_T,
-                sequence_T=sequence_T,
+                sequence_T=layout.sequence_T,
                 length_T=layout.length_T,
                 pages_NP=layout.pages_NP,
                 query_TAD=torch.empty(size, dtype=torch.bfloat16),
                 attended_TAD=torch.empty(size, dtype=torch.bfloat16),
             )
         return self._step
-
-    def _large_spans(self, layout: StepLayout) -> list[tuple[ChunkSpan, Tensor]]:
-        """Return the chunks that are left to torch."""
-        return [
-            (span, read_L)
-            for span, read_L in layout.prefill
-            if span.length * (span.context + span.length) > _MOST_PAIRS_BY_ROW
-        ]
 
 
 def _whole(rope_1TR: Tensor, rope_size: int) -> Tensor:

@@ -1,7 +1,8 @@
 // The dense half of a decoder layer over the rows of a step: norm, projections, rotation, paged attention, output projection,
 // residual and the next norm in one call; and linear layers.
 //
-// All matrices are packed (packed.h), bf16; sums are float32. A row's result does not depend on the rows beside it.
+// All matrices are packed (packed.h), bf16; sums are float32. A row's result does not depend on the rows beside it, but for its attention,
+// which is rounded otherwise where at least kFewest rows of a sequence attend together.
 
 #include "packed.h"
 
@@ -9,6 +10,7 @@
 
 #include <cmath>
 #include <mutex>
+#include <vector>
 
 #include "team.h"
 
@@ -16,6 +18,9 @@ namespace {
 
 constexpr int64_t kMostShared = 16;  // query heads of a KV head
 constexpr int64_t kMostHead = 256;   // elements of a head
+constexpr int64_t kQueries = 64;     // rows of a sequence that attend together, at most
+constexpr int64_t kFewest = 16;      // and at least: fewer attend one by one
+constexpr int64_t kKeys = 128;       // keys that they attend to at a time
 
 enum QkNorm { kNone = 0, kEachHead = 1, kAllHeads = 2 };
 
@@ -35,7 +40,7 @@ struct Step {
   const uint16_t* x;             // [rows][hidden]
   const float *cos, *sin;        // [rows][rope_size]
   const int64_t* write_T;        // cache row of each row's key and value
-  const int64_t* sequence_T;     // each row's place in pages; -1: its attention is computed elsewhere
+  const int64_t* sequence_T;     // each row's place in pages
   const int64_t* length_T;       // keys that each row attends to, itself the last
   const int64_t* pages;          // [sequence][most_pages]
   uint16_t *query, *attended;    // [rows][heads][head_size]
@@ -43,6 +48,25 @@ struct Step {
 };
 
 namespace {
+
+// What a thread needs to let rows attend together.
+struct Room {
+  uint16_t *query, *keys, *values, *weights;
+  float *sum, *most, *total;
+
+  void make(int64_t heads, int64_t size) {
+    const int64_t sums = heads * kQueries * size;
+    query = halves.get(sums + 2 * kKeys * size + kQueries * kKeys);
+    keys = query + sums;
+    values = keys + kKeys * size;
+    weights = values + kKeys * size;
+    sum = reinterpret_cast<float*>(floats.get(2 * (sums + 2 * heads * kQueries)));
+    most = sum + sums;
+    total = most + heads * kQueries;
+  }
+
+  Scratch halves, floats;
+};
 
 #define PASSES "dense_passes.h"
 #include "every_isa.h"
@@ -53,9 +77,10 @@ struct Passes {
   decltype(&anywhere::linear_panel) linear_panel;
   decltype(&anywhere::finish_row) finish_row;
   decltype(&anywhere::attend_row) attend_row;
+  decltype(&anywhere::attend_rows) attend_rows;
 };
 
-#define PASSES_OF(isa) {isa::gather_rows, isa::normalise_row, isa::linear_panel, isa::finish_row, isa::attend_row}
+#define PASSES_OF(isa) {isa::gather_rows, isa::normalise_row, isa::linear_panel, isa::finish_row, isa::attend_row, isa::attend_rows}
 
 Passes passes_of(int isa) {
 #if defined(__x86_64__)
@@ -65,9 +90,6 @@ Passes passes_of(int isa) {
 #endif
   return PASSES_OF(anywhere);
 }
-
-// The parts of a layer, as bits of what is to be computed.
-enum Part { kProject = 1, kAttend = 2, kOut = 4 };
 
 // Memory of the one call that computes at a time. Never freed: a thread may compute while the process ends.
 std::mutex& turn = *new std::mutex;
@@ -90,49 +112,69 @@ void run_linear(const Passes& passes, Team& team, int phase, const Linear& linea
   });
 }
 
-void run_layer(const Layer& layer, const Step& step, const Passes& passes, Team& team, int parts, uint16_t* blocks, uint16_t* qkv) {
+// Neighbouring rows of one sequence that attend together.
+struct Run {
+  int64_t row, rows;
+};
+
+// Cuts a step's rows into runs: of one row each where few belong together, or the heads are of a size that has no packed form.
+std::vector<Run> runs_of(const Layer& layer, const Step& step) {
+  std::vector<Run> runs;
+  for (int64_t row = 0; row < step.rows;) {
+    int64_t end = row + 1;
+    while (end < step.rows && step.sequence_T[end] == step.sequence_T[row] && step.length_T[end] == step.length_T[end - 1] + 1) ++end;
+    const bool is_together = end - row >= kFewest && layer.head_size % kDepth == 0;
+    for (; row < end; row = runs.back().row + runs.back().rows) runs.push_back({row, is_together ? std::min(kQueries, end - row) : 1});
+  }
+  return runs;
+}
+
+void attend(const Layer& layer, const Step& step, const Passes& passes, const Run& run, int64_t group) {
+  static thread_local Room room;
+  if (run.rows == 1)
+    passes.attend_row(layer, step, run.row, group);
+  else
+    passes.attend_rows(layer, step, run.row, run.rows, group, room);
+}
+
+void run_layer(const Layer& layer, const Step& step, const Passes& passes, Team& team, const std::vector<Run>& runs, uint16_t* blocks, uint16_t* qkv) {
   const int64_t rows = step.rows, inner = layer.heads * layer.head_size, wide = inner + 2 * layer.kv_heads * layer.head_size;
-  if (parts & kProject) {
-    team.share(0, rows, 16, [&](int64_t begin, int64_t end) {
-      passes.gather_rows(step.x, begin, end, layer.hidden, layer.norm, layer.eps, blocks);
-    });
-    run_linear(passes, team, 1, {layer.qkv, layer.qkv_bias, nullptr, layer.hidden, wide, qkv}, rows, blocks);
-    team.share(2, rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) passes.finish_row(layer, step, row, qkv + row * wide);
-    });
-  }
-  if (parts & kAttend)
-    team.share(3, rows * layer.kv_heads, layer.kv_heads, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task)
-        if (step.sequence_T[task / layer.kv_heads] >= 0) passes.attend_row(layer, step, task / layer.kv_heads, task % layer.kv_heads);
-    });
-  if (parts & kOut) {
-    team.share(4, rows, 16, [&](int64_t begin, int64_t end) {
-      passes.gather_rows(step.attended, begin, end, inner, nullptr, 0, blocks);
-    });
-    run_linear(passes, team, 5, {layer.out, layer.out_bias, step.x, inner, layer.hidden, step.residual}, rows, blocks);
-    team.share(6, rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        passes.normalise_row(step.residual + row * layer.hidden, layer.hidden, layer.next_norm, layer.next_eps, step.normed + row * layer.hidden);
-    });
-  }
+  team.share(0, rows, 16, [&](int64_t begin, int64_t end) {
+    passes.gather_rows(step.x, begin, end, layer.hidden, layer.norm, layer.eps, blocks);
+  });
+  run_linear(passes, team, 1, {layer.qkv, layer.qkv_bias, nullptr, layer.hidden, wide, qkv}, rows, blocks);
+  team.share(2, rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) passes.finish_row(layer, step, row, qkv + row * wide);
+  });
+  team.share(3, static_cast<int64_t>(runs.size()) * layer.kv_heads, layer.kv_heads, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) attend(layer, step, passes, runs[task / layer.kv_heads], task % layer.kv_heads);
+  });
+  team.share(4, rows, 16, [&](int64_t begin, int64_t end) {
+    passes.gather_rows(step.attended, begin, end, inner, nullptr, 0, blocks);
+  });
+  run_linear(passes, team, 5, {layer.out, layer.out_bias, step.x, inner, layer.hidden, step.residual}, rows, blocks);
+  team.share(6, rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      passes.normalise_row(step.residual + row * layer.hidden, layer.hidden, layer.next_norm, layer.next_eps, step.normed + row * layer.hidden);
+  });
 }
 
 int64_t padded(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
 }  // namespace
 
-extern "C" void dense_layer(const Layer* layer, const Step* step, int parts, int isa, int threads) {
+extern "C" void dense_layer(const Layer* layer, const Step* step, int isa, int threads) {
   const std::lock_guard<std::mutex> my_turn(turn);
   const Passes passes = passes_of(isa);
   const int64_t inner = layer->heads * layer->head_size;
   uint16_t* blocks = row_scratch.get(padded(step->rows) * std::max(layer->hidden, inner));
   uint16_t* qkv = qkv_scratch.get(step->rows * (inner + 2 * layer->kv_heads * layer->head_size));
+  const std::vector<Run> runs = runs_of(*layer, *step);
   Team team(threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (isa == kAmx) configure_tiles();
-    run_layer(*layer, *step, passes, team, parts, blocks, qkv);
+    run_layer(*layer, *step, passes, team, runs, blocks, qkv);
     if (isa == kAmx) release_tiles();
   }
 }

@@ -5,7 +5,7 @@ rotated elements of a head, N sequences, P pages.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -126,9 +126,8 @@ def can_attend(num_heads: int, num_kv_heads: int, head_size: int, rope_size: int
 class AttentionStep:
     """What all layers need to know of a step.
 
-    write_T: cache row of each token. sequence_T: its sequence's row in pages_NP; -1: its attention is computed
-    elsewhere. length_T: keys it attends to, itself the last. All int64. query_TAD and attended_TAD: what the layers
-    write; they follow each other.
+    write_T: cache row of each token. sequence_T: its sequence's row in pages_NP. length_T: keys it attends to, itself
+    the last. All int64. query_TAD and attended_TAD: what the layers write; they follow each other.
     """
 
     cos_TR: Tensor
@@ -184,7 +183,6 @@ class AttentionLayer:
         self,
         x_TH: Tensor,
         step: AttentionStep,
-        attend_others: Callable[[], None] | None = None,
         isa: Isa | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the layer's attention, and write the step's keys and values.
@@ -192,7 +190,6 @@ class AttentionLayer:
         Args:
             x_TH: bf16, contiguous.
             step: where its rows belong.
-            attend_others: called once queries, keys and values are written, to attend for rows whose sequence is -1.
             isa: instruction set; None: the best.
 
         Returns:
@@ -216,15 +213,8 @@ class AttentionLayer:
             residual=_at(residual_TH),
             normed=_at(normed_TH),
         )
-        parts = [_PROJECT | _ATTEND | _OUT] if attend_others is None else [_PROJECT | _ATTEND, _OUT]
-        for part in parts:
-            if part == _OUT and attend_others is not None:
-                attend_others()
-            _library().dense_layer(ctypes.byref(self._layer), ctypes.byref(call), ctypes.c_int(part), *_how(isa))
+        _library().dense_layer(ctypes.byref(self._layer), ctypes.byref(call), *_how(isa))
         return residual_TH, normed_TH
-
-
-_PROJECT, _ATTEND, _OUT = 1, 2, 4
 
 
 class _Layer(ctypes.Structure):

@@ -211,13 +211,14 @@ def test_a_layer_computes_what_its_parts_compute(isa: Isa, shape: Shape) -> None
 def test_a_row_has_the_same_bits_whatever_is_beside_it(isa: Isa, threads: int) -> None:
     torch.manual_seed(2)
     layer = Layer(SHAPES["wide"], pages=80)
-    step = step_of(layer, [(40, 1), (0, 60), (21, 1)])
+    # From 16 rows of a sequence on they attend together.
+    step = step_of(layer, [(40, 1), (0, 15), (21, 1), (30, 15), (0, 15)])
     x_TH = bf16(len(step.write_T), layer.shape.hidden)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         together = layer.compiled.run(x_TH, step, isa=isa)
-        for row in (0, 30, 61):
+        for row in (0, 10, 15, 16, 40):
             alone = layer.compiled.run(x_TH[row : row + 1], row_of(step, row), isa=isa)
             assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
     finally:
@@ -229,22 +230,38 @@ def row_of(step: AttentionStep, row: int) -> AttentionStep:
     return AttentionStep(**part)
 
 
-def test_rows_can_be_attended_elsewhere() -> None:
-    torch.manual_seed(3)
-    layer = Layer(SHAPES["plain"], pages=20)
-    step = step_of(layer, [(6, 1), (0, 9), (3, 1)])
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_many_rows_of_a_sequence_attend_together(isa: Isa, shape: Shape) -> None:
+    torch.manual_seed(4)
+    layer = Layer(shape, pages=200)
+    layer.keys[:], layer.values[:] = float("nan"), float("nan")  # of nobody
+    for sequences in ([(0, 16)], [(0, 129), (7, 1)], [(3, 64), (0, 17), (0, 200)], [(0, 300)]):
+        step = step_of(layer, [(0, context + new) for context, new in sequences])
+        x_TH = bf16(len(step.write_T), shape.hidden)
+        before = layer.compiled.run(x_TH, step, isa=isa)  # the cache holds what comes before
+        starts = itertools.accumulate([0, *(context + new for context, new in sequences)])
+        rows = [s + context + i for s, (context, new) in zip(starts, sequences, strict=False) for i in range(new)]
+        part = AttentionStep(**{n: v if n == "pages_NP" else v[rows] for n, v in vars(step).items()})
+        got = layer.compiled.run(x_TH[rows].contiguous(), part, isa=isa)
+        wanted = reference(layer, x_TH[rows], part)
+        for mine, right in zip(got, wanted, strict=True):
+            assert_close(mine, right)
+        del before
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_where_a_sequence_is_cut_changes_no_bit(isa: Isa) -> None:
+    torch.manual_seed(5)
+    layer = Layer(SHAPES["plain"], pages=80)
+    step = step_of(layer, [(0, 250), (0, 40)])
     x_TH = bf16(len(step.write_T), layer.shape.hidden)
-    wanted = layer.compiled.run(x_TH, step)
-    attended, queries = step.attended_TAD.clone(), step.query_TAD.clone()
-    step.sequence_T[1:10] = -1
-    step.attended_TAD.fill_(float("nan"))
-
-    def attend_others() -> None:
-        assert torch.equal(step.query_TAD, queries)
-        step.attended_TAD[1:10] = attended[1:10]
-
-    got = layer.compiled.run(x_TH, step, attend_others)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    whole = layer.compiled.run(x_TH, step, isa=isa)
+    for begin, end in ((100, 250), (130, 200), (17, 33), (250, 290)):
+        rows = slice(begin, end)
+        part = AttentionStep(**{n: v if n == "pages_NP" else v[rows] for n, v in vars(step).items()})
+        got = layer.compiled.run(x_TH[rows].contiguous(), part, isa=isa)
+        assert all(torch.equal(mine, right[rows]) for mine, right in zip(got, whole, strict=True))
 
 
 @given(
