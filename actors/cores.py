@@ -124,9 +124,10 @@ def step_back(pid: int = 0) -> None:
     """
     process = pid or os.getpid()
     with suppress(FileNotFoundError):  # it has ended
-        for thread in os.listdir(f"/proc/{process}/task"):
-            with suppress(ProcessLookupError, PermissionError):
-                os.setpriority(os.PRIO_PROCESS, int(thread), _STEPPED_BACK)
+        for thread in map(int, os.listdir(f"/proc/{process}/task")):
+            with suppress(ProcessLookupError):
+                if os.getpriority(os.PRIO_PROCESS, thread) < _STEPPED_BACK:  # further back it stays
+                    os.setpriority(os.PRIO_PROCESS, thread, _STEPPED_BACK)
 
 
 def python_that_gives_way() -> str:

@@ -183,27 +183,15 @@ class PagedKVCache:
                 invariant_attention if self.is_invariant else _attention,
             )
         for span, read_L in layout.prefill:
-            self.attend_span(layer, query_TAD, span, read_L, options, out_TAV)
+            end = span.start + span.length
+            out_TAV[span.start : end] = self._attend_chunk(
+                query_TAD[span.start : end],
+                _gather(keys_CGD, read_L),
+                _gather(values_CGV, read_L),
+                span.context,
+                options,
+            )
         return out_TAV.unsqueeze(0)
-
-    def attend_span(
-        self,
-        layer: int,
-        query_TAD: Tensor,
-        span: ChunkSpan,
-        read_L: Tensor,
-        options: AttentionOptions,
-        out_TAV: Tensor,
-    ) -> None:
-        """Attend for one sequence's rows of a step, whose keys and values are in the cache, into those rows of out."""
-        end = span.start + span.length
-        out_TAV[span.start : end] = self._attend_chunk(
-            query_TAD[span.start : end],
-            _gather(self._keys[layer], read_L),
-            _gather(self._values[layer], read_L),
-            span.context,
-            options,
-        )
 
     def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys [C, G, D] and values [C, G, V], for a kernel that reads and writes them itself."""

@@ -21,9 +21,7 @@ class CompiledAttention:
         self._made_for: tuple[StepLayout, Tensor, int, tuple[int, int]] | None = None
         self._step: AttentionStep | None = None
 
-    def run(
-        self, attention: AttentionLayer, layer: int, hidden_1TH: Tensor, rope: Any
-    ) -> tuple[Tensor, Tensor, AttentionStep]:
+    def run(self, attention: AttentionLayer, hidden_1TH: Tensor, rope: Any) -> tuple[Tensor, Tensor, AttentionStep]:
         """Run a layer's attention; see `AttentionLayer.run`. rope: cosines and sines [1, T, R]."""
         step = self._step_of(rope[0], rope[1], attention)
         return (*attention.run(hidden_1TH[0].contiguous(), step), step)

@@ -82,7 +82,7 @@ def _replace(layer: Any, seen: Sequence[Seen], shared: CompiledAttention, cache:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **_kwargs: object,
     ) -> Tensor:
-        residual_TH, normed_TH, _ = shared.run(attention, index, hidden_states, position_embeddings)
+        residual_TH, normed_TH, _ = shared.run(attention, hidden_states, position_embeddings)
         behind: Tensor = hidden_of(mlp_of(self)(normed_TH.unsqueeze(0)))
         return residual_TH.unsqueeze(0) + behind
 
@@ -173,7 +173,7 @@ def _agrees(attention: AttentionLayer, index: int, seen: Seen, shared: CompiledA
     if not torch.equal(seen.output, seen.joined + seen.mlp_output.view_as(seen.joined)):
         return False
     cache.layout = seen.layout
-    _, normed_TH, step = shared.run(attention, index, seen.input_1TH, seen.rope)
+    _, normed_TH, step = shared.run(attention, seen.input_1TH, seen.rope)
     keys, values = (cached[seen.layout.write_T] for cached in cache.tensors(index))
     pairs = [
         (keys, seen.written[0]),

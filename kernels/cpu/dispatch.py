@@ -47,9 +47,8 @@ def pack(
     """
     ids_TK, weights_TK, shard_TK = map(np.ascontiguousarray, (ids_TK, weights_TK, shard_TK))
     num_tokens, num_choices = shard_TK.shape
-    rows_S, pairs_S, scratch = _NUMBER * num_shards, _NUMBER * num_shards, _NUMBER * (3 * num_shards)
-    rows, pairs, room = rows_S(), pairs_S(), scratch()
-    _library().dispatch_sizes(shard_TK.ctypes.data, num_tokens, num_choices, num_shards, rows, pairs, room)
+    rows, pairs = (_NUMBER * num_shards)(), (_NUMBER * num_shards)()
+    _library().dispatch_sizes(shard_TK.ctypes.data, num_tokens, num_choices, num_shards, rows, pairs)
     row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
     used = [shard for shard in range(num_shards) if pairs[shard]]
     payloads = {s: torch.empty(rows[s] * row_bytes + pairs[s] * _PAIR_BYTES, dtype=torch.uint8) for s in used}
@@ -68,7 +67,6 @@ def pack(
         pairs,
         addresses(*(payloads[s].data_ptr() if s in payloads else None for s in range(num_shards))),
         addresses(*(tokens[s].data_ptr() if s in tokens else None for s in range(num_shards))),
-        room,
     )
     return [(s, rows[s], pairs[s], tokens[s], payloads[s]) for s in used]
 
@@ -148,10 +146,10 @@ def _library() -> Any:
 def _prepared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the arguments once: converting each by itself takes as long as the work."""
     library.dispatch_count.argtypes = [_ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS]
-    library.dispatch_sizes.argtypes = [_ADDRESS, _NUMBER, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS]
+    library.dispatch_sizes.argtypes = [_ADDRESS, _NUMBER, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS]
     library.dispatch_pack.argtypes = [
         *(_ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _NUMBER),
-        *(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS),
+        *(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS),
     ]
     library.dispatch_read.argtypes = [_ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS]
     library.dispatch_add.argtypes = [_ADDRESS, _ADDRESS, ctypes.c_int, _ADDRESS, _NUMBER, _NUMBER]
