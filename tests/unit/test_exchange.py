@@ -17,7 +17,8 @@ from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind, W
 from expertmesh.kernels.cpu.build import load_dispatch
 from expertmesh.kernels.cpu.exchange import Exchange
 from tests.fleet import link_pair
-from tests.unit.test_dispatcher import EVERY, Batch, MemoryShard, dispatcher_of, over_socket, placement_of
+from tests.memory_shards import MemoryShard, over_socket
+from tests.unit.test_dispatcher import EVERY, Batch, dispatcher_of, placement_of
 
 if load_dispatch() is None:
     pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
