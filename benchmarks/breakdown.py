@@ -43,11 +43,11 @@ def watch_worker(kind: str) -> Timers:
     from expertmesh.actors.links import gloo, local
     from expertmesh.actors.worker import dispatcher, engine
     from expertmesh.cluster.dispatch_hash import DispatchTable
-    from expertmesh.kernels.cpu import dense, exchange
+    from expertmesh.kernels.cpu import dense, exchange, linear
 
     timers = Timers()
-    timers.watch(dense.AttentionLayer, "run", "attention")
-    timers.watch(dense.PackedLinear, "__call__", "head")
+    timers.watch(dense.AttentionLayer, "run", "attention, router")
+    timers.watch(linear.PackedLinear, "__call__", "head")
     timers.watch(engine, "sample", "sample")
     link = {"gloo": gloo.GlooLink, "local": local.LocalLink}[kind]
     timers.watch(dispatcher.Dispatcher, "run", "experts, all")
@@ -65,10 +65,10 @@ def watch_worker(kind: str) -> Timers:
 def report(taken: dict[str, float], *, steps: int, layers: int, step_s: float) -> str:
     """Return one line: microseconds a layer by label, and what of a step is left for the dense half."""
     parts = ", ".join(f"{label} {seconds / steps / layers * 1e6:.0f}" for label, seconds in taken.items())
-    known_s = sum(taken[label] for label in ("experts, all", "attention", "head", "sample"))
+    known_s = sum(taken[label] for label in ("experts, all", "attention, router", "head", "sample"))
     rest_us = (step_s - known_s / steps) / layers * 1e6
     counting = taken["count loads"] / steps / step_s
     return (
         f"step {step_s * 1e3:.1f} ms, {counting:.2%} of it counting loads; us a layer: {parts}; "
-        f"router and the rest {rest_us:.0f}"
+        f"the rest {rest_us:.0f}"
     )

@@ -6,7 +6,9 @@ context's length, A attention heads, G KV heads, D key size, V value size, C cac
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,49 +51,73 @@ class ChunkSpan:
 class StepLayout:
     """Where each token of a step goes in the cache, and what each sequence may look at.
 
-    Made once a step, used by all layers. write_T: cache row of each token. decode_*: sequences with one new token,
-    taken together: their rows in the batch, their cache rows padded to the longest [N, L], and which of those are real.
-    prefill: the others, with their cache rows [L]. For kernels that go by row: sequence_T, each row's place in pages_NP
-    (padded with 0), and length_T, how many tokens it attends to, itself the last.
+    Made once a step, used by all layers. write_T: cache row of each token. For kernels that go by row: sequence_T, each
+    row's place in pages_NP (padded with 0), and length_T, how many tokens it attends to, itself the last. The rest is
+    made for the layers that ask for it.
     """
 
+    spans: tuple[ChunkSpan, ...]
+    page_size: int
     write_T: Tensor
     sequence_T: Tensor
     length_T: Tensor
     pages_NP: Tensor
-    decode_rows_N: Tensor
-    decode_read_NL: Tensor
-    decode_length_N: Tensor
-    prefill: tuple[tuple[ChunkSpan, Tensor], ...]
+
+    @cached_property
+    def decode_rows_N(self) -> Tensor:
+        """Rows in the batch of the sequences with one new token, which are taken together."""
+        return self._tensor([s.start for s in self._decodes])
+
+    @cached_property
+    def decode_length_N(self) -> Tensor:
+        """How many tokens each of them attends to."""
+        return self._tensor([s.context + 1 for s in self._decodes])
+
+    @cached_property
+    def decode_read_NL(self) -> Tensor:
+        """Their cache rows, padded to the longest."""
+        lengths = [s.context + 1 for s in self._decodes]
+        read_NL = torch.zeros((len(lengths), max(lengths, default=0)), dtype=torch.int64)
+        for n, (span, length) in enumerate(zip(self._decodes, lengths, strict=True)):
+            rows_L = self._cache_rows(span)
+            # Padded with its own first row: masked weights are zero, but zero times a NaN of another sequence is not.
+            read_NL[n] = rows_L[0]
+            read_NL[n, :length] = rows_L
+        return read_NL.to(self.write_T.device)
+
+    @cached_property
+    def prefill(self) -> tuple[tuple[ChunkSpan, Tensor], ...]:
+        """The other sequences, with their cache rows [L]."""
+        return tuple((s, self._cache_rows(s).to(self.write_T.device)) for s in self.spans if s.length > 1)
+
+    @cached_property
+    def _decodes(self) -> list[ChunkSpan]:
+        return [s for s in self.spans if s.length == 1]
+
+    def _cache_rows(self, span: ChunkSpan) -> Tensor:
+        pages = torch.tensor(span.pages).unsqueeze(1) * self.page_size
+        return (pages + torch.arange(self.page_size)).flatten()[: span.context + span.length]
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.write_T.device)
 
 
 def step_layout(spans: tuple[ChunkSpan, ...], page_size: int, device: torch.device) -> StepLayout:
     """Lay out a step over pages of page_size tokens."""
-    offsets_P = torch.arange(page_size)
-    cache_rows = [
-        (torch.tensor(s.pages).unsqueeze(1) * page_size + offsets_P).flatten()[: s.context + s.length] for s in spans
-    ]
-    write_T = torch.cat([rows[s.context :] for s, rows in zip(spans, cache_rows, strict=True)])
-    decodes = [i for i, s in enumerate(spans) if s.length == 1]
-    lengths = [spans[i].context + 1 for i in decodes]
-    read_NL = torch.zeros((len(decodes), max(lengths, default=0)), dtype=torch.int64)
-    for n, i in enumerate(decodes):
-        # Padded with its own first row: masked weights are zero, but zero times a NaN of another sequence is not.
-        read_NL[n] = cache_rows[i][0]
-        read_NL[n, : lengths[n]] = cache_rows[i]
-    prefill = tuple((s, r.to(device)) for s, r in zip(spans, cache_rows, strict=True) if s.length > 1)
-    pages_NP = torch.zeros((len(spans), max(len(s.pages) for s in spans)), dtype=torch.int64)
+    counts_N = np.array([s.length for s in spans])
+    sequence_T = np.repeat(np.arange(len(spans)), counts_N)
+    # A row's position: its sequence's context, and how many rows of the sequence are before it.
+    first_N = np.cumsum(counts_N) - counts_N
+    contexts_N = np.array([s.context for s in spans])
+    position_T = np.arange(len(sequence_T)) + (contexts_N - first_N)[sequence_T]
+    pages_NP = np.zeros((len(spans), max(len(s.pages) for s in spans)), dtype=np.int64)
     for n, span in enumerate(spans):
-        pages_NP[n, : len(span.pages)] = torch.tensor(span.pages)
+        pages_NP[n, : len(span.pages)] = span.pages
+    write_T = pages_NP[sequence_T, position_T // page_size] * page_size + position_T % page_size
+    tensors = (torch.from_numpy(array).to(device) for array in (write_T, sequence_T, position_T + 1, pages_NP))
+    write, sequence, length, pages = tensors
     return StepLayout(
-        write_T=write_T.to(device),
-        sequence_T=torch.cat([torch.full((s.length,), n) for n, s in enumerate(spans)]).to(device),
-        length_T=torch.cat([torch.arange(s.context, s.context + s.length) + 1 for s in spans]).to(device),
-        pages_NP=pages_NP.to(device),
-        decode_rows_N=torch.tensor([spans[i].start for i in decodes], dtype=torch.int64).to(device),
-        decode_read_NL=read_NL.to(device),
-        decode_length_N=torch.tensor(lengths, dtype=torch.int64).to(device),
-        prefill=prefill,
+        spans=spans, page_size=page_size, write_T=write, sequence_T=sequence, length_T=length, pages_NP=pages
     )
 
 

@@ -1,6 +1,6 @@
 """The compiled attention of a model's layers over its paged cache, and what the layers share in a step.
 
-Shape suffixes: T tokens of a step, L a context's length, A heads, D head size, R rotated elements.
+Shape suffixes: T tokens of a step, A heads, D head size, R rotated elements, O outputs of a router, K choices a token.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ class CompiledAttention:
     def __init__(self, cache: PagedKVCache) -> None:
         self._cache = cache
         # What the step was made of; kept, so that nothing else can be taken for it.
-        self._made_for: tuple[StepLayout, Tensor, int, tuple[int, int]] | None = None
+        self._made_for: tuple[StepLayout, Tensor, int, tuple[int, int], tuple[int, int]] | None = None
         self._step: AttentionStep | None = None
 
     def run(self, attention: AttentionLayer, hidden_1TH: Tensor, rope: Any) -> tuple[Tensor, Tensor, AttentionStep]:
@@ -34,13 +34,16 @@ class CompiledAttention:
         layout = self._cache.layout
         assert layout is not None, "a layer ran without a step layout"
         head_shape = (attention.num_heads, attention.head_size)
-        made_for = (layout, cos_1TR, attention.rope_size, head_shape)
+        router = attention.router
+        router_shape = (0, 0) if router is None else (router.linear.num_outputs, router.top_k)
+        made_for = (layout, cos_1TR, attention.rope_size, head_shape, router_shape)
         is_same = self._made_for is not None and all(
             a is b if isinstance(a, Tensor | StepLayout) else a == b
             for a, b in zip(made_for, self._made_for, strict=True)
         )
         if self._step is None or not is_same:
-            size = (len(layout.sequence_T), *head_shape)
+            rows = len(layout.sequence_T)
+            size = (rows, *head_shape)
             self._made_for = made_for
             self._step = AttentionStep(
                 cos_TR=_whole(cos_1TR, attention.rope_size),
@@ -51,6 +54,9 @@ class CompiledAttention:
                 pages_NP=layout.pages_NP,
                 query_TAD=torch.empty(size, dtype=torch.bfloat16),
                 attended_TAD=torch.empty(size, dtype=torch.bfloat16),
+                scores_TO=torch.empty((rows, router_shape[0]), dtype=torch.bfloat16),
+                ids_TK=torch.empty((rows, router_shape[1]), dtype=torch.int64),
+                weights_TK=torch.empty((rows, router_shape[1])),
             )
         return self._step
 

@@ -1,4 +1,4 @@
-"""Let decoder layers of the common kind run their attention in one compiled call, on CPUs in bf16.
+"""Let decoder layers of the common kind run their attention and router in one compiled call, on CPUs in bf16.
 
 A layer is recognised by its parts, and then by what it computes: the compiled call takes its place only if it gives
 what transformers' own code gives, on the layer's own weights. Any other layer keeps transformers' code.
@@ -13,21 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from expertmesh.cluster.scheduler import Chunk
-from expertmesh.kernels.cpu.dense import (
-    AttentionLayer,
-    AttentionWeights,
-    QkNorm,
-    can_attend,
-    can_pack_linear,
-    pack_linear,
-)
+from expertmesh.kernels.cpu.dense import AttentionLayer, AttentionWeights, QkNorm, Router, can_attend
+from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear
 from expertmesh.kernels.paged_attention import PagedKVCache
 from expertmesh.models.compiled_attention import CompiledAttention
+from expertmesh.models.compiled_router import chooses_alike, recognise_router
 from expertmesh.models.layer_watch import (
     NUM_PAGES,
     PAGE_SIZE,
     Seen,
     decoder_layers,
+    experts_of,
     hidden_of,
     mlp_of,
     steps_to_watch,
@@ -68,7 +64,7 @@ def speed_up_layers(model: nn.Module, cache: PagedKVCache, run_step: Callable[[S
 def _replace(layer: Any, seen: Sequence[Seen], shared: CompiledAttention, cache: PagedKVCache) -> bool:
     """Give a layer the compiled attention if it does what was seen; say whether it does."""
     index = layer.self_attn.layer_idx
-    for attention in _recognise(layer, seen[0], cache):
+    for attention in _recognise(layer, seen[0], cache, recognise_router(layer, seen)):
         if all(_agrees(attention, index, step, shared, cache) for step in seen):
             break
     else:
@@ -86,13 +82,25 @@ def _replace(layer: Any, seen: Sequence[Seen], shared: CompiledAttention, cache:
         behind: Tensor = hidden_of(mlp_of(self)(normed_TH.unsqueeze(0)))
         return residual_TH.unsqueeze(0) + behind
 
-    layer.forward = MethodType(forward, layer)
+    def forward_routed(
+        _self: Any,
+        hidden_states: Tensor,
+        *_args: object,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **_kwargs: object,
+    ) -> Tensor:
+        residual_TH, normed_TH, step = shared.run(attention, hidden_states, position_embeddings)
+        behind: Tensor = experts.expertmesh_run(experts.expertmesh_layer, normed_TH, step.ids_TK, step.weights_TK)
+        return (residual_TH + behind).unsqueeze(0)
+
+    experts = experts_of(layer)
+    layer.forward = MethodType(forward if attention.router is None else forward_routed, layer)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         getattr(layer.self_attn, name).weight = None  # they are packed by now
     return True
 
 
-def _recognise(layer: Any, seen: Seen, cache: PagedKVCache) -> list[AttentionLayer]:
+def _recognise(layer: Any, seen: Seen, cache: PagedKVCache, router: Router | None) -> list[AttentionLayer]:
     """Return what a layer's attention may be, compiled, if it has the parts; how they are used is not known yet."""
     attention, index = layer.self_attn, layer.self_attn.layer_idx
     linears: list[Any] = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
@@ -149,7 +157,7 @@ def _recognise(layer: Any, seen: Seen, cache: PagedKVCache) -> list[AttentionLay
         softcap=options.softcap,
         sinks_A=None if options.sinks_A is None else options.sinks_A.float().contiguous(),
     )
-    return [AttentionLayer(weights, *cache.tensors(index), cache.page_size, rope_size) for rope_size in rope_sizes]
+    return [AttentionLayer(weights, *cache.tensors(index), cache.page_size, size, router) for size in rope_sizes]
 
 
 def _epsilon(norm: Any) -> float | None:
@@ -182,6 +190,8 @@ def _agrees(attention: AttentionLayer, index: int, seen: Seen, shared: CompiledA
         (attention.weights.out(seen.attended), seen.projected),
         (normed_TH, seen.normed),
     ]
+    if attention.router is not None and not chooses_alike(attention.router, step):
+        return False
     return all(
         other is not None and float((mine - other).float().norm()) <= _TOLERANCE * float(other.float().norm())
         for mine, other in pairs

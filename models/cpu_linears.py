@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expertmesh.kernels.cpu.dense import can_pack_linear, pack_linear
+from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear
 from expertmesh.kernels.cpu.grouped_linear import grouped_linear, is_supported
 
 

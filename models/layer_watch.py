@@ -19,7 +19,7 @@ class Seen:
     """What transformers' code did in one layer in one step: hidden in, keys and values written, what came out.
 
     attended and projected: before and behind attention's output projection; joined and normed: before and behind the
-    norm that follows.
+    norm that follows. routed: what the experts were given, hidden states, ids and weights; they gave the first back.
     """
 
     layout: StepLayout
@@ -30,6 +30,7 @@ class Seen:
     projected: Any = None
     joined: Any = None
     normed: Any = None
+    routed: tuple[Tensor, Tensor, Tensor] | None = None
     mlp_output: Any = None
     output: Any = None
 
@@ -45,6 +46,12 @@ def decoder_layers(model: nn.Module) -> Iterator[Any]:
 def mlp_of(layer: Any) -> Any:
     """Return the block behind a layer's attention, by the names that families give it."""
     return next((block for name in ("mlp", "block_sparse_moe") if (block := getattr(layer, name, None))), None)
+
+
+def experts_of(layer: Any) -> Any:
+    """Return the one module that holds the experts behind a layer's attention; None: there is none, or several."""
+    found = [module for module in mlp_of(layer).modules() if hasattr(module, "expertmesh_layer")]
+    return found[0] if len(found) == 1 else None
 
 
 def steps_to_watch(model: Any, page_size: int) -> list[list[Chunk]]:
@@ -67,6 +74,12 @@ def watch(
 ) -> dict[Any, Seen]:
     """Run a step of transformers' code and return what each layer did; experts give back what they get."""
     seen: dict[Any, Seen] = {}
+    owners = {experts.expertmesh_layer: layer for layer in layers if (experts := experts_of(layer)) is not None}
+
+    def route(index: int, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if index in owners:
+            seen[owners[index]].routed = (hidden_TH.clone(), ids_TK.clone(), weights_TK.clone())
+        return hidden_TH
 
     def enter(layer: Any, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -107,7 +120,7 @@ def watch(
         norm = layer.post_attention_layernorm
         handles.append(norm.register_forward_pre_hook(lambda _, args, layer=layer: join(layer, args)))
     try:
-        with hooks.other_experts(model, lambda _layer, hidden_TH, _ids, _weights: hidden_TH):
+        with hooks.other_experts(model, route):
             run_step(chunks)
     finally:
         for handle in handles:

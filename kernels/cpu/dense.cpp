@@ -1,5 +1,5 @@
 // The dense half of a decoder layer over the rows of a step: norm, projections, rotation, paged attention, output projection,
-// residual and the next norm in one call; and linear layers.
+// residual, the next norm and, where the layer has one, the router in one call; and linear layers.
 //
 // All matrices are packed (packed.h), bf16; sums are float32. A row's result does not depend on the rows beside it, but for its attention,
 // which is rounded otherwise where at least kFewest rows of a sequence attend together.
@@ -12,6 +12,7 @@
 #include <mutex>
 #include <vector>
 
+#include "router.h"
 #include "team.h"
 
 namespace {
@@ -27,12 +28,18 @@ enum QkNorm { kNone = 0, kEachHead = 1, kAllHeads = 2 };
 }  // namespace
 
 // Laid out as kernels/cpu/dense.py has it. Null: there is none.
+struct Router {
+  int64_t experts, outs, top_k, normalise, rounded;  // outs: the weights have as many outputs, of which the first are experts
+  const uint16_t *weight, *bias;
+};
+
 struct Layer {
   int64_t hidden, heads, kv_heads, head_size, rope_size, page_size, window, qk_norm;
   float eps, qk_eps, next_eps, scale, softcap, unused;
   const uint16_t *norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias, *next_norm;
   const float* sinks;            // [heads]
   uint16_t *keys, *values;       // [cache row][kv_heads][head_size]
+  const Router* router;
 };
 
 struct Step {
@@ -45,6 +52,9 @@ struct Step {
   const int64_t* pages;          // [sequence][most_pages]
   uint16_t *query, *attended;    // [rows][heads][head_size]
   uint16_t *residual, *normed;   // [rows][hidden]
+  uint16_t* scores;              // of the router: [rows][outs]
+  int64_t* ids;                  // [rows][top_k]
+  float* weights;
 };
 
 namespace {
@@ -137,6 +147,16 @@ void attend(const Layer& layer, const Step& step, const Passes& passes, const Ru
     passes.attend_rows(layer, step, run.row, run.rows, group, room);
 }
 
+// Phases 7 and 8, behind the norm.
+void run_router(const Router& router, const Layer& layer, const Step& step, const Passes& passes, Team& team, const uint16_t* blocks) {
+  run_linear(passes, team, 7, {router.weight, router.bias, nullptr, layer.hidden, router.outs, step.scores}, step.rows, blocks);
+  team.share(8, step.rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      choose_experts(step.scores + row * router.outs, router.experts, router.top_k, router.normalise, router.rounded,
+                     step.ids + row * router.top_k, step.weights + row * router.top_k);
+  });
+}
+
 void run_layer(const Layer& layer, const Step& step, const Passes& passes, Team& team, const std::vector<Run>& runs, uint16_t* blocks, uint16_t* qkv) {
   const int64_t rows = step.rows, inner = layer.heads * layer.head_size, wide = inner + 2 * layer.kv_heads * layer.head_size;
   team.share(0, rows, 16, [&](int64_t begin, int64_t end) {
@@ -156,7 +176,9 @@ void run_layer(const Layer& layer, const Step& step, const Passes& passes, Team&
   team.share(6, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       passes.normalise_row(step.residual + row * layer.hidden, layer.hidden, layer.next_norm, layer.next_eps, step.normed + row * layer.hidden);
+    if (layer.router) passes.gather_rows(step.normed, begin, end, layer.hidden, nullptr, 0, blocks);
   });
+  if (layer.router) run_router(*layer.router, layer, step, passes, team, blocks);
 }
 
 int64_t padded(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }

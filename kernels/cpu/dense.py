@@ -1,25 +1,21 @@
-"""The dense half of a decoder layer on CPU, bf16: packed linear layers, and a layer's whole attention in one call.
+"""The dense half of a decoder layer on CPU, bf16: attention, what is around it, and the router in one compiled call.
 
-Shape suffixes: T rows (tokens of a step), H hidden, I input, O output, A attention heads, G KV heads, D head size, R
-rotated elements of a head, N sequences, P pages.
+Shape suffixes: T rows (tokens of a step), H hidden, A attention heads, G KV heads, D head size, R rotated elements of
+a head, N sequences, P pages, E experts, K choices a token.
 """
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.cpu.build import load_dense, load_expert_mlp
-from expertmesh.kernels.cpu.expert_mlp import pack_matrix
-from expertmesh.kernels.cpu.huge_pages import empty_bf16
-from expertmesh.kernels.cpu.isa import Isa, best_isa
-from expertmesh.kernels.cpu.threads import num_threads
+from expertmesh.kernels.cpu.isa import Isa
+from expertmesh.kernels.cpu.linear import PackedLinear, at, how, library
 
-# Of a block of packed weights, and of a vector.
-_BLOCK, _LANES = 32, 16
+_LANES = 16  # of a vector
 _MOST_SHARED_HEADS, _MOST_HEAD_SIZE = 16, 256
 
 
@@ -29,58 +25,6 @@ class QkNorm(IntEnum):
     NONE = 0
     EACH_HEAD = 1
     ALL_HEADS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedLinear:
-    """A linear layer whose weights are packed once: x W^T + b."""
-
-    weight: Tensor
-    bias_O: Tensor | None
-    num_inputs: int
-    num_outputs: int
-
-    def __call__(self, x: Tensor, isa: Isa | None = None) -> Tensor:
-        """Return [..., O] for [..., I], bf16. isa: instruction set; None: the best."""
-        x_TI = x.reshape(-1, self.num_inputs).contiguous()
-        out = torch.empty((*x.shape[:-1], self.num_outputs), dtype=torch.bfloat16)
-        if x_TI.shape[0]:
-            _library().dense_linear(
-                _at(x_TI),
-                ctypes.c_int64(x_TI.shape[0]),
-                ctypes.c_int64(self.num_inputs),
-                _at(self.weight),
-                _at(self.bias_O),
-                ctypes.c_int64(self.num_outputs),
-                _at(out),
-                *_how(isa),
-            )
-        return out
-
-
-def can_pack_linear(weight_OI: Tensor) -> bool:
-    """Say whether the kernel can do a linear layer with these weights."""
-    return (
-        weight_OI.dtype == torch.bfloat16
-        and weight_OI.device.type == "cpu"
-        and not any(size % _BLOCK for size in weight_OI.shape)
-        and load_expert_mlp() is not None
-        and load_dense() is not None
-    )
-
-
-def pack_linear(weights_OI: Sequence[Tensor], biases_O: Sequence[Tensor | None] = (None,)) -> PackedLinear:
-    """Pack one linear layer, or several of the same input as one whose outputs follow each other."""
-    num_inputs, num_outputs = weights_OI[0].shape[1], sum(weight.shape[0] for weight in weights_OI)
-    (packed,) = empty_bf16([num_inputs * num_outputs])
-    start = 0
-    for weight_OI in weights_OI:
-        pack_matrix(weight_OI, packed[start : start + weight_OI.numel()])
-        start += weight_OI.numel()
-    biases = [bias for bias in biases_O if bias is not None]
-    assert len(biases) in (0, len(weights_OI)), "some of the joined layers have no bias"
-    bias_O = torch.cat(biases) if biases else None
-    return PackedLinear(weight=packed, bias_O=bias_O, num_inputs=num_inputs, num_outputs=num_outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +54,21 @@ class AttentionWeights:
     sinks_A: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """Chooses a token's experts: softmax in float32 over bf16 scores, the largest top_k; ties as `torch.topk` on a CPU.
+
+    linear: has an output for each expert, and others behind them up to a multiple of 32. normalise: the chosen ones'
+    weights add up to 1. rounded: to bf16.
+    """
+
+    linear: PackedLinear
+    num_experts: int
+    top_k: int
+    normalise: bool
+    rounded: bool
+
+
 def can_attend(num_heads: int, num_kv_heads: int, head_size: int, rope_size: int) -> bool:
     """Say whether the kernel has room for heads like these."""
     return (
@@ -127,7 +86,8 @@ class AttentionStep:
     """What all layers need to know of a step.
 
     write_T: cache row of each token. sequence_T: its sequence's row in pages_NP. length_T: keys it attends to, itself
-    the last. All int64. query_TAD and attended_TAD: what the layers write; they follow each other.
+    the last. All int64. query_TAD and attended_TAD: what the layers write; they follow each other. scores_TO (bf16, one
+    for each output of the router's linear layer), ids_TK (int64) and weights_TK (float32): what routers write.
     """
 
     cos_TR: Tensor
@@ -138,20 +98,55 @@ class AttentionStep:
     pages_NP: Tensor
     query_TAD: Tensor
     attended_TAD: Tensor
+    scores_TO: Tensor | None = None
+    ids_TK: Tensor | None = None
+    weights_TK: Tensor | None = None
+
+    @cached_property
+    def record(self) -> "_Step":
+        """The same as the library reads it; a layer fills in what it reads and writes."""
+        return _Step(
+            rows=self.write_T.shape[0],
+            most_pages=self.pages_NP.shape[1],
+            **{
+                name: at(tensor)
+                for name, tensor in (
+                    ("cos", self.cos_TR),
+                    ("sin", self.sin_TR),
+                    ("write_T", self.write_T),
+                    ("sequence_T", self.sequence_T),
+                    ("length_T", self.length_T),
+                    ("pages", self.pages_NP),
+                    ("query", self.query_TAD),
+                    ("attended", self.attended_TAD),
+                    ("scores", self.scores_TO),
+                    ("ids", self.ids_TK),
+                    ("weights", self.weights_TK),
+                )
+            },
+        )
 
 
 class AttentionLayer:
-    """One layer's attention over its paged cache: norm, projections, rotation, attention, residual, next norm."""
+    """One layer's attention over its paged cache: norm, projections, rotation, attention, residual, next norm, router."""
 
     def __init__(
-        self, weights: AttentionWeights, keys_CGD: Tensor, values_CGD: Tensor, page_size: int, rope_size: int
+        self,
+        weights: AttentionWeights,
+        keys_CGD: Tensor,
+        values_CGD: Tensor,
+        page_size: int,
+        rope_size: int,
+        router: Router | None = None,
     ) -> None:
-        """Lay out a layer; the cache's tensors are kept and written to."""
+        """Lay out a layer; the cache's tensors are kept and written to. router: None: something else comes next."""
         self.weights = weights
+        self.router = router
         self._kept = (keys_CGD, values_CGD)  # the structure below holds addresses alone
         self.num_heads = weights.num_heads
         self.head_size = weights.head_size
         self.rope_size = rope_size
+        self._router = None if router is None else _router(router)
         self._layer = _Layer(
             hidden=weights.norm_H.numel(),
             heads=weights.num_heads,
@@ -166,17 +161,18 @@ class AttentionLayer:
             next_eps=weights.next_epsilon,
             scale=weights.scale,
             softcap=weights.softcap or 0.0,
-            norm=_at(weights.norm_H),
-            qkv=_at(weights.qkv.weight),
-            qkv_bias=_at(weights.qkv.bias_O),
-            q_norm=_at(weights.q_norm),
-            k_norm=_at(weights.k_norm),
-            out=_at(weights.out.weight),
-            out_bias=_at(weights.out.bias_O),
-            next_norm=_at(weights.next_norm_H),
-            sinks=_at(weights.sinks_A),
-            keys=_at(keys_CGD),
-            values=_at(values_CGD),
+            norm=at(weights.norm_H),
+            qkv=at(weights.qkv.weight),
+            qkv_bias=at(weights.qkv.bias_O),
+            q_norm=at(weights.q_norm),
+            k_norm=at(weights.k_norm),
+            out=at(weights.out.weight),
+            out_bias=at(weights.out.bias_O),
+            next_norm=at(weights.next_norm_H),
+            sinks=at(weights.sinks_A),
+            keys=at(keys_CGD),
+            values=at(values_CGD),
+            router=None if self._router is None else ctypes.addressof(self._router),
         )
 
     def run(
@@ -185,7 +181,7 @@ class AttentionLayer:
         step: AttentionStep,
         isa: Isa | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute the layer's attention, and write the step's keys and values.
+        """Compute the layer's attention, and write the step's keys and values; with a router its ids and weights too.
 
         Args:
             x_TH: bf16, contiguous.
@@ -197,24 +193,38 @@ class AttentionLayer:
         """
         assert x_TH.is_contiguous(), "rows must follow each other"
         assert x_TH.shape[0] == step.write_T.shape[0], "a step of another number of rows"
+        assert self.router is None or self._has_room(step), "a step without room for what the router chooses"
         residual_TH, normed_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
-        call = _Step(
-            rows=x_TH.shape[0],
-            most_pages=step.pages_NP.shape[1],
-            x=_at(x_TH),
-            cos=_at(step.cos_TR),
-            sin=_at(step.sin_TR),
-            write_T=_at(step.write_T),
-            sequence_T=_at(step.sequence_T),
-            length_T=_at(step.length_T),
-            pages=_at(step.pages_NP),
-            query=_at(step.query_TAD),
-            attended=_at(step.attended_TAD),
-            residual=_at(residual_TH),
-            normed=_at(normed_TH),
-        )
-        _library().dense_layer(ctypes.byref(self._layer), ctypes.byref(call), *_how(isa))
+        record = step.record
+        record.x, record.residual, record.normed = x_TH.data_ptr(), residual_TH.data_ptr(), normed_TH.data_ptr()
+        library().dense_layer(ctypes.byref(self._layer), ctypes.byref(record), *how(isa))
         return residual_TH, normed_TH
+
+    def _has_room(self, step: AttentionStep) -> bool:
+        tensors, router, rows = (step.scores_TO, step.ids_TK, step.weights_TK), self.router, step.write_T.shape[0]
+        assert router is not None
+        sizes = router.linear.num_outputs, router.top_k, router.top_k
+        return all(t is not None and t.shape == (rows, n) for t, n in zip(tensors, sizes, strict=True))
+
+
+class _Router(ctypes.Structure):
+    """Router of dense.cpp."""
+
+    _fields_ = tuple((n, ctypes.c_int64) for n in ("experts", "outs", "top_k", "normalise", "rounded")) + tuple(
+        (n, ctypes.c_void_p) for n in ("weight", "bias")
+    )
+
+
+def _router(router: Router) -> _Router:
+    return _Router(
+        experts=router.num_experts,
+        outs=router.linear.num_outputs,
+        top_k=router.top_k,
+        normalise=router.normalise,
+        rounded=router.rounded,
+        weight=at(router.linear.weight),
+        bias=at(router.linear.bias_O),
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -225,7 +235,7 @@ class _Layer(ctypes.Structure):
         + [("qk_norm", ctypes.c_int64)]
         + [(n, ctypes.c_float) for n in ("eps", "qk_eps", "next_eps", "scale", "softcap", "unused")]
         + [(n, ctypes.c_void_p) for n in ("norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias")]
-        + [(n, ctypes.c_void_p) for n in ("next_norm", "sinks", "keys", "values")]
+        + [(n, ctypes.c_void_p) for n in ("next_norm", "sinks", "keys", "values", "router")]
     )
 
 
@@ -235,19 +245,5 @@ class _Step(ctypes.Structure):
     _fields_ = (
         [(n, ctypes.c_int64) for n in ("rows", "most_pages")]
         + [(n, ctypes.c_void_p) for n in ("x", "cos", "sin", "write_T", "sequence_T", "length_T", "pages")]
-        + [(n, ctypes.c_void_p) for n in ("query", "attended", "residual", "normed")]
+        + [(n, ctypes.c_void_p) for n in ("query", "attended", "residual", "normed", "scores", "ids", "weights")]
     )
-
-
-def _library() -> ctypes.CDLL:
-    library = load_dense()
-    assert library is not None, "packed layers without a compiled kernel"
-    return library
-
-
-def _how(isa: Isa | None) -> tuple[ctypes.c_int, ctypes.c_int]:
-    return ctypes.c_int(best_isa() if isa is None else isa), ctypes.c_int(num_threads())
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -7,6 +7,8 @@
 #include <string.h>
 #include <sys/socket.h>
 
+#include "halves.h"
+
 namespace {
 
 constexpr uint32_t kMagic = 0x31584D45;
@@ -58,21 +60,6 @@ bool send_all(int fd, const uint8_t* from, int64_t size) {
     if (sent >= 0) errno = 0;
     return false;
   }
-}
-
-inline float to_float(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Rounds to the nearest, to even between two, as torch does.
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  if (value != value) return 0x7FC0;
-  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int kMostPhases = 8;
+constexpr int kMostPhases = 9;
 constexpr int kSpins = 4000;  // some 50 us; then others may have the core
 
 class Team {

@@ -4,7 +4,7 @@ Shape suffixes: T rows, H hidden, A heads, G KV heads, D head size, R rotated el
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
@@ -20,10 +20,9 @@ from expertmesh.kernels.cpu.dense import (
     AttentionWeights,
     QkNorm,
     can_attend,
-    can_pack_linear,
-    pack_linear,
 )
 from expertmesh.kernels.cpu.isa import Isa, best_isa
+from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear
 
 if load_dense() is None:
     pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
@@ -226,8 +225,12 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(isa: Isa, threads: int) -
 
 
 def row_of(step: AttentionStep, row: int) -> AttentionStep:
-    part = {name: value if name == "pages_NP" else value[row : row + 1] for name, value in vars(step).items()}
-    return AttentionStep(**part)
+    return rows_of(step, slice(row, row + 1))
+
+
+def rows_of(step: AttentionStep, rows: slice | list[int]) -> AttentionStep:
+    tensors = {field.name: getattr(step, field.name) for field in fields(step)}
+    return AttentionStep(**{n: t if n == "pages_NP" or t is None else t[rows] for n, t in tensors.items()})
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
@@ -242,7 +245,7 @@ def test_many_rows_of_a_sequence_attend_together(isa: Isa, shape: Shape) -> None
         before = layer.compiled.run(x_TH, step, isa=isa)  # the cache holds what comes before
         starts = itertools.accumulate([0, *(context + new for context, new in sequences)])
         rows = [s + context + i for s, (context, new) in zip(starts, sequences, strict=False) for i in range(new)]
-        part = AttentionStep(**{n: v if n == "pages_NP" else v[rows] for n, v in vars(step).items()})
+        part = rows_of(step, rows)
         got = layer.compiled.run(x_TH[rows].contiguous(), part, isa=isa)
         wanted = reference(layer, x_TH[rows], part)
         for mine, right in zip(got, wanted, strict=True):
@@ -259,7 +262,7 @@ def test_where_a_sequence_is_cut_changes_no_bit(isa: Isa) -> None:
     whole = layer.compiled.run(x_TH, step, isa=isa)
     for begin, end in ((100, 250), (130, 200), (17, 33), (250, 290)):
         rows = slice(begin, end)
-        part = AttentionStep(**{n: v if n == "pages_NP" else v[rows] for n, v in vars(step).items()})
+        part = rows_of(step, rows)
         got = layer.compiled.run(x_TH[rows].contiguous(), part, isa=isa)
         assert all(torch.equal(mine, right[rows]) for mine, right in zip(got, whole, strict=True))
 

@@ -1,0 +1,25 @@
+// bf16 by one element, on any processor.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+inline float to_float(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Rounds to the nearest, to even between two, as torch does.
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if (value != value) return 0x7FC0;
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace
