@@ -62,6 +62,11 @@ def claim_cores(count: int, realm: str = "expertmesh") -> ClaimedCores | None:
     return None
 
 
+def other_cores(claimed: ClaimedCores) -> int:
+    """Return how many cores this process may use beside those that it claimed."""
+    return len(os.sched_getaffinity(0) - set(claimed.cores))
+
+
 def use_cores(claimed: ClaimedCores | None) -> None:
     """Keep the threads that the calling thread starts from now on, and itself, on these cores; None: on any.
 

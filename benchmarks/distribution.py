@@ -124,17 +124,20 @@ def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_sha
     """One shard process: serves one link after another."""
     import torch
 
-    from expertmesh.actors.cores import claim_cores, use_cores
+    from expertmesh.actors.cores import claim_cores, other_cores, use_cores
     from expertmesh.actors.links.base import open_link
     from expertmesh.actors.links.ends import SHARD_RANK
     from expertmesh.actors.links.rendezvous import RendezvousServer
     from expertmesh.actors.shard.server import ShardServer
+    from expertmesh.kernels.cpu.threads import start_helpers
     from expertmesh.models.expert_slots import ExpertSlots
 
     torch.set_num_threads(threads)
     cores = claim_cores(threads) if pin else None  # held as long as the process lives
-    if pin:
-        use_cores(cores)
+    if cores is not None:
+        use_cores(None)
+        start_helpers(min(threads, other_cores(cores)))
+    use_cores(cores)
     weights, placement = _open(checkpoint, num_shards)
     slots = ExpertSlots(weights, placement.shards[index].experts, torch.device("cpu"))
     rendezvous = RendezvousServer(HOST)
@@ -159,7 +162,7 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
     from expertmesh.models.runners import PagedRunner
 
     set_num_threads(threads)
-    torch.set_num_threads(max(1, threads // 2) if ports else threads)
+    torch.set_num_threads(max(1, threads // 2))
     timers = watch_worker(kind) if breakdown else None
     cpu = torch.device("cpu")
     weights, placement = _open(checkpoint, max(1, len(ports)))

@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
-from expertmesh.actors.cores import claim_cores, in_background, take_part, use_cores, yield_soon
+from expertmesh.actors.cores import claim_cores, in_background, other_cores, take_part, use_cores, yield_soon
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer
@@ -25,6 +25,7 @@ from expertmesh.cluster.counters import CLOCK
 from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.settings import ServeSettings
+from expertmesh.kernels.cpu.threads import start_helpers
 from expertmesh.models.architecture import open_architecture
 from expertmesh.models.deterministic import deterministic_math
 from expertmesh.models.expert_slots import ExpertSlots
@@ -49,9 +50,12 @@ class Shard:
         self._settings = settings
         self._host = settings.link_host or node_address()
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        # Kept: the claim ends with it. Every thread that computes is started after this.
+        # Kept: the claim ends with it.
         self._cores = claim_cores(threads) if settings.pin_cores and self._device.type == "cpu" else None
-        use_cores(self._cores)
+        if self._cores is not None and not settings.deterministic:
+            use_cores(None)
+            start_helpers(min(threads, other_cores(self._cores)))
+        use_cores(self._cores)  # every other thread that computes is started after this
         self._server: ShardServer | None = None
         self._weights: CheckpointWeights | None = None
         self._changing = threading.Lock()

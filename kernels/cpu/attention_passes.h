@@ -18,68 +18,113 @@ INLINE Floats sums_of_16(Floats* v) {
   return fold<1>(v[0], v[1]);
 }
 
-// Attention of one row's query heads of one KV head over its sequence's pages, 16 keys at a time, softmax as it goes
-// (Milakov and Gimelshein, Online normalizer calculation for softmax, 2018).
-void attend_row(const Layer& layer, const Step& step, int64_t row, int64_t group) {
+// Walks through the cache rows of a sequence's positions; beyond the end it stays at the last.
+struct Walk {
+  const int64_t* page;
+  int64_t page_size, within, left;
+
+  Walk(const Layer& layer, const int64_t* pages, int64_t position, int64_t length)
+      : page(pages + position / layer.page_size), page_size(layer.page_size), within(position % layer.page_size), left(length - position) {}
+
+  int64_t next() {
+    const int64_t row = *page * page_size + within;
+    if (--left > 0 && ++within == page_size) ++page, within = 0;
+    return row;
+  }
+};
+
+// Products of a query with 16 keys, to be summed over the lanes; cache: where the keys' elements begin. size: a multiple of 16.
+INLINE void query_products(const uint16_t* q, const uint16_t* keys, const int64_t* cache, int64_t size, Floats* products) {
+#if PRODUCT > 0
+  if (size % 32 == 0) {
+    for (int64_t j = 0; j < 16; ++j) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t i = 0; i < size; i += 32)
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(q + i), (__m512bh)_mm512_loadu_si512(keys + cache[j] + i));
+      products[j] = (Floats)sum;
+    }
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < 16; ++j) {
+    products[j] = Floats{};
+    for (int64_t i = 0; i < size; i += 16) products[j] += from_halves(q + i) * from_halves(keys + cache[j] + i);
+  }
+}
+
+// Asks for a head's part of a cache row, for the second-level cache.
+INLINE void prefetch_head(const uint16_t* head, int64_t size) {
+  for (int64_t i = 0; i < size; i += 32) __builtin_prefetch(head + i, 0, 2);
+}
+
+// Has a query head attend to 16 keys more, of which the first `count` are there; cache: where the keys' elements begin.
+INLINE void attend_block(const Layer& layer, const uint16_t* q, const int64_t* cache, int64_t count, Attended& to, float* weights) {
+  Floats products[16];
+  query_products(q, layer.keys, cache, layer.head_size, products);
+  Floats scores = sums_of_16(products) * layer.scale;
+  if (layer.softcap > 0) scores = layer.softcap * (2.0f * sigmoid(scores * (2.0f / layer.softcap)) - 1.0f);  // tanh(z) = 2 sigmoid(2 z) - 1
+  for (int64_t j = count; j < 16; ++j) scores[j] = -INFINITY;
+  const float now = std::max(to.most, largest_of(scores)), shrink = to.most == now ? 1.0f : std::exp(to.most - now);
+  Floats weight = exponential(scores - now);
+  for (int64_t j = count; j < 16; ++j) weight[j] = 0.0f;
+  to.total = to.total * shrink + sum_of(weight);
+  to.most = now;
+  save(weight, weights);
+  if (shrink != 1.0f)
+    for (int64_t i = 0; i < layer.head_size; i += 16) save(load(to.sum + i) * shrink, to.sum + i);
+}
+
+// Adds the values of 16 keys to what `heads` query heads of one KV head have attended to.
+INLINE void add_values(const Layer& layer, const int64_t* cache, int64_t heads, const float* weights, Attended* to) {
+  for (int64_t i = 0; i < layer.head_size; i += 16) {
+    Floats value[16];
+    for (int64_t j = 0; j < 16; ++j) value[j] = from_halves(layer.values + cache[j] + i);
+    for (int64_t head = 0; head < heads; ++head) {
+      Floats out = load(to[head].sum + i);
+      for (int64_t j = 0; j < 16; ++j) out += value[j] * weights[head * 16 + j];
+      save(out, to[head].sum + i);
+    }
+  }
+}
+
+// Attention of one row's query heads of some neighbouring KV heads over its sequence's pages, 16 keys at a time, softmax as it goes
+// (Milakov and Gimelshein, Online normalizer calculation for softmax, 2018). All KV heads of a block of keys before the next block: they
+// lie beside each other.
+void attend_row(const Layer& layer, const Step& step, int64_t row, int64_t first_group, int64_t end_group, Room& room) {
   const int64_t size = layer.head_size, shared = layer.heads / layer.kv_heads, stride = layer.kv_heads * size;
   const int64_t length = step.length_T[row], begin = layer.window ? std::max<int64_t>(0, length - layer.window) : 0;
-  const int64_t* pages = step.pages + step.sequence_T[row] * step.most_pages;
-  alignas(64) float query[kMostShared * kMostHead], sum[kMostShared * kMostHead], rows[16 * kMostHead], weights[kMostShared * 16];
-  float most[kMostShared], total[kMostShared];
-  const uint16_t* q = step.query + (row * layer.heads + group * shared) * size;
-  for (int64_t i = 0; i < shared * size; i += 16) {
-    save(from_halves(q + i) * layer.scale, query + i);
-    save(Floats{}, sum + i);
-  }
-  for (int64_t head = 0; head < shared; ++head) {
-    most[head] = layer.sinks ? layer.sinks[group * shared + head] : -INFINITY;
-    total[head] = layer.sinks ? 1.0f : 0.0f;
-  }
+  const int64_t first_head = first_group * shared, heads = (end_group - first_group) * shared;
+  const uint16_t* q = step.query + (row * layer.heads + first_head) * size;
+  float* sums = room.row_sums(heads * size);
+  room.heads.resize(heads);
+  for (int64_t head = 0; head < heads; ++head)
+    room.heads[head] = {sums + head * size, layer.sinks ? 1.0f : 0.0f, layer.sinks ? layer.sinks[first_head + head] : -INFINITY};
+  memset(sums, 0, heads * size * sizeof(float));
+  alignas(64) float weights[kMostShared * 16];
+  Walk walk(layer, step.pages + step.sequence_T[row] * step.most_pages, begin, length);
+  int64_t coming[16];
+  for (int64_t j = 0; j < 16; ++j) coming[j] = walk.next() * stride;
   for (int64_t at = begin; at < length; at += 16) {
-    const int64_t count = std::min<int64_t>(16, length - at);
-    int64_t cache[16];
-    for (int64_t j = 0; j < 16; ++j) {  // beyond the end the last key stands in, and weighs nothing
-      const int64_t position = at + std::min(j, count - 1);
-      cache[j] = (pages[position / layer.page_size] * layer.page_size + position % layer.page_size) * stride + group * size;
-    }
-    for (int64_t j = 0; j < 16; ++j)
-      for (int64_t i = 0; i < size; i += 16) save(from_halves(layer.keys + cache[j] + i), rows + j * size + i);
-    for (int64_t head = 0; head < shared; ++head) {
-      Floats products[16];
+    const int64_t count = std::min<int64_t>(16, length - at);  // the last key stands in for what is beyond, and weighs nothing
+    int64_t block[16], cache[16];
+    memcpy(block, coming, sizeof(block));
+    for (int64_t j = 0; j < 16; ++j) coming[j] = walk.next() * stride;
+    for (int64_t group = first_group; group < end_group; ++group) {
       for (int64_t j = 0; j < 16; ++j) {
-        products[j] = load(query + head * size) * load(rows + j * size);
-        for (int64_t i = 16; i < size; i += 16) products[j] += load(query + head * size + i) * load(rows + j * size + i);
+        cache[j] = block[j] + group * size;
+        prefetch_head(layer.keys + coming[j] + group * size, size);
+        prefetch_head(layer.values + coming[j] + group * size, size);
       }
-      Floats scores = sums_of_16(products);
-      if (layer.softcap > 0) {  // tanh(z) = 2 sigmoid(2 z) - 1
-        scores = layer.softcap * (2.0f * sigmoid(scores * (2.0f / layer.softcap)) - 1.0f);
-      }
-      for (int64_t j = count; j < 16; ++j) scores[j] = -INFINITY;
-      const float now = std::max(most[head], largest_of(scores));
-      const Floats weight = exponential(scores - now);
-      const float shrink = most[head] == now ? 1.0f : std::exp(most[head] - now);
-      Floats weighed = weight;
-      for (int64_t j = count; j < 16; ++j) weighed[j] = 0.0f;
-      total[head] = total[head] * shrink + sum_of(weighed);
-      save(weighed, weights + head * 16);
-      if (shrink != 1.0f)
-        for (int64_t i = 0; i < size; i += 16) save(load(sum + head * size + i) * shrink, sum + head * size + i);
-      most[head] = now;
-    }
-    for (int64_t i = 0; i < size; i += 16) {
-      Floats value[16];
-      for (int64_t j = 0; j < 16; ++j) value[j] = from_halves(layer.values + cache[j] + i);
-      for (int64_t head = 0; head < shared; ++head) {
-        Floats out = load(sum + head * size + i);
-        for (int64_t j = 0; j < 16; ++j) out += value[j] * weights[head * 16 + j];
-        save(out, sum + head * size + i);
-      }
+      const int64_t own = (group - first_group) * shared;
+      for (int64_t head = 0; head < shared; ++head)
+        attend_block(layer, q + (own + head) * size, cache, count, room.heads[own + head], weights + head * 16);
+      add_values(layer, cache, shared, weights, room.heads.data() + own);
     }
   }
-  uint16_t* to = step.attended + (row * layer.heads + group * shared) * size;
-  for (int64_t head = 0; head < shared; ++head)
+  uint16_t* to = step.attended + (row * layer.heads + first_head) * size;
+  for (int64_t head = 0; head < heads; ++head)
     for (int64_t i = 0; i < size; i += 16)
-      *reinterpret_cast<Halves*>(to + head * size + i) = to_halves(load(sum + head * size + i) * (1.0f / total[head]));
+      *reinterpret_cast<Halves*>(to + head * size + i) = to_halves(load(sums + head * size + i) * (1.0f / room.heads[head].total));
 }
 
 // Where the keys of positions first to first + kKeys - 1 of a sequence lie in the cache, in elements; -1 from `length` on.
@@ -123,10 +168,7 @@ INLINE float weigh(float* scores, int64_t begin, int64_t end, float* most, float
   for (int64_t j = 0; j < begin; ++j) scores[j] = -INFINITY;
   for (int64_t j = end; j < kKeys; ++j) scores[j] = -INFINITY;
   Floats largest = load(scores);
-  for (int64_t j = 16; j < kKeys; j += 16) {
-    const Floats next = load(scores + j);
-    largest = next > largest ? next : largest;
-  }
+  for (int64_t j = 16; j < kKeys; j += 16) largest = larger(load(scores + j), largest);
   const float now = std::max(*most, largest_of(largest)), shrink = *most == now ? 1.0f : std::exp(*most - now);
   Floats sum = {};
   for (int64_t j = 0; j < kKeys; j += 16) {

@@ -59,8 +59,15 @@ struct Step {
 
 namespace {
 
-// What a thread needs to let rows attend together.
+// What a query head has attended to so far: values weighed, their weights' sum, the largest score.
+struct Attended {
+  float *sum, total, most;
+};
+
+// What a thread needs to let rows attend: by themselves, or together.
 struct Room {
+  std::vector<Attended> heads;
+
   uint16_t *query, *keys, *values, *weights;
   float *sum, *most, *total;
 
@@ -74,6 +81,8 @@ struct Room {
     most = sum + sums;
     total = most + heads * kQueries;
   }
+
+  float* row_sums(int64_t elements) { return reinterpret_cast<float*>(floats.get(2 * elements)); }
 
   Scratch halves, floats;
 };
@@ -111,9 +120,10 @@ struct Linear {
   uint16_t* to;
 };
 
-void run_linear(const Passes& passes, Team& team, int phase, const Linear& linear, int64_t rows, const uint16_t* blocks) {
+// Adds the phase of a linear layer; blocks: its input.
+void add_linear(Team& team, const Passes& passes, const Linear& linear, int64_t rows, const uint16_t* blocks) {
   const int64_t panels = linear.outs / 32, groups = (rows + kGroup - 1) / kGroup;
-  team.share(phase, panels * groups, 16, [&](int64_t begin, int64_t end) {
+  team.phase(panels * groups, 16, [=, &passes](int64_t begin, int64_t end, int) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / panels * kGroup;
       passes.linear_panel(blocks, first, std::min(kGroup, rows - first), linear.w, linear.ins / kDepth, linear.bias, linear.residual,
@@ -139,18 +149,24 @@ std::vector<Run> runs_of(const Layer& layer, const Step& step) {
   return runs;
 }
 
-void attend(const Layer& layer, const Step& step, const Passes& passes, const Run& run, int64_t group) {
+// Attention of runs and KV heads, counted run by run, from task `begin` to `end`.
+void attend(const Layer& layer, const Step& step, const Passes& passes, const std::vector<Run>& runs, int64_t begin, int64_t end) {
   static thread_local Room room;
-  if (run.rows == 1)
-    passes.attend_row(layer, step, run.row, group);
-  else
-    passes.attend_rows(layer, step, run.row, run.rows, group, room);
+  for (int64_t groups = layer.kv_heads; begin < end;) {
+    const Run& run = runs[begin / groups];
+    const int64_t group = begin % groups, end_group = std::min(groups, group + end - begin);
+    if (run.rows == 1)
+      passes.attend_row(layer, step, run.row, group, end_group, room);
+    else
+      for (int64_t one = group; one < end_group; ++one) passes.attend_rows(layer, step, run.row, run.rows, one, room);
+    begin += end_group - group;
+  }
 }
 
-// Phases 7 and 8, behind the norm.
-void run_router(const Router& router, const Layer& layer, const Step& step, const Passes& passes, Team& team, const uint16_t* blocks) {
-  run_linear(passes, team, 7, {router.weight, router.bias, nullptr, layer.hidden, router.outs, step.scores}, step.rows, blocks);
-  team.share(8, step.rows, 16, [&](int64_t begin, int64_t end) {
+// Behind the norm: blocks hold its output.
+void add_router(Team& team, const Passes& passes, const Router& router, const Layer& layer, const Step& step, const uint16_t* blocks) {
+  add_linear(team, passes, {router.weight, router.bias, nullptr, layer.hidden, router.outs, step.scores}, step.rows, blocks);
+  team.phase(step.rows, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row)
       choose_experts(step.scores + row * router.outs, router.experts, router.top_k, router.normalise, router.rounded,
                      step.ids + row * router.top_k, step.weights + row * router.top_k);
@@ -159,26 +175,26 @@ void run_router(const Router& router, const Layer& layer, const Step& step, cons
 
 void run_layer(const Layer& layer, const Step& step, const Passes& passes, Team& team, const std::vector<Run>& runs, uint16_t* blocks, uint16_t* qkv) {
   const int64_t rows = step.rows, inner = layer.heads * layer.head_size, wide = inner + 2 * layer.kv_heads * layer.head_size;
-  team.share(0, rows, 16, [&](int64_t begin, int64_t end) {
+  team.phase(rows, 16, [&](int64_t begin, int64_t end, int) {
     passes.gather_rows(step.x, begin, end, layer.hidden, layer.norm, layer.eps, blocks);
   });
-  run_linear(passes, team, 1, {layer.qkv, layer.qkv_bias, nullptr, layer.hidden, wide, qkv}, rows, blocks);
-  team.share(2, rows, 16, [&](int64_t begin, int64_t end) {
+  add_linear(team, passes, {layer.qkv, layer.qkv_bias, nullptr, layer.hidden, wide, qkv}, rows, blocks);
+  team.phase(rows, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) passes.finish_row(layer, step, row, qkv + row * wide);
   });
-  team.share(3, static_cast<int64_t>(runs.size()) * layer.kv_heads, layer.kv_heads, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) attend(layer, step, passes, runs[task / layer.kv_heads], task % layer.kv_heads);
-  });
-  team.share(4, rows, 16, [&](int64_t begin, int64_t end) {
+  team.phase(static_cast<int64_t>(runs.size()) * layer.kv_heads, layer.kv_heads,
+             [&](int64_t begin, int64_t end, int) { attend(layer, step, passes, runs, begin, end); });
+  team.phase(rows, 16, [&](int64_t begin, int64_t end, int) {
     passes.gather_rows(step.attended, begin, end, inner, nullptr, 0, blocks);
   });
-  run_linear(passes, team, 5, {layer.out, layer.out_bias, step.x, inner, layer.hidden, step.residual}, rows, blocks);
-  team.share(6, rows, 16, [&](int64_t begin, int64_t end) {
+  add_linear(team, passes, {layer.out, layer.out_bias, step.x, inner, layer.hidden, step.residual}, rows, blocks);
+  team.phase(rows, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row)
       passes.normalise_row(step.residual + row * layer.hidden, layer.hidden, layer.next_norm, layer.next_eps, step.normed + row * layer.hidden);
     if (layer.router) passes.gather_rows(step.normed, begin, end, layer.hidden, nullptr, 0, blocks);
   });
-  if (layer.router) run_router(*layer.router, layer, step, passes, team, blocks);
+  if (layer.router) add_router(team, passes, *layer.router, layer, step, blocks);
+  team.run();
 }
 
 int64_t padded(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
@@ -192,13 +208,8 @@ extern "C" void dense_layer(const Layer* layer, const Step* step, int isa, int t
   uint16_t* blocks = row_scratch.get(padded(step->rows) * std::max(layer->hidden, inner));
   uint16_t* qkv = qkv_scratch.get(step->rows * (inner + 2 * layer->kv_heads * layer->head_size));
   const std::vector<Run> runs = runs_of(*layer, *step);
-  Team team(threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (isa == kAmx) configure_tiles();
-    run_layer(*layer, *step, passes, team, runs, blocks, qkv);
-    if (isa == kAmx) release_tiles();
-  }
+  Team team(threads, isa == kAmx);
+  run_layer(*layer, *step, passes, team, runs, blocks, qkv);
 }
 
 // to[rows][outs] = x[rows][ins] . w + bias
@@ -207,12 +218,8 @@ extern "C" void dense_linear(const uint16_t* x, int64_t rows, int64_t ins, const
   const std::lock_guard<std::mutex> my_turn(turn);
   const Passes passes = passes_of(isa);
   uint16_t* blocks = row_scratch.get(padded(rows) * ins);
-  Team team(threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (isa == kAmx) configure_tiles();
-    team.share(0, rows, 16, [&](int64_t begin, int64_t end) { passes.gather_rows(x, begin, end, ins, nullptr, 0, blocks); });
-    run_linear(passes, team, 1, {w, bias, nullptr, ins, outs, to}, rows, blocks);
-    if (isa == kAmx) release_tiles();
-  }
+  Team team(threads, isa == kAmx);
+  team.phase(rows, 16, [&](int64_t begin, int64_t end, int) { passes.gather_rows(x, begin, end, ins, nullptr, 0, blocks); });
+  add_linear(team, passes, {w, bias, nullptr, ins, outs, to}, rows, blocks);
+  team.run();
 }

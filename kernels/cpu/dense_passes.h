@@ -2,16 +2,28 @@
 
 #include "product.h"
 
-INLINE float sum_of(Floats v) {
-  float sum = 0;
-  for (int lane = 0; lane < 16; ++lane) sum += v[lane];
-  return sum;
+// A vector's lanes, each in the place of the one `width` away.
+template <int width>
+INLINE Floats crossed(Floats v) {
+  Ints other;
+  for (int lane = 0; lane < 16; ++lane) other[lane] = lane ^ width;
+  return __builtin_shuffle(v, other);
 }
 
+INLINE float sum_of(Floats v) {
+  v += crossed<8>(v);
+  v += crossed<4>(v);
+  v += crossed<2>(v);
+  return v[0] + v[1];
+}
+
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
 INLINE float largest_of(Floats v) {
-  float most = v[0];
-  for (int lane = 1; lane < 16; ++lane) most = v[lane] > most ? v[lane] : most;
-  return most;
+  v = larger(v, crossed<8>(v));
+  v = larger(v, crossed<4>(v));
+  v = larger(v, crossed<2>(v));
+  return v[0] > v[1] ? v[0] : v[1];
 }
 
 // 1 / root mean square of `size` elements, a multiple of 16.

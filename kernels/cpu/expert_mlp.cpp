@@ -2,7 +2,7 @@
 //
 // Of the up projection's panels (packed.h) the first of two blocks is for 16 gates and the second for the values that they gate.
 //
-// Two passes with a barrier between: (expert, panel of the middle) and (panel of the output over all experts), so that no two
+// Two phases: (expert, panel of the middle) and (panel of the output over all experts), so that no two
 // threads write one place and, for up to kGroup rows an expert, each weight is read from memory once. Sums are float32 in one order for a row, whatever rows are
 // computed beside it, and a row's experts are added in the order of the slots.
 
@@ -11,10 +11,17 @@
 #include <mutex>
 #include <vector>
 
+#include "team.h"
+
 namespace {
 
 constexpr int64_t kStep = 1024;  // rows computed at a time: what they need besides weights stays in the caches
 constexpr int64_t kAtOnce = 8;   // panels of the output for which a thread goes through the groups, at most
+constexpr int64_t kFew = 8;      // experts of a call that helpers are called for, at most
+
+// Threads beside those of a call, on other processes' cores. One token's experts seldom fall evenly on the shards of a machine, and the
+// busiest decides; of many experts the shares are more alike than the helpers' coming and going is worth.
+std::atomic<int> num_helpers{0};
 
 enum Kind { kSwiglu = 0, kGeluTanh = 1, kRelu2 = 2 };
 
@@ -103,13 +110,13 @@ Passes passes_of(int isa) {
 // Computes the pairs of the `rows` rows from call.first_row on.
 void run(const Call& call, int isa, const int64_t* slot_P, int64_t rows, int64_t pairs, int64_t slots, int threads) {
   const Passes passes = passes_of(isa);
-  const bool use_tiles = isa == kAmx;
   // One call at a time has all cores; others wait, and share its memory. Never freed: a thread may compute while the process ends.
   static std::mutex& turn = *new std::mutex;
   static Scratch &row_scratch = *new Scratch, &middle_scratch = *new Scratch, &sum_scratch = *new Scratch;
   const std::lock_guard<std::mutex> my_turn(turn);
   std::vector<int64_t> order;
   const std::vector<Group> groups = sort_pairs(slot_P, call.row_P, pairs, slots, call.first_row, call.first_row + rows, order);
+  if (static_cast<int64_t>(groups.size()) <= kFew) threads += num_helpers;
   const int64_t num_groups = groups.size(), up_panels = call.width / (call.has_gate ? kOuts : 32);
   const int64_t down_panels = call.hidden / 32;
   int64_t num_blocks = 0;
@@ -118,29 +125,26 @@ void run(const Call& call, int isa, const int64_t* slot_P, int64_t rows, int64_t
   uint16_t* blocks = row_scratch.get(num_blocks * kRows * call.hidden);
   uint16_t* middle = middle_scratch.get(num_blocks * kRows * call.width);
   float* sums = reinterpret_cast<float*>(sum_scratch.get(call.weight_P ? threads * rows * at_once * 64 : 0));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (use_tiles) configure_tiles();
-#pragma omp for schedule(static)
-    for (int64_t g = 0; g < num_groups; ++g) gather(call, order, groups[g], blocks);
-    // A thread takes neighbouring panels: long streams are read faster.
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t task = 0; task < num_groups * up_panels; ++task)
-      passes.up(call, groups[task / up_panels], task % up_panels, blocks, middle);
-    float* sum = sums + omp_get_thread_num() * rows * at_once * 32;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t first = 0; first < down_panels; first += at_once) {
+  Team team(threads, isa == kAmx);
+  team.phase(num_groups, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t g = begin; g < end; ++g) gather(call, order, groups[g], blocks);
+  });
+  team.phase(num_groups * up_panels, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t task = begin; task < end; ++task) passes.up(call, groups[task / up_panels], task % up_panels, blocks, middle);
+  });
+  team.phase((down_panels + at_once - 1) / at_once, 1, [&](int64_t begin, int64_t end, int thread) {
+    float* sum = sums + thread * rows * at_once * 32;
+    for (int64_t first = begin * at_once; first < std::min(end * at_once, down_panels); first += at_once) {
       const int64_t count = std::min(at_once, down_panels - first);
       if (call.weight_P) memset(sum, 0, rows * at_once * 128);
       for (const Group& group : groups)
-        for (int64_t at = 0; at < count; ++at)
-          passes.down(call, order.data(), group, first + at, middle, sum + at * 32, at_once * 32);
+        for (int64_t at = 0; at < count; ++at) passes.down(call, order.data(), group, first + at, middle, sum + at * 32, at_once * 32);
       if (call.weight_P)
         for (int64_t row = 0; row < rows; ++row)
           memcpy(call.out + (call.first_row + row) * call.hidden + first * 32, sum + row * at_once * 32, count * 128);
     }
-    if (use_tiles) release_tiles();
-  }
+  });
+  team.run();
 }
 
 }  // namespace
@@ -186,4 +190,10 @@ extern "C" void expert_mlp(const uint16_t* x, const int64_t* row_P, const int64_
   Call call{x, row_P, weight_P, up, down, up_bias, down_bias, out, sizes[3], sizes[4], has_gate != 0, {kind, alpha, limit, shift}, 0};
   for (; call.first_row < sizes[0]; call.first_row += kStep)
     run(call, isa, slot_P, std::min(kStep, sizes[0] - call.first_row), sizes[1], sizes[2], threads);
+}
+
+// Starts `helpers` threads beside those of a call's own, on the cores that the calling thread may use.
+extern "C" void expert_mlp_start(int threads, int helpers) {
+  Helpers::all().start(threads - 1 + helpers);
+  num_helpers = helpers;
 }

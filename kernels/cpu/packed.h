@@ -7,8 +7,6 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "isa.h"
