@@ -104,8 +104,9 @@ def _engine(
 
     from expertmesh.actors.links.base import open_link
     from expertmesh.actors.links.ends import WORKER_RANK
-    from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+    from expertmesh.actors.worker.dispatcher import Dispatcher
     from expertmesh.actors.worker.engine import Engine
+    from expertmesh.actors.worker.fleet import Fleet
     from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
     from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
     from expertmesh.models import hooks

@@ -3,23 +3,28 @@
 No Ray and no gateway on either side: only the place of the experts differs. Interleaved rounds, sampled at
 temperature 1.
 
-usage: python benchmarks/distribution.py CHECKPOINT [--batch 8,32] [--shards 2] [--rounds 3] [--breakdown] [--keep]
+With --workers the shards serve several engines at once, each with its part of the streams.
+
+usage: python -m benchmarks.distribution CHECKPOINT [--batch 8,32] [--shards 2] [--workers 1] [--breakdown] [--keep]
 """
 
 import argparse
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import random
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.breakdown import report, watch_worker
+from benchmarks.breakdown import Steps, table
 from benchmarks.record import keep
 
 PROMPT, NEW = 32, 64
@@ -32,12 +37,13 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker-threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--shard-threads", type=int, default=1)
     parser.add_argument("--link", default="local", help="kind of link, local or gloo")
     parser.add_argument("--no-pin", action="store_true", help="leave the shards' cores to the kernel")
-    parser.add_argument("--breakdown", action="store_true", help="say where the shards engine's time goes; slows it")
+    parser.add_argument("--breakdown", action="store_true", help="say where the time goes with shards")
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")
     arguments = parser.parse_args()
     batches = [int(part) for part in arguments.batch.split(",")]
@@ -48,6 +54,7 @@ def main() -> int:
             arguments.checkpoint,
             index,
             arguments.shards,
+            arguments.workers,
             arguments.link,
             not arguments.no_pin,
             policy="PASSIVE",
@@ -55,47 +62,71 @@ def main() -> int:
         for index in range(arguments.shards)
     ]
     ports = [pipe.recv() for pipe in shards]
+    cores, checkpoint, apart = os.cpu_count() or 1, arguments.checkpoint, f"{arguments.shards} shards"
     engines = {
-        # A process that has the cores to itself is fastest when its threads spin, which is OpenMP's default.
-        "in process": _start(_engine, os.cpu_count() or 1, arguments.checkpoint, [], "", False, policy="ACTIVE"),
-        f"{arguments.shards} shards": _start(
-            _engine,
-            arguments.worker_threads,
-            arguments.checkpoint,
-            ports,
-            arguments.link,
-            arguments.breakdown,
-            policy="PASSIVE",
-        ),
+        # A process that has the cores to itself is fastest when its threads spin.
+        "in process": [_start(_engine, cores, checkpoint, [], "", 0, policy="ACTIVE")],
+        apart: [
+            _start(_engine, arguments.worker_threads, checkpoint, ports, arguments.link, number, policy="PASSIVE")
+            for number in range(arguments.workers)
+        ],
     }
-    for pipe in engines.values():
-        pipe.recv()
-    rates: dict[int, dict[str, list[float]]] = {b: {name: [] for name in engines} for b in batches}
+    layers = {pipe.recv() for pipes in engines.values() for pipe in pipes}.pop()
+    results: dict[int, dict[str, list[float]]] = {batch: {name: [] for name in engines} for batch in batches}
+    tables: dict[int, list[dict[str, float]]] = {batch: [] for batch in batches}
     for number in range(arguments.rounds + 1):
-        for batch in batches:
-            for name, pipe in engines.items():
-                pipe.send((batch, number * 1000 + batch))
-                rate = pipe.recv()
-                print(f"round {number}, batch {batch}, {name}: {rate:.1f} tokens/s", flush=True)
-                if number:
-                    rates[batch][name].append(rate)
+        for batch, (name, pipes) in itertools.product(batches, engines.items()):
+            rate, steps, expert_s = _decode(pipes, shards, batch, number * 1000 + batch)
+            print(f"round {number}, batch {batch}, {name}: {rate:.1f} tokens/s", flush=True)
+            if number:
+                results[batch][name].append(rate)
+            if number and name == apart:
+                tables[batch].append(table(steps, layers, expert_s))
     rows = []
     for batch in batches:
-        alone, apart = (statistics.median(rates[batch][name]) for name in engines)
+        here, there = (statistics.median(results[batch][name]) for name in engines)
+        parts = {part: statistics.median(t[part] for t in tables[batch]) for part in tables[batch][0]}
         rows.append(
-            {"batch": batch, "in_process_tokens_per_s": alone, "shards_tokens_per_s": apart, "ratio": apart / alone}
+            {"batch": batch, "in_process_tokens_per_s": here, "shards_tokens_per_s": there, "ratio": there / here}
+            | {"us_a_layer": parts}
         )
-        print(
-            f"batch {batch}: in process {alone:.1f}, {arguments.shards} shards {apart:.1f} tokens/s,"
-            f" ratio {apart / alone:.2f}"
-        )
+        print(f"batch {batch}: in process {here:.1f}, {apart} {there:.1f} tokens/s, ratio {there / here:.2f}")
+        if arguments.breakdown:
+            print("  us a layer: " + ", ".join(f"{part} {us:.0f}" for part, us in parts.items()))
     if arguments.keep:
         settings = {
             name: getattr(arguments, name)
-            for name in ("shards", "rounds", "worker_threads", "shard_threads", "link", "no_pin")
+            for name in ("shards", "workers", "rounds", "worker_threads", "shard_threads", "link", "no_pin")
         }
         print(f"kept in {keep('distribution', {**settings, 'rows': rows})}")
     return 0
+
+
+def _decode(pipes: list[Connection], shards: list[Connection], batch: int, seed: int) -> tuple[float, Steps, float]:
+    """Have engines decode, each its part of a batch.
+
+    Returns:
+        Tokens a second of all, the first one's steps, and how long the busiest shard computed for all, in seconds.
+    """
+    parts = [len(range(number, batch, len(pipes))) for number in range(len(pipes))]
+    asked = [(pipe, part) for pipe, part in zip(pipes, parts, strict=True) if part]
+    for number, (pipe, part) in enumerate(asked):
+        pipe.send((part, seed + 100 * number))
+    for pipe, _ in asked:
+        pipe.recv()  # the prompts are done
+    before_s = _busy_s(shards)
+    for pipe, _ in asked:
+        pipe.send("decode")
+    all_steps: list[Steps] = [pipe.recv() for pipe, _ in asked]
+    expert_s = max(after - before for after, before in zip(_busy_s(shards), before_s, strict=True))
+    return sum(steps.num_tokens / steps.wall_s for steps in all_steps), all_steps[0], expert_s
+
+
+def _busy_s(shards: list[Connection]) -> list[float]:
+    """Return how long each shard has computed so far, in seconds."""
+    for pipe in shards:
+        pipe.send("busy_s")
+    return [pipe.recv() for pipe in shards]
 
 
 def _start(target, threads: int, *values, policy: str) -> Connection:  # type: ignore[no-untyped-def]
@@ -120,8 +151,17 @@ def _asked(pipe: Connection) -> Iterator[Any]:
             yield pipe.recv()
 
 
-def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_shards: int, kind: str, pin: bool) -> None:
-    """One shard process: serves one link after another."""
+def _shard(
+    pipe: Connection,
+    threads: int,
+    checkpoint: Path,
+    index: int,
+    num_shards: int,
+    num_workers: int,
+    kind: str,
+    pin: bool,
+) -> None:
+    """One shard process: serves a link to each worker, and says how long it computed."""
     import torch
 
     from expertmesh.actors.cores import claim_cores, other_cores, use_cores
@@ -142,20 +182,30 @@ def _shard(pipe: Connection, threads: int, checkpoint: Path, index: int, num_sha
     slots = ExpertSlots(weights, placement.shards[index].experts, torch.device("cpu"))
     rendezvous = RendezvousServer(HOST)
     pipe.send(rendezvous.port)
-    link = open_link(kind, _address(rendezvous.port, SHARD_RANK), torch.device("cpu"))
-    ShardServer(slots, placement.epoch).serve(link)
+    server = ShardServer(slots, placement.epoch)
+
+    def serve(number: int) -> None:
+        server.serve(open_link(kind, _address(rendezvous.port, SHARD_RANK, number), torch.device("cpu")))
+
+    for number in range(num_workers):
+        threading.Thread(target=serve, args=(number,), daemon=True).start()
+    for _ in _asked(pipe):
+        pipe.send(server.counted.busy_s)
 
 
-def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], kind: str, breakdown: bool) -> None:
-    """One engine process: runs batches that the pipe asks for, and answers with decoded tokens per second."""
+def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], kind: str, number: int) -> None:
+    """One engine process: runs batches that the pipe asks for, and answers with the Steps that decoded."""
     import torch
 
     from expertmesh.actors.links.base import open_link
     from expertmesh.actors.links.ends import WORKER_RANK
-    from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+    from expertmesh.actors.worker import engine as engine_module
+    from expertmesh.actors.worker.dispatcher import Dispatcher
     from expertmesh.actors.worker.engine import Engine
+    from expertmesh.actors.worker.fleet import Fleet
     from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
     from expertmesh.cluster.scheduler import Scheduler, SchedulerConfig
+    from expertmesh.kernels.cpu.linear import PackedLinear
     from expertmesh.kernels.cpu.threads import set_num_threads
     from expertmesh.models import hooks
     from expertmesh.models.expert_slots import ExpertSlots
@@ -163,14 +213,14 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
 
     set_num_threads(threads)
     torch.set_num_threads(max(1, threads // 2))
-    timers = watch_worker(kind) if breakdown else None
+    timers = {"head": _timed(PackedLinear, "__call__"), "sample": _timed(engine_module, "sample")}
     cpu = torch.device("cpu")
     weights, placement = _open(checkpoint, max(1, len(ports)))
     architecture = weights.architecture
     dispatcher = Dispatcher(architecture.moe_layers, architecture.num_experts, recovery_s=0)
     if ports:
         links = {
-            slots.shard: open_link(kind, _address(port, WORKER_RANK), cpu)
+            slots.shard: open_link(kind, _address(port, WORKER_RANK, number), cpu)
             for slots, port in zip(placement.shards, ports, strict=True)
         }
         run: Callable[..., torch.Tensor] = dispatcher.run
@@ -189,13 +239,13 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
         run = run_here
 
     model = weights.load_dense(cpu)
-    hooks.attach_experts(architecture.experts_by_layer, run)
+    hooks.attach_experts(architecture.experts_by_layer, run, dispatcher if ports else None)
     runner = PagedRunner(model, 16, cpu)
     runner.allocate(1024)
     config = SchedulerConfig(max_batch_tokens=2048, max_sequences=256, num_pages=1024, page_size=16, max_context=1024)
     events: list[TokenEvent] = []
     engine = Engine(Scheduler(config), runner, max_queue=256, begin_step=dispatcher.begin_step, on_events=events.extend)
-    pipe.send("ready")
+    pipe.send(len(architecture.moe_layers))
     for batch, seed in _asked(pipe):
         rng = random.Random(seed)
         vocab_size = architecture.config.vocab_size
@@ -210,17 +260,41 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
             ]
         )
         engine.step()
-        if timers:
-            timers.take()
+        pipe.send("prompted")
+        pipe.recv()
+        before = _seconds(dispatcher, timers)
         started_s, first, steps = time.perf_counter(), len(events), 0
         while engine.num_running or engine.num_waiting:
             engine.step()
             steps += 1
         wall_s = time.perf_counter() - started_s
-        if timers:
-            print(report(timers.take(), steps=steps, layers=len(architecture.moe_layers), step_s=wall_s / steps))
-        pipe.send((len(events) - first) / wall_s)
+        parts_s = {part: after - before[part] for part, after in _seconds(dispatcher, timers).items()}
+        pipe.send(Steps(num_steps=steps, num_tokens=len(events) - first, wall_s=wall_s, parts_s=parts_s))
         events.clear()
+
+
+def _timed(owner: Any, name: str) -> list[float]:
+    """Time every call of owner.name from now on; return where its seconds are added up."""
+    function: Callable[..., Any] = getattr(owner, name)
+    total_s = [0.0]
+
+    @functools.wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started_s = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            total_s[0] += time.perf_counter() - started_s
+
+    setattr(owner, name, timed)
+    return total_s
+
+
+def _seconds(dispatcher: Any, timers: dict[str, list[float]]) -> dict[str, float]:
+    from expertmesh.kernels.cpu.stack import PARTS
+
+    compiled = dict(zip(PARTS, dispatcher.spent_s.tolist(), strict=True))
+    return compiled | {part: total_s[0] for part, total_s in timers.items()}
 
 
 def _open(checkpoint: Path, num_shards: int, dtype: str = "auto"):  # type: ignore[no-untyped-def]
@@ -235,10 +309,12 @@ def _open(checkpoint: Path, num_shards: int, dtype: str = "auto"):  # type: igno
     return weights, initial_placement(architecture.moe_layers, architecture.num_experts, shards, 1, epoch=1)
 
 
-def _address(port: int, rank: int):  # type: ignore[no-untyped-def]
+def _address(port: int, rank: int, number: int = 0):  # type: ignore[no-untyped-def]
     from expertmesh.actors.links.ends import LinkAddress
 
-    return LinkAddress(host=HOST, port=port, name="bench", generation=1, rank=rank, interface=HOST, timeout_s=60)
+    return LinkAddress(
+        host=HOST, port=port, name=f"bench-{number}", generation=1, rank=rank, interface=HOST, timeout_s=60
+    )
 
 
 if __name__ == "__main__":

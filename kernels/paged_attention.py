@@ -64,17 +64,17 @@ class StepLayout:
     pages_NP: Tensor
 
     @cached_property
-    def decode_rows_N(self) -> Tensor:
+    def decode_rows_N(self) -> Tensor:  # noqa: N802  # a shape suffix
         """Rows in the batch of the sequences with one new token, which are taken together."""
         return self._tensor([s.start for s in self._decodes])
 
     @cached_property
-    def decode_length_N(self) -> Tensor:
+    def decode_length_N(self) -> Tensor:  # noqa: N802  # a shape suffix
         """How many tokens each of them attends to."""
         return self._tensor([s.context + 1 for s in self._decodes])
 
     @cached_property
-    def decode_read_NL(self) -> Tensor:
+    def decode_read_NL(self) -> Tensor:  # noqa: N802  # a shape suffix
         """Their cache rows, padded to the longest."""
         lengths = [s.context + 1 for s in self._decodes]
         read_NL = torch.zeros((len(lengths), max(lengths, default=0)), dtype=torch.int64)

@@ -23,14 +23,15 @@ class CompiledAttention:
 
     def run(self, attention: AttentionLayer, hidden_1TH: Tensor, rope: Any) -> tuple[Tensor, Tensor, AttentionStep]:
         """Run a layer's attention; see `AttentionLayer.run`. rope: cosines and sines [1, T, R]."""
-        step = self._step_of(rope[0], rope[1], attention)
+        step = self.step(attention, rope)
         return (*attention.run(hidden_1TH[0].contiguous(), step), step)
 
-    def _step_of(self, cos_1TR: Tensor, sin_1TR: Tensor, attention: AttentionLayer) -> AttentionStep:
+    def step(self, attention: AttentionLayer, rope: Any) -> AttentionStep:
         """Return what the layers need to know of the cache's current step; made by the first that asks.
 
         Layers share it as long as they are of one shape and get the same cosines, which some families make by kind.
         """
+        cos_1TR, sin_1TR = rope
         layout = self._cache.layout
         assert layout is not None, "a layer ran without a step layout"
         head_shape = (attention.num_heads, attention.head_size)

@@ -69,7 +69,9 @@ def choose(scores_TE: Tensor, top_k: int, *, normalise: bool, rounded: bool) -> 
 
 def chooses_alike(router: Router, step: AttentionStep) -> bool:
     """Say whether the compiled router chose by its scores as torch does."""
-    assert step.scores_TO is not None and step.ids_TK is not None and step.weights_TK is not None
+    assert step.scores_TO is not None, "a step without room for routers"
+    assert step.ids_TK is not None, "a step without room for routers"
+    assert step.weights_TK is not None, "a step without room for routers"
     scores_TE = step.scores_TO[:, : router.num_experts]
     ids_TK, weights_TK = choose(scores_TE, router.top_k, normalise=router.normalise, rounded=router.rounded)
     return torch.equal(ids_TK, step.ids_TK) and _is_close(step.weights_TK, weights_TK, rounded=router.rounded)

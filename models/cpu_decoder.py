@@ -18,6 +18,7 @@ from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear
 from expertmesh.kernels.paged_attention import PagedKVCache
 from expertmesh.models.compiled_attention import CompiledAttention
 from expertmesh.models.compiled_router import chooses_alike, recognise_router
+from expertmesh.models.compiled_stack import join_layers
 from expertmesh.models.layer_watch import (
     NUM_PAGES,
     PAGE_SIZE,
@@ -52,24 +53,26 @@ def speed_up_layers(model: nn.Module, cache: PagedKVCache, run_step: Callable[[S
         return 0
     shared = CompiledAttention(cache)
     steps = [watch(model, layers, cache, run_step, chunks) for chunks in steps_to_watch(model, cache.page_size)]
-    replaced = 0
+    compiled: list[AttentionLayer] = []
     for layer in layers:
         seen = [step[layer] for step in steps if layer in step]
-        if len(seen) == len(steps) and _replace(layer, seen, shared, cache):
-            replaced += 1
+        attention = _replace(layer, seen, shared, cache) if len(seen) == len(steps) else None
+        compiled += [] if attention is None else [attention]
     cache.layout = None
-    return replaced
+    if len(compiled) == len(layers) and join_layers(layers, compiled, steps, shared):
+        _log.info("the layers follow each other in compiled code")
+    return len(compiled)
 
 
-def _replace(layer: Any, seen: Sequence[Seen], shared: CompiledAttention, cache: PagedKVCache) -> bool:
-    """Give a layer the compiled attention if it does what was seen; say whether it does."""
+def _replace(layer: Any, seen: Sequence[Seen], shared: CompiledAttention, cache: PagedKVCache) -> AttentionLayer | None:
+    """Give a layer the compiled attention if it does what was seen, and return it."""
     index = layer.self_attn.layer_idx
     for attention in _recognise(layer, seen[0], cache, recognise_router(layer, seen)):
         if all(_agrees(attention, index, step, shared, cache) for step in seen):
             break
     else:
         _log.info("layer %s is not of the common kind: it keeps transformers' code", index)
-        return False
+        return None
 
     def forward(
         self: Any,
@@ -97,7 +100,7 @@ def _replace(layer: Any, seen: Sequence[Seen], shared: CompiledAttention, cache:
     layer.forward = MethodType(forward if attention.router is None else forward_routed, layer)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         getattr(layer.self_attn, name).weight = None  # they are packed by now
-    return True
+    return attention
 
 
 def _recognise(layer: Any, seen: Seen, cache: PagedKVCache, router: Router | None) -> list[AttentionLayer]:

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear
 from expertmesh.kernels.cpu.grouped_linear import grouped_linear, is_supported
+from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear
 
 
 def speed_up_linears(model: nn.Module) -> None:

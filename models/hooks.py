@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from expertmesh.cluster.errors import UnsupportedModelError
+from expertmesh.kernels.cpu.stack import Carrier
 from expertmesh.kernels.paged_attention import AttentionOptions, PagedKVCache
 
 IMPLEMENTATION = "expertmesh"
@@ -30,11 +31,12 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _no_mask)
 
 
-def attach_experts(experts_by_layer: Mapping[int, nn.Module], run: RunExperts) -> None:
-    """Let each MoE layer's experts be computed by `run`."""
+def attach_experts(experts_by_layer: Mapping[int, nn.Module], run: RunExperts, carrier: Carrier | None = None) -> None:
+    """Let each MoE layer's experts be computed by `run`; carrier: who can take many layers there in compiled code."""
     for layer, module in experts_by_layer.items():
         module.expertmesh_run = run  # type: ignore[assignment]  # nn.Module types attributes as tensors or modules
         module.expertmesh_layer = layer  # type: ignore[assignment]
+        module.expertmesh_carrier = carrier  # type: ignore[assignment]
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import SHARD_RANK, WORKER_RANK, LinkAddress
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.shard.server import ShardServer
-from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+from expertmesh.actors.worker.dispatcher import Dispatcher
 from expertmesh.actors.worker.engine import Engine
+from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.placement import Placement, initial_placement
@@ -94,6 +95,8 @@ class LocalFleet:
         max_batch_tokens: int = 48,
         dtype: str = "auto",
         deterministic: bool = False,
+        link_kind: str = "gloo",
+        layer_by_layer: bool = False,
     ) -> None:
         architecture = open_architecture(directory, dtype)
         weights = CheckpointWeights(architecture)
@@ -111,13 +114,15 @@ class LocalFleet:
         self.links: dict[ShardId, Link] = {}
         self._contexts = ExitStack()
         for name in names:
-            self.links[name] = self._contexts.enter_context(served_link(self.servers[name], f"worker/{name}"))
+            link = served_link(self.servers[name], f"worker/{name}", kind=link_kind)
+            self.links[name] = self._contexts.enter_context(link)
         self.model = weights.load_dense(CPU)
         self.dispatcher = Dispatcher(
             architecture.moe_layers, architecture.num_experts, recovery_s=0.2, by_pair=deterministic
         )
         self.dispatcher.set_fleet(Fleet(self.placement, self.links))
-        hooks.attach_experts(architecture.experts_by_layer, self.dispatcher.run)
+        carrier = None if layer_by_layer else self.dispatcher
+        hooks.attach_experts(architecture.experts_by_layer, self.dispatcher.run, carrier)
         if deterministic:
             self._contexts.enter_context(deterministic_math())
         self.engine = self._make_engine(num_pages, max_batch_tokens, deterministic)

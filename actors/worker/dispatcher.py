@@ -3,12 +3,12 @@
 Shape suffixes: T tokens, H hidden, K choices a token, L layers, E experts, S shards of the placement.
 """
 
+import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -17,51 +17,16 @@ from torch import Tensor
 
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.wire import dispatch_header, read_combine
-from expertmesh.cluster.dispatch_hash import DispatchTable
-from expertmesh.cluster.dispatch_policy import open_policy
+from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.errors import LinkError, NoReplicaError, UnavailableError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketKind
-from expertmesh.cluster.placement import Placement
-from expertmesh.kernels.cpu.exchange import Exchange, State, can_exchange
+from expertmesh.kernels.cpu.exchange import State, can_exchange
+from expertmesh.kernels.cpu.stack import PARTS, Exchanged, Route
 from expertmesh.kernels.dispatch import ShardRequest, add_rows, count_tokens, requests_for_shards, sum_pairs
 
 _log = logging.getLogger(__name__)
 OnLost = Callable[[ShardId, Link], None]
-
-
-class Fleet:
-    """A placement and this worker's links to its shards. Links break; a broken one stays broken in this fleet."""
-
-    def __init__(self, placement: Placement, links: Mapping[ShardId, Link], policy: str = "rendezvous") -> None:
-        """Lay out the placement for dispatch; policy is one of `dispatch_policy.POLICIES`."""
-        self.placement = placement
-        self.shards = tuple(slots.shard for slots in placement.shards)
-        self.links = dict(links)
-        self.alive_S = np.array([shard in self.links for shard in self.shards])
-        self.generations = [self.links[s].generation if s in self.links else 0 for s in self.shards]
-        self.choose = {layer: open_policy(policy, DispatchTable(placement, layer)) for layer in placement.layers}
-
-    @cached_property
-    def exchange(self) -> Exchange:
-        """Carries layers to these shards and back in compiled code; where `descriptors` finds how."""
-        return Exchange(len(self.shards))
-
-    def descriptors(self) -> list[int] | None:
-        """Return the socket of each shard's link, -1 of a dead one; None: a link has none, or is broken."""
-        try:
-            found = [
-                self.links[shard].descriptor() if alive else -1
-                for shard, alive in zip(self.shards, self.alive_S, strict=True)
-            ]
-        except LinkError:
-            return None  # who sends will find it so again, and lose it
-        sockets = [descriptor for descriptor in found if descriptor is not None]
-        return sockets if len(sockets) == len(found) else None
-
-    def mark_dead(self, index: int) -> None:
-        """Send nothing more to a shard."""
-        self.alive_S[index] = False
 
 
 @dataclass(frozen=True)
@@ -115,13 +80,22 @@ class Dispatcher:
         # One key, for the token with which a runner learns the layers' shapes before the first step.
         self._token_keys_T = np.zeros(1, dtype=np.uint64)
         self._is_decode_T = np.zeros(1, dtype=np.bool_)
-        self._sequence = 0
-        # Since the start: tokens of each expert, in all and of decoding alone; seconds that steps spent on experts.
+        # Read and written by compiled code too: the last packet's, and whether there is another fleet than its own.
+        self._sequence = ctypes.c_uint64(0)
+        self._has_other_fleet = ctypes.c_int32(0)
+        self._exchanged: Fleet | None = None  # the fleet that compiled code was given last
+        # Since the start: tokens of each expert, in all and of decoding alone.
         self.decode_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
-        self.expert_s = 0.0
+        self._expert_s = 0.0
+        self.spent_s = np.zeros(len(PARTS))  # what compiled code spent, by part
         self.load_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
         self.dispatch_bytes_L = np.zeros(len(layers), dtype=np.int64)
         self.combine_bytes_L = np.zeros(len(layers), dtype=np.int64)
+
+    @property
+    def expert_s(self) -> float:
+        """Seconds since the start that steps spent on experts."""
+        return self._expert_s + float(self.spent_s[1:].sum())
 
     @property
     def fleet(self) -> Fleet | None:
@@ -132,6 +106,7 @@ class Dispatcher:
         """Use a fleet from the next layer on; may be called from any thread."""
         with self._changed:
             self._fleet = fleet
+            self._has_other_fleet.value = 1
             self._changed.notify_all()
 
     def begin_step(self, token_keys_T: npt.NDArray[np.uint64], is_decode_T: npt.NDArray[np.bool_]) -> None:
@@ -152,8 +127,6 @@ class Dispatcher:
         ids_TK = topk_ids_TK.long().contiguous().cpu().numpy()
         weights_TK = topk_weights_TK.float().cpu().numpy()
         started_s = time.perf_counter()
-        keys_T = self._token_keys_T[: len(ids_TK)]
-        assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
         row = self._row_of_layer[layer]
         count_tokens(ids_TK, self._is_decode_T[: len(ids_TK)], self.load_LE[row], self.decode_LE[row])
         # With by_pair [T, K, H], and every answer writes its own part of it.
@@ -161,7 +134,62 @@ class Dispatcher:
             out = hidden_TH.new_empty((*ids_TK.shape, hidden_TH.shape[1]))
         else:
             out = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
-        todo_TK: npt.NDArray[np.bool_] | None = None  # None: all
+        out_TH = self._run(layer, hidden_TH, ids_TK, weights_TK, out, None)
+        if self._by_pair:
+            out_TH = sum_pairs(out_TH, topk_weights_TK)
+        self._expert_s += time.perf_counter() - started_s
+        return out_TH.to(hidden_TH.dtype)
+
+    def route(self, num_tokens: int) -> Route | None:
+        """Return the way to the shards for compiled code; see `kernels.cpu.stack.Carrier`."""
+        self._has_other_fleet.value = 0  # before the fleet is read: one that is set from now on is noticed
+        fleet = self._fleet
+        descriptors = None if fleet is None or self._by_pair else fleet.descriptors()
+        if fleet is None or descriptors is None:
+            return None
+        assert len(self._is_decode_T) == num_tokens, f"begin_step() told of {len(self._is_decode_T)} tokens"
+        fleet.exchange.set_shards(descriptors, fleet.generations, fleet.placement.epoch)
+        self._exchanged = fleet
+        return Route(
+            exchange=fleet.exchange,
+            only_LE=fleet.only_LE(tuple(self._row_of_layer)),
+            row_of_layer=self._row_of_layer,
+            load_LE=self.load_LE,
+            decode_LE=self.decode_LE,
+            dispatch_bytes_L=self.dispatch_bytes_L,
+            combine_bytes_L=self.combine_bytes_L,
+            is_decode_T=self._is_decode_T,
+            sequence=self._sequence,
+            changed=self._has_other_fleet,
+            spent_s=self.spent_s,
+        )
+
+    def resume(self, layer: int, exchanged: Exchanged) -> Tensor:
+        """Finish what an exchange along the last route left undone; see `kernels.cpu.stack.Carrier`."""
+        started_s = time.perf_counter()
+        fleet = self._exchanged
+        assert fleet is not None, "resume() before route()"
+        ids_TK, weights_TK, shard_TK = (t.numpy() for t in (exchanged.ids_TK, exchanged.weights_TK, exchanged.shard_TK))
+        batch = _Batch(layer, exchanged.hidden_TH, ids_TK, weights_TK, shard_TK)
+        first_sequence = self._sequence.value - len(fleet.shards) + 1
+        kinds = self._outcome(fleet, batch, first_sequence, exchanged.sum_TH)
+        todo_TK = self._left(fleet, batch, kinds)
+        out_TH = self._run(layer, exchanged.hidden_TH, ids_TK, weights_TK, exchanged.sum_TH, todo_TK)
+        self._expert_s += time.perf_counter() - started_s
+        return out_TH.to(exchanged.hidden_TH.dtype)
+
+    def _run(
+        self,
+        layer: int,
+        hidden_TH: Tensor,
+        ids_TK: npt.NDArray[np.int64],
+        weights_TK: npt.NDArray[np.float32],
+        out: Tensor,
+        todo_TK: npt.NDArray[np.bool_] | None,
+    ) -> Tensor:
+        """Have a layer's pairs computed, those of todo_TK alone unless it is None; return out, or what it holds."""
+        keys_T = self._token_keys_T[: len(ids_TK)]
+        assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
         while todo_TK is None or todo_TK.any():
             fleet = self._fleet
             assert fleet is not None, "run() before set_fleet()"
@@ -181,18 +209,18 @@ class Dispatcher:
             else:
                 kinds, finished_TH = self._exchange(fleet, batch, descriptors, out)
                 if finished_TH is not None:
-                    self.expert_s += time.perf_counter() - started_s
                     return finished_TH
-            done = [shard for shard, kind in kinds.items() if kind is PacketKind.COMBINE]
-            todo_TK = (shard_TK >= 0) & ~np.isin(shard_TK, done)
-            if PacketKind.NOT_HERE in kinds.values():
-                epoch = fleet.placement.epoch
-                self._await_fleet(
-                    fleet, UnavailableError(f"layer {layer}: a shard does not host what epoch {epoch} says")
-                )
-        out_TH = sum_pairs(out, topk_weights_TK) if self._by_pair else out
-        self.expert_s += time.perf_counter() - started_s
-        return out_TH.to(hidden_TH.dtype)
+            todo_TK = self._left(fleet, batch, kinds)
+        return out
+
+    def _left(self, fleet: Fleet, batch: _Batch, kinds: dict[int, PacketKind]) -> npt.NDArray[np.bool_]:
+        """Return which pairs are still to be done; wait for a newer fleet if the placement was wrong."""
+        done = [shard for shard, kind in kinds.items() if kind is PacketKind.COMBINE]
+        if PacketKind.NOT_HERE in kinds.values():
+            epoch = fleet.placement.epoch
+            fault = f"layer {batch.layer}: a shard does not host what epoch {epoch} says"
+            self._await_fleet(fleet, UnavailableError(fault))
+        return (batch.shard_TK >= 0) & ~np.isin(batch.shard_TK, done)
 
     def _may_exchange(self, hidden_TH: Tensor) -> bool:
         return not self._by_pair and can_exchange(hidden_TH)
@@ -206,25 +234,26 @@ class Dispatcher:
             What became of each shard's packet, as `_ask` does, and, once all are done, the sum in the wire's dtype.
         """
         exchange = fleet.exchange
-        sequence = self._sequence + 1
-        self._sequence += len(descriptors)
+        exchange.set_shards(descriptors, fleet.generations, fleet.placement.epoch)
+        sequence = self._sequence.value + 1
+        self._sequence.value += len(descriptors)
         finished_TH = exchange.run(
             batch.hidden_TH,
             batch.ids_TK,
             batch.weights_TK,
             batch.shard_TK,
-            descriptors,
-            fleet.generations,
             sum_TH,
             layer=batch.layer,
-            epoch=fleet.placement.epoch,
             sequence=sequence,
         )
         row = self._row_of_layer[batch.layer]
         self.dispatch_bytes_L[row] += exchange.sent_bytes
         self.combine_bytes_L[row] += exchange.received_bytes
-        if finished_TH is not None:
-            return {}, finished_TH
+        return ({}, finished_TH) if finished_TH is not None else (self._outcome(fleet, batch, sequence, sum_TH), None)
+
+    def _outcome(self, fleet: Fleet, batch: _Batch, sequence: int, sum_TH: Tensor) -> dict[int, PacketKind]:
+        """Return what became of each shard's packet in an exchange that is not all done, as `_ask` does."""
+        exchange = fleet.exchange
         kinds: dict[int, PacketKind] = {}
         states = [(shard, State(state)) for shard, state in enumerate(exchange.state_S) if state != State.NOT_ASKED]
         for shard, state in states:
@@ -240,7 +269,7 @@ class Dispatcher:
                 got = 0 if state is State.NOT_SENT else len(exchange.left(shard))
                 self._lose(fleet, shard, link.failed(doing, exchange.fault(shard), got))
                 kinds[shard] = PacketKind.FAILED
-        return kinds, None
+        return kinds
 
     def _ask(self, fleet: Fleet, batch: _Batch, out: Tensor) -> dict[int, PacketKind]:
         """Ask the shards over their links; return the kind of each one's answer, FAILED where it is lost."""
@@ -258,7 +287,7 @@ class Dispatcher:
         """Send each shard its packet. A shard whose link breaks is marked dead, and its pairs stay to be done."""
         asked: list[_Asked] = []
         for request in requests:
-            self._sequence += 1
+            self._sequence.value += 1
             link = fleet.links[fleet.shards[request.shard]]
             header = dispatch_header(
                 request,
@@ -266,7 +295,7 @@ class Dispatcher:
                 dtype=batch.hidden_TH.dtype,
                 layer=batch.layer,
                 generation=link.generation,
-                sequence=self._sequence,
+                sequence=self._sequence.value,
                 epoch=fleet.placement.epoch,
                 by_pair=self._by_pair,
             )
@@ -276,7 +305,7 @@ class Dispatcher:
                 self._lose(fleet, request.shard, error)
                 continue
             self.dispatch_bytes_L[self._row_of_layer[batch.layer]] += header.payload_bytes
-            asked.append(_Asked(request, self._sequence))
+            asked.append(_Asked(request, self._sequence.value))
         return asked
 
     def _receive(self, fleet: Fleet, batch: _Batch, asked: _Asked, out: Tensor) -> PacketKind:

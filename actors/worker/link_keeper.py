@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.links.ends import ShardPeer
-from expertmesh.actors.worker.dispatcher import Fleet
+from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.placement import Placement

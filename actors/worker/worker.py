@@ -17,8 +17,9 @@ from expertmesh.actors.cores import take_part, yield_soon
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address, node_id
-from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+from expertmesh.actors.worker.dispatcher import Dispatcher
 from expertmesh.actors.worker.engine import Engine
+from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.actors.worker.link_keeper import LinkKeeper
 from expertmesh.actors.worker.outbox import Outbox
 from expertmesh.cluster.counters import CLOCK
@@ -182,7 +183,7 @@ class Worker:
             on_lost=self._link_broke,
             by_pair=self._settings.deterministic,
         )
-        hooks.attach_experts(architecture.experts_by_layer, self._dispatcher.run)
+        hooks.attach_experts(architecture.experts_by_layer, self._dispatcher.run, self._dispatcher)
         self._architecture = architecture
 
     async def _join(self, shard: ShardId, peer: ShardPeer) -> Link:

@@ -28,7 +28,7 @@ class KernelBuildError(RuntimeError):
 def compile_all() -> None:
     """Compile the kernels that torch can stand in for, so that the processes that use them find them ready."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loads = (load_expert_mlp, load_dense, load_draw, load_dispatch, load_packet_server, load_library)
+        loads = (load_expert_mlp, load_dense, load_draw, load_dispatch, load_packet_server, load_stack, load_library)
         for loading in [pool.submit(load) for load in loads]:
             loading.result()
 
@@ -64,6 +64,12 @@ def load_draw() -> ctypes.CDLL | None:
 def load_dispatch() -> ctypes.CDLL | None:
     """Return the compiled dispatch; None where torch has to do its work."""
     return _load_if_possible("dispatch.cpp", "tokens are packed for shards by torch's kernels")
+
+
+@functools.cache
+def load_stack() -> ctypes.CDLL | None:
+    """Return the compiled way through many layers; None where Python has to go from one to the next."""
+    return _load_if_possible("stack.cpp", "Python leads each step from layer to layer, 0.2 ms each")
 
 
 @functools.cache

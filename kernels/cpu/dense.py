@@ -128,7 +128,7 @@ class AttentionStep:
 
 
 class AttentionLayer:
-    """One layer's attention over its paged cache: norm, projections, rotation, attention, residual, next norm, router."""
+    """One layer's attention over its paged cache, from the norm before it to the norm and the router behind it."""
 
     def __init__(
         self,
@@ -199,6 +199,11 @@ class AttentionLayer:
         record.x, record.residual, record.normed = x_TH.data_ptr(), residual_TH.data_ptr(), normed_TH.data_ptr()
         library().dense_layer(ctypes.byref(self._layer), ctypes.byref(record), *how(isa))
         return residual_TH, normed_TH
+
+    @property
+    def address(self) -> int:
+        """Where the layer's record is, for other compiled code; valid as long as this object."""
+        return ctypes.addressof(self._layer)
 
     def _has_room(self, step: AttentionStep) -> bool:
         tensors, router, rows = (step.scores_TO, step.ids_TK, step.weights_TK), self.router, step.write_T.shape[0]

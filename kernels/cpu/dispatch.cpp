@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "exchange.h"
 #include "packets.h"
 
 namespace {
@@ -62,30 +63,34 @@ void pack(const Requests& all, const int64_t* rows_S, const int64_t* pairs_S, ui
     }
 }
 
-// Adds rows [R, H] to those of sum_TH that token_R names; null: to the first R.
-void add(float* sum_TH, const uint8_t* rows_RH, uint8_t dtype, const int64_t* token_R, int64_t rows, int64_t hidden) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* sum = sum_TH + (token_R ? token_R[r] : r) * hidden;
-    if (dtype == kBfloat16) {
-      const uint8_t* from = rows_RH + r * hidden * 2;
-      for (int64_t h = 0; h < hidden; ++h) {
-        uint16_t half;
-        memcpy(&half, from + h * 2, 2);
-        sum[h] += to_float(half);
-      }
-    } else {
-      const uint8_t* from = rows_RH + r * hidden * 4;
-      for (int64_t h = 0; h < hidden; ++h) {
-        float value;
-        memcpy(&value, from + h * 4, 4);
-        sum[h] += value;
-      }
-    }
+CLONED void add_halves(float* sum, const uint8_t* from, int64_t size) {
+  for (int64_t h = 0; h < size; ++h) {
+    uint16_t half;
+    memcpy(&half, from + h * 2, 2);
+    sum[h] += to_float(half);
   }
 }
 
-// Of a shard in an exchange.
-enum State : int32_t { kNotAsked = 0, kDone = 1, kOtherAnswer = 2, kNotSent = 3, kNotReceived = 4 };
+CLONED void add_floats(float* sum, const uint8_t* from, int64_t size) {
+  for (int64_t h = 0; h < size; ++h) {
+    float value;
+    memcpy(&value, from + h * 4, 4);
+    sum[h] += value;
+  }
+}
+
+// Adds rows [R, H] to those of sum_TH that token_R names; null: to the first R.
+void add(float* sum_TH, const uint8_t* rows_RH, uint8_t dtype, const int64_t* token_R, int64_t rows, int64_t hidden) {
+  const auto add_row = dtype == kBfloat16 ? add_halves : add_floats;
+  for (int64_t r = 0; r < rows; ++r) add_row(sum_TH + (token_R ? token_R[r] : r) * hidden, rows_RH + r * hidden * bytes_of(dtype), hidden);
+}
+
+CLONED void round_all(const float* from, int64_t size, uint8_t* to) {
+  for (int64_t at = 0; at < size; ++at) {
+    const uint16_t half = to_bf16(from[at]);
+    memcpy(to + at * 2, &half, 2);
+  }
+}
 
 }  // namespace
 
@@ -133,32 +138,18 @@ extern "C" void dispatch_pack(const uint8_t* hidden_TH, int64_t row_bytes, const
   pack({hidden_TH, row_bytes, ids_TK, weights_TK, shard_TK, tokens, choices, shards}, rows_S, pairs_S, payload_S, token_SR);
 }
 
-// One layer's way to the shards and back.
-struct Exchange {
-  const uint8_t* hidden_TH;  // dtype as on the wire, bf16 or float32
-  const int64_t* ids_TK;
-  const float* weights_TK;
-  const int32_t* shard_TK;
-  float* sum_TH;             // of the answers, in the order of the shards
-  uint8_t* out_TH;           // the same in the wire's dtype, once all answers have come
-  const int32_t* fd_S;       // stream sockets that block, with deadlines of their own
-  const uint32_t* generation_S;
-  int32_t* state_S;          // State, of each shard, and why
-  int32_t* errno_S;
-  const uint8_t** left_S;    // kOtherAnswer, kNotReceived: what was read of the answer; valid until this thread's next exchange
-  int64_t* left_bytes_S;
-  int64_t tokens, choices, shards, hidden;
-  uint64_t epoch, sequence;  // the packets' sequences count up from it, by shard
-  int64_t sent_bytes, received_bytes;  // of payloads; set
-  uint32_t layer, dtype;
-};
-
 // Returns 1 when all that was asked is done. Every answer under way is waited for, whatever became of the others.
 extern "C" int dispatch_exchange(Exchange* e) {
   static thread_local std::vector<std::vector<uint8_t>> message_S, answer_S;
   static thread_local std::vector<std::vector<int64_t>> token_SR;
   const int64_t shards = e->shards, row_bytes = e->hidden * bytes_of(e->dtype);
   const Requests all{e->hidden_TH, row_bytes, e->ids_TK, e->weights_TK, e->shard_TK, e->tokens, e->choices, shards};
+  double mark_s = now_s();
+  const auto lap_s = [&] {
+    const double before_s = mark_s;
+    mark_s = now_s();
+    return mark_s - before_s;
+  };
   std::vector<int64_t> rows_S(shards), pairs_S(shards);
   std::vector<uint8_t*> payload_S(shards);
   std::vector<int64_t*> tokens_S(shards);
@@ -172,6 +163,8 @@ extern "C" int dispatch_exchange(Exchange* e) {
   }
   pack(all, rows_S.data(), pairs_S.data(), payload_S.data(), tokens_S.data());
   e->sent_bytes = e->received_bytes = 0;
+  e->pack_s = lap_s();
+  e->wait_s = e->add_s = 0;
   for (int64_t s = 0; s < shards; ++s) {
     e->state_S[s] = kNotAsked;
     if (!pairs_S[s]) continue;
@@ -198,6 +191,7 @@ extern "C" int dispatch_exchange(Exchange* e) {
       e->errno_S[s] = errno;
     }
   }
+  e->send_s = lap_s();
   memset(e->sum_TH, 0, e->tokens * e->hidden * sizeof(float));
   bool all_done = true;
   for (int64_t s = 0; s < shards; ++s) {
@@ -205,6 +199,7 @@ extern "C" int dispatch_exchange(Exchange* e) {
       all_done = all_done && e->state_S[s] == kNotAsked;
       continue;
     }
+    e->add_s += lap_s();
     // Nothing behind the answer that is expected is read: what else comes is for others to make sense of.
     const int64_t answer_bytes = rows_S[s] * row_bytes, wanted = kHeader + answer_bytes;
     answer_S[s].resize(std::max<size_t>(answer_S[s].size(), wanted));
@@ -217,6 +212,7 @@ extern "C" int dispatch_exchange(Exchange* e) {
                            header.rows == rows_S[s] && header.hidden == e->hidden &&
                            header.payload_bytes == static_cast<uint64_t>(answer_bytes);
     if (is_answer && got < wanted) got += read_at_least(e->fd_S[s], answer + got, wanted - got, wanted - got);
+    e->wait_s += lap_s();
     if (is_answer && got == wanted) {
       add(e->sum_TH, answer + kHeader, e->dtype, tokens_S[s], rows_S[s], e->hidden);
       e->received_bytes += answer_bytes;
@@ -230,11 +226,9 @@ extern "C" int dispatch_exchange(Exchange* e) {
   }
   if (!all_done) return 0;
   if (e->dtype == kBfloat16)
-    for (int64_t at = 0; at < e->tokens * e->hidden; ++at) {
-      const uint16_t half = to_bf16(e->sum_TH[at]);
-      memcpy(e->out_TH + at * 2, &half, 2);
-    }
+    round_all(e->sum_TH, e->tokens * e->hidden, e->out_TH);
   else
     memcpy(e->out_TH, e->sum_TH, e->tokens * e->hidden * 4);
+  e->add_s += lap_s();
   return 1;
 }

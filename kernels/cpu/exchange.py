@@ -34,6 +34,7 @@ class _Record(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "choices", "shards", "hidden")),
         *((name, ctypes.c_uint64) for name in ("epoch", "sequence")),
         *((name, ctypes.c_int64) for name in ("sent_bytes", "received_bytes")),
+        *((name, ctypes.c_double) for name in ("pack_s", "send_s", "wait_s", "add_s")),
         *((name, ctypes.c_uint32) for name in ("layer", "dtype")),
     )
 
@@ -53,8 +54,8 @@ class Exchange:
     def __init__(self, num_shards: int) -> None:
         library = load_dispatch()
         assert library is not None, "Exchange() without a compiled kernel"
-        self._run = library.dispatch_exchange
-        self._run.argtypes = [ctypes.POINTER(_Record)]
+        self.function = library.dispatch_exchange
+        self.function.argtypes = [ctypes.POINTER(_Record)]
         self._fd_S = (ctypes.c_int32 * num_shards)()
         self._generation_S = (ctypes.c_uint32 * num_shards)()
         self.state_S = (ctypes.c_int32 * num_shards)()
@@ -71,50 +72,61 @@ class Exchange:
             shards=num_shards,
         )
 
+    def set_shards(self, descriptors: list[int], generations: list[int], epoch: int) -> None:
+        """Say where the shards are.
+
+        Args:
+            descriptors: of each one's stream socket, which blocks, with deadlines of its own; -1: it is not asked.
+            generations: of each one's link.
+            epoch: the placement's.
+        """
+        self._fd_S[:] = descriptors  # type: ignore[assignment]
+        self._generation_S[:] = generations  # type: ignore[assignment]
+        self._record.epoch = epoch
+
+    def lay_out(
+        self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, shard_TK: Tensor, sum_TH: Tensor, out_TH: Tensor
+    ) -> ctypes.Structure:
+        """Say what is sent and where the answers go, all contiguous; return the record for other compiled code.
+
+        Args:
+            hidden_TH: bf16 or float32.
+            ids_TK: the experts chosen, int64.
+            weights_TK: the router's weights, float32.
+            shard_TK: who runs each pair, int32; -1: nobody.
+            sum_TH: float32, where the answers are added up, in the order of the shards.
+            out_TH: the sum in the dtype of hidden_TH, once all is done.
+        """
+        record = self._record
+        record.tokens, record.choices = shard_TK.shape
+        record.hidden, record.dtype = hidden_TH.shape[1], _WIRE_DTYPE[hidden_TH.dtype]
+        record.hidden_TH, record.ids_TK, record.weights_TK = (t.data_ptr() for t in (hidden_TH, ids_TK, weights_TK))
+        record.shard_TK, record.sum_TH, record.out_TH = (t.data_ptr() for t in (shard_TK, sum_TH, out_TH))
+        return record
+
     def run(
         self,
         hidden_TH: Tensor,
         ids_TK: npt.NDArray[np.int64],
         weights_TK: npt.NDArray[np.float32],
         shard_TK: npt.NDArray[np.int32],
-        descriptors: list[int],
-        generations: list[int],
         sum_TH: Tensor,
         *,
         layer: int,
-        epoch: int,
         sequence: int,
     ) -> Tensor | None:
-        """Send, receive and add.
+        """Send, receive and add, as `lay_out` describes it, for layer `layer`.
 
-        Args:
-            hidden_TH: contiguous, bf16 or float32.
-            ids_TK: the experts chosen.
-            weights_TK: the router's weights.
-            shard_TK: who runs each pair.
-            descriptors: of each shard's stream socket, which blocks, with deadlines of its own; of shards in shard_TK.
-            generations: of each shard's link.
-            sum_TH: float32, where the answers are added up, in the order of the shards.
-            layer: the packets' layer.
-            epoch: the placement's.
-            sequence: of the first shard's packet; the others count up from it.
+        The first shard's packet has number `sequence`; the others count up from it.
 
         Returns:
             The sum in the dtype of hidden_TH once all is done, else None.
         """
-        ids_TK, weights_TK, shard_TK = map(np.ascontiguousarray, (ids_TK, weights_TK, shard_TK))
+        ids, weights, shards = (torch.from_numpy(np.ascontiguousarray(a)) for a in (ids_TK, weights_TK, shard_TK))
         out_TH = torch.empty_like(hidden_TH)
-        self._fd_S[:] = descriptors  # type: ignore[assignment]
-        self._generation_S[:] = generations  # type: ignore[assignment]
-        record = self._record
-        record.hidden_TH, record.sum_TH, record.out_TH = hidden_TH.data_ptr(), sum_TH.data_ptr(), out_TH.data_ptr()
-        record.ids_TK, record.weights_TK = ids_TK.ctypes.data, weights_TK.ctypes.data
-        record.shard_TK = shard_TK.ctypes.data
-        record.tokens, record.choices = shard_TK.shape
-        record.hidden = hidden_TH.shape[1]
-        record.epoch, record.sequence, record.layer = epoch, sequence, layer
-        record.dtype = _WIRE_DTYPE[hidden_TH.dtype]
-        return out_TH if self._run(record) else None
+        self.lay_out(hidden_TH, ids, weights, shards, sum_TH, out_TH)
+        self._record.layer, self._record.sequence = layer, sequence
+        return out_TH if self.function(self._record) else None
 
     @property
     def sent_bytes(self) -> int:

@@ -41,6 +41,10 @@ struct Packet {
   enum { kWaits, kAnswered, kForOthers } state = kWaits;
 };
 
+CLONED void round_all(const float* from, int64_t size, uint16_t* to) {
+  for (int64_t at = 0; at < size; ++at) to[at] = to_bf16(from[at]);
+}
+
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 class Server {
@@ -167,7 +171,7 @@ class Server {
     packet.answer->resize(kHeader + elements * 2);
     memcpy(packet.answer->data(), &header, kHeader);
     uint16_t* to = reinterpret_cast<uint16_t*>(packet.answer->data() + kHeader);
-    for (int64_t at = 0; at < elements; ++at) to[at] = to_bf16(rows[at]);
+    round_all(rows, elements, to);
     packet.state = Packet::kAnswered;
   }
 

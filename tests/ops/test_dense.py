@@ -4,7 +4,7 @@ Shape suffixes: T rows, H hidden, A heads, G KV heads, D head size, R rotated el
 """
 
 import itertools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 import torch
@@ -19,10 +19,11 @@ from expertmesh.kernels.cpu.dense import (
     AttentionStep,
     AttentionWeights,
     QkNorm,
+    Router,
     can_attend,
 )
 from expertmesh.kernels.cpu.isa import Isa, best_isa
-from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear
+from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear, padded_outputs
 
 if load_dense() is None:
     pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
@@ -265,6 +266,78 @@ def test_where_a_sequence_is_cut_changes_no_bit(isa: Isa) -> None:
         part = rows_of(step, rows)
         got = layer.compiled.run(x_TH[rows].contiguous(), part, isa=isa)
         assert all(torch.equal(mine, right[rows]) for mine, right in zip(got, whole, strict=True))
+
+
+@given(
+    experts=st.sampled_from([1, 2, 7, 8, 32, 60, 64, 128, 200, 256]),
+    choices=st.integers(1, 8),
+    rows=st.integers(1, 40),
+    normalise=st.booleans(),
+    rounded=st.booleans(),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_router_chooses_as_torch_does(
+    experts: int, choices: int, rows: int, normalise: bool, rounded: bool, has_bias: bool, seed: int
+) -> None:
+    """Given the same scores, of which many are equal: bf16 has few numbers."""
+    torch.manual_seed(seed)
+    layer, choices = Layer(SHAPES["plain"], pages=20), min(choices, experts)
+    weight, outputs = torch.zeros(padded_outputs(experts), layer.shape.hidden, dtype=torch.bfloat16), experts
+    weight[:outputs] = bf16(outputs, layer.shape.hidden, scale=0.05)
+    bias = bf16(weight.shape[0]) if has_bias else None
+    router = Router(
+        linear=pack_linear([weight], [bias]),
+        num_experts=experts,
+        top_k=choices,
+        normalise=normalise,
+        rounded=rounded,
+    )
+    routed = AttentionLayer(layer.compiled.weights, layer.keys, layer.values, PAGE_SIZE, layer.shape.rope_size, router)
+    step = with_room(step_of(layer, [(0, 1)] * min(rows, 19)), router)
+    x_TH = bf16(len(step.write_T), layer.shape.hidden)
+    _, normed_TH = routed.run(x_TH, step)
+    assert step.scores_TO is not None
+    scores_TE = step.scores_TO[:, :experts].float()
+    bias_E = torch.zeros(experts) if bias is None else bias[:experts].float()
+    torch.testing.assert_close(scores_TE, normed_TH.float() @ weight[:experts].float().T + bias_E, rtol=0.02, atol=0.02)
+    weights_TK, ids_TK = torch.softmax(scores_TE, dim=-1).topk(choices)
+    if normalise:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    assert torch.equal(step.ids_TK, ids_TK)  # type: ignore[arg-type]  # there is room
+    exact = step.weights_TK
+    if rounded:
+        assert torch.equal(exact, exact.bfloat16().float())  # type: ignore[union-attr, arg-type]
+    torch.testing.assert_close(exact, weights_TK, rtol=2**-8 if rounded else 1e-5, atol=0)
+
+
+def with_room(step: AttentionStep, router: Router) -> AttentionStep:
+    rows = len(step.write_T)
+    return replace(
+        step,
+        scores_TO=torch.empty((rows, router.linear.num_outputs), dtype=torch.bfloat16),
+        ids_TK=torch.empty((rows, router.top_k), dtype=torch.int64),
+        weights_TK=torch.empty((rows, router.top_k)),
+    )
+
+
+def test_scores_that_are_no_numbers_choose_some_experts() -> None:
+    """What comes of it is not finite, and the request ends with an error; no other is touched."""
+    layer = Layer(SHAPES["plain"], pages=20)
+    router = Router(
+        linear=pack_linear([bf16(32, layer.shape.hidden)]), num_experts=32, top_k=4, normalise=True, rounded=False
+    )
+    routed = AttentionLayer(layer.compiled.weights, layer.keys, layer.values, PAGE_SIZE, layer.shape.rope_size, router)
+    step = with_room(step_of(layer, [(0, 1), (0, 1)]), router)
+    x_TH = bf16(2, layer.shape.hidden)
+    x_TH[0] = float("nan")
+    routed.run(x_TH, step)
+    assert step.ids_TK is not None
+    assert step.weights_TK is not None
+    assert all(0 <= expert < 32 for expert in step.ids_TK.flatten().tolist())
+    assert step.weights_TK[0].isnan().all()
+    assert step.weights_TK[1].isfinite().all()
 
 
 @given(

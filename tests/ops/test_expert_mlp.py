@@ -23,6 +23,7 @@ from expertmesh.kernels.cpu.expert_mlp import (
     unpack_expert,
 )
 from expertmesh.kernels.cpu.isa import Isa, best_isa
+from expertmesh.kernels.cpu.threads import start_helpers
 from expertmesh.kernels.grouped_mlp import ExpertMath, SlotWeights, reference_mlp
 
 # The kernel rounds once between the projections, to bf16: 2**-9 of a value, and the down projection sums at most 96 of
@@ -154,6 +155,23 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(isa: Isa, threads: int) -
             assert torch.equal(alone[0], together[row])
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_that_help_change_no_bit() -> None:
+    """Many more of them than cores, so that some come late, when the call that they came for is over."""
+    calls = []
+    for seed in range(8):
+        _, packed = layer(next(iter(ACTIVATIONS.values())), (1 + seed, 64, 96), has_bias=False, seed=seed)
+        rows_TH = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        pairs = random_pairs(5, 1 + seed, 20, seed)
+        calls.append((packed, rows_TH, pairs, packed.run(rows_TH, **pairs, isa=None)))
+    start_helpers(7)
+    try:
+        for _ in range(100):
+            for packed, rows_TH, pairs, wanted in calls:
+                assert torch.equal(packed.run(rows_TH, **pairs, isa=None), wanted)
+    finally:
+        start_helpers(0)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=list(ACTIVATIONS))

@@ -16,6 +16,7 @@ from expertmesh.cluster.scheduler import Chunk
 from expertmesh.kernels.cpu.build import load_dense
 from expertmesh.models import hooks, runners
 from expertmesh.models.architecture import find_experts
+from expertmesh.models.layer_watch import decoder_layers, mlp_of
 from expertmesh.models.runners import PagedRunner
 from tests.families import BATCHED, VOCAB_SIZE
 
@@ -50,6 +51,8 @@ COMPILED = {
     "deepseek_v3": 0,
     "minimax_m2": 0,  # as glm4_moe
 }
+# Of these, the families whose routers are of the common kind and whose blocks add nothing to their experts.
+ROUTED = {"mixtral": 3, "qwen3_moe": 3, "olmoe": 3, "granitemoe": 3, "gpt_oss": 3}
 # bf16 has 8 bits; three layers add up.
 TOLERANCE = 0.04
 
@@ -114,6 +117,17 @@ def runners_of(model: PreTrainedModel) -> tuple[PagedRunner, PagedRunner]:
     return plain, make_runner(model)
 
 
+def num_routed(runner: PagedRunner) -> int:
+    """Return how many layers choose their experts in compiled code: transformers' block is not called."""
+    called: list[Any] = []
+    layers = list(decoder_layers(runner._model))
+    handles = [mlp_of(layer).register_forward_pre_hook(lambda block, _: called.append(block)) for layer in layers]
+    run_steps(runner)
+    for handle in handles:
+        handle.remove()
+    return len(layers) - len(set(map(id, called)))
+
+
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
@@ -124,6 +138,7 @@ def test_compiled_layers_compute_what_transformers_computes(family: str) -> None
     plain, compiled = runners_of(make_model(family, **{"attention_multiplier": 0.1} if family == "granitemoe" else {}))
     assert plain.num_compiled == 0
     assert compiled.num_compiled == COMPILED[family]
+    assert num_routed(compiled) == ROUTED.get(family, 0)
     for got, wanted in zip(run_steps(compiled), run_steps(plain), strict=True):
         assert relative_error(got, wanted) < TOLERANCE
 
@@ -173,6 +188,25 @@ def other_norm(layer: Any) -> None:
 def more_behind(layer: Any) -> None:
     forward: Callable[..., Any] = layer.forward
     layer.forward = lambda hidden, *args, **kwargs: forward(hidden, *args, **kwargs) + 0.01 * hidden
+
+
+def doubled_weights(layer: Any) -> None:
+    layer.mlp.gate.register_forward_hook(lambda _gate, _args, out: (out[0], out[1] * 2, out[2]))
+
+
+def more_than_experts(layer: Any) -> None:
+    layer.mlp.register_forward_hook(lambda _block, args, out: out + 0.01 * args[0])
+
+
+@pytest.mark.parametrize("change", [doubled_weights, more_than_experts])
+def test_a_router_that_only_looks_common_is_left_alone(change: Callable[[Any], None]) -> None:
+    model = make_model("qwen3_moe")
+    change(model.model.layers[1])
+    plain, compiled = runners_of(model)
+    assert compiled.num_compiled == 3
+    assert num_routed(compiled) == 2
+    for got, wanted in zip(run_steps(compiled), run_steps(plain), strict=True):
+        assert relative_error(got, wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("change", [scaled_attention, turned_keys, other_norm, more_behind])

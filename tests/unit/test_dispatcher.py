@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from expertmesh.actors.links.base import Link
-from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+from expertmesh.actors.worker.dispatcher import Dispatcher
+from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.errors import NoReplicaError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expertmesh.actors.links.base import Link
-from expertmesh.actors.worker.dispatcher import Fleet
+from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.errors import NoReplicaError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind, WireDtype

@@ -22,7 +22,8 @@ from expertmesh.actors.links.base import Link
 from expertmesh.actors.links.gloo import INLINE_BYTES, GlooLink
 from expertmesh.actors.links.local import LocalLink
 from expertmesh.actors.shard.server import ShardServer
-from expertmesh.actors.worker.dispatcher import Dispatcher, Fleet
+from expertmesh.actors.worker.dispatcher import Dispatcher
+from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.packets import PacketHeader

@@ -10,7 +10,7 @@ from torch import Tensor
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.links.ends import LinkEnd, ShardPeer
 from expertmesh.actors.worker import link_keeper
-from expertmesh.actors.worker.dispatcher import Fleet
+from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.actors.worker.link_keeper import LinkKeeper
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ShardId

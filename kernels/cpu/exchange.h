@@ -1,0 +1,37 @@
+// A layer's way to its shards and back, as callers hand it to dispatch.cpp; laid out as kernels/cpu/exchange.py has it.
+
+#pragma once
+
+#include <stdint.h>
+
+#include <chrono>
+
+namespace {
+
+// Of a shard in an exchange.
+enum ShardState : int32_t { kNotAsked = 0, kDone = 1, kOtherAnswer = 2, kNotSent = 3, kNotReceived = 4 };
+
+inline double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+}  // namespace
+
+// One layer's way to the shards and back.
+struct Exchange {
+  const uint8_t* hidden_TH;  // dtype as on the wire, bf16 or float32
+  const int64_t* ids_TK;
+  const float* weights_TK;
+  const int32_t* shard_TK;
+  float* sum_TH;             // of the answers, in the order of the shards
+  uint8_t* out_TH;           // the same in the wire's dtype, once all answers have come
+  const int32_t* fd_S;       // stream sockets that block, with deadlines of their own
+  const uint32_t* generation_S;
+  int32_t* state_S;          // State, of each shard, and why
+  int32_t* errno_S;
+  const uint8_t** left_S;    // kOtherAnswer, kNotReceived: what was read of the answer; valid until this thread's next exchange
+  int64_t* left_bytes_S;
+  int64_t tokens, choices, shards, hidden;
+  uint64_t epoch, sequence;  // the packets' sequences count up from it, by shard
+  int64_t sent_bytes, received_bytes;  // of payloads; set
+  double pack_s, send_s, wait_s, add_s;  // set
+  uint32_t layer, dtype;
+};

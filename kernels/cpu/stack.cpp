@@ -1,0 +1,104 @@
+// Decoder layers one after another: each one's dense half, its experts on their shards, and the sum that the next one gets.
+//
+// What an interpreter does between two layers it does with nothing of itself in the caches, where weights have just passed: 0.25 ms a
+// layer. What is out of the ordinary goes back to it: a replica to be chosen, a shard that fails, a fleet that changes.
+
+#include <string.h>
+
+#include <atomic>
+
+#include "dense.h"
+#include "exchange.h"
+#include "halves.h"
+
+namespace {
+
+// Why the caller has to go on. kExperts: with the experts of layer `at`; kUnfinished: an exchange of it did not get all it asked for.
+enum Stop : int32_t { kFinished = 0, kChanged = 1, kExperts = 2, kUnfinished = 3 };
+
+// Seconds spent, by part.
+enum Part { kDense = 0, kChoose = 1, kPack = 2, kSend = 3, kWait = 4, kAdd = 5 };
+
+}  // namespace
+
+// Laid out as kernels/cpu/stack.py has it. N layers of the stack, L rows of the tables, E experts.
+struct Stack {
+  void (*dense_layer)(const Layer*, const Step*, int isa, int threads);
+  int (*exchange)(Exchange*);
+  const Layer* const* layer_N;
+  const uint32_t* number_N;   // what packets call them
+  const int64_t* row_N;       // theirs in the tables
+  const int32_t* only_LE;     // the one shard of each expert; -1: there are several, or none
+  int64_t *load_LE, *decode_LE;
+  int64_t *dispatch_bytes_L, *combine_bytes_L;
+  const uint8_t* is_decode_T;
+  Step* step;
+  Exchange* shards;
+  uint16_t* hidden_TH;        // what the next layer gets
+  uint64_t* sequence;         // the last packet's
+  const int32_t* changed;     // set by any thread
+  double* spent;              // by Part
+  int64_t layers, at, experts;
+  int32_t isa, threads;
+};
+
+namespace {
+
+// Finds each pair's shard; false: not every expert has exactly one.
+bool find_shards(const int32_t* only_E, const Exchange& e) {
+  int32_t* shard_TK = const_cast<int32_t*>(e.shard_TK);
+  int32_t least = 0;
+  for (int64_t at = 0; at < e.tokens * e.choices; ++at) {
+    shard_TK[at] = only_E[e.ids_TK[at]];
+    least = shard_TK[at] < least ? shard_TK[at] : least;
+  }
+  return least >= 0;
+}
+
+void count(const Stack& s, int64_t row) {
+  const Exchange& e = *s.shards;
+  int64_t *load_E = s.load_LE + row * s.experts, *decode_E = s.decode_LE + row * s.experts;
+  for (int64_t t = 0; t < e.tokens; ++t)
+    for (int64_t k = 0; k < e.choices; ++k) {
+      const int64_t expert = e.ids_TK[t * e.choices + k];
+      ++load_E[expert];
+      decode_E[expert] += s.is_decode_T[t] != 0;
+    }
+}
+
+CLONED void add(const uint16_t* a, const uint16_t* b, int64_t size, uint16_t* to) {
+  for (int64_t i = 0; i < size; ++i) to[i] = to_bf16(to_float(a[i]) + to_float(b[i]));
+}
+
+bool has_changed(const Stack& s) { return __atomic_load_n(s.changed, __ATOMIC_ACQUIRE) != 0; }
+
+}  // namespace
+
+// Goes on from layer s->at; returns Stop. With kExperts and kUnfinished the step's normed, ids, weights and residual are that layer's.
+extern "C" int stack_run(Stack* s) {
+  Exchange& e = *s->shards;
+  s->step->x = s->hidden_TH;
+  for (; s->at < s->layers; ++s->at) {
+    if (has_changed(*s)) return kChanged;
+    const int64_t row = s->row_N[s->at];
+    double mark_s = now_s();
+    s->dense_layer(s->layer_N[s->at], s->step, s->isa, s->threads);
+    const double dense_s = now_s();
+    s->spent[kDense] += dense_s - mark_s;
+    if (has_changed(*s) || !find_shards(s->only_LE + row * s->experts, e)) return kExperts;
+    count(*s, row);
+    s->spent[kChoose] += now_s() - dense_s;
+    e.layer = s->number_N[s->at];
+    e.sequence = *s->sequence + 1;
+    *s->sequence += e.shards;
+    const bool is_done = s->exchange(&e) != 0;
+    s->dispatch_bytes_L[row] += e.sent_bytes;
+    s->combine_bytes_L[row] += e.received_bytes;
+    s->spent[kPack] += e.pack_s, s->spent[kSend] += e.send_s, s->spent[kWait] += e.wait_s;
+    if (!is_done) return kUnfinished;
+    mark_s = now_s();
+    add(s->step->residual, reinterpret_cast<const uint16_t*>(e.out_TH), e.tokens * e.hidden, s->hidden_TH);
+    s->spent[kAdd] += e.add_s + now_s() - mark_s;
+  }
+  return kFinished;
+}

@@ -1,0 +1,150 @@
+"""Layers that follow each other in compiled code give what they give one by one, whatever happens to the shards."""
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from expertmesh.actors.links.base import Link
+from expertmesh.actors.worker.fleet import Fleet
+from expertmesh.cluster.ids import ShardId
+from expertmesh.kernels.cpu.build import load_stack
+from expertmesh.kernels.cpu.stack import StackStep, Stop
+from tests.families import BATCHED
+from tests.fleet import LocalFleet, break_link, greedy, served_link
+from tests.parity.test_compiled_layers import SIZES
+
+if load_stack() is None:
+    pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory: Path = tmp_path_factory.mktemp("qwen3_moe")
+    config = AutoConfig.for_model("qwen3_moe", **{**BATCHED["qwen3_moe"], **SIZES, "num_hidden_layers": 4})
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def stops(monkeypatch: pytest.MonkeyPatch) -> list[Stop]:
+    """Why compiled code came back, each time."""
+    seen: list[Stop] = []
+    run = StackStep.run
+
+    def watched(self: StackStep, route: Any) -> Stop:
+        seen.append(run(self, route))
+        return seen[-1]
+
+    monkeypatch.setattr(StackStep, "run", watched)
+    return seen
+
+
+def fleet_of(checkpoint: Path, **settings: Any) -> LocalFleet:
+    return LocalFleet(checkpoint, dtype="bfloat16", **{"link_kind": "local", **settings})
+
+
+def tokens_of(fleet: LocalFleet, after_steps: int = 0, then: Callable[[], None] = lambda: None) -> dict[str, list[int]]:
+    """Run three requests at once, and do something on the way."""
+    prompts = {"a": [3, 1, 4, 1, 5, 9, 2, 6], "b": [27, 18, 28], "c": list(range(30, 60))}
+    requests = [greedy(name, ids, NUM_TOKENS) for name, ids in prompts.items()]
+    fleet.engine.submit(requests)
+    for _ in range(after_steps):
+        fleet.engine.step()
+    then()
+    return fleet.finish(requests)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> dict[str, list[int]]:
+    with fleet_of(checkpoint, layer_by_layer=True) as fleet:
+        return tokens_of(fleet)
+
+
+def test_the_tokens_and_the_counts_are_those_of_layers_one_by_one(
+    checkpoint: Path, expected: dict[str, list[int]], stops: list[Stop]
+) -> None:
+    counts = []
+    for layer_by_layer in (True, False):
+        with fleet_of(checkpoint, layer_by_layer=layer_by_layer) as fleet:
+            assert tokens_of(fleet) == expected
+            dispatcher = fleet.dispatcher
+            tables = dispatcher.load_LE, dispatcher.decode_LE, dispatcher.dispatch_bytes_L, dispatcher.combine_bytes_L
+            counts.append([table.tolist() for table in tables])
+            assert dispatcher.expert_s > 0
+    assert counts[0] == counts[1]
+    assert stops
+    assert set(stops) == {Stop.FINISHED}
+
+
+def test_links_without_a_socket_go_the_other_way(
+    checkpoint: Path, expected: dict[str, list[int]], stops: list[Stop]
+) -> None:
+    with fleet_of(checkpoint, link_kind="gloo") as fleet:
+        assert tokens_of(fleet) == expected
+    assert not stops
+
+
+def test_replicas_are_chosen_by_the_dispatcher(
+    checkpoint: Path, expected: dict[str, list[int]], stops: list[Stop]
+) -> None:
+    with fleet_of(checkpoint, shards=3, replicas=2) as fleet:
+        got = tokens_of(fleet)
+    assert set(stops) == {Stop.EXPERTS}
+    # Other shards add up in another order: a token may turn, and all that follow it.
+    assert all(got[name][0] == tokens[0] for name, tokens in expected.items())
+
+
+def test_a_shard_that_dies_leaves_what_its_replicas_do(checkpoint: Path, stops: list[Stop]) -> None:
+    with fleet_of(checkpoint, replicas=2) as fleet:
+        got = tokens_of(fleet, 3, lambda: break_link(fleet.links[ShardId("shard-1")]))
+        assert fleet.dispatcher.fleet is not None
+        assert fleet.dispatcher.fleet.alive_S.tolist() == [True, False]
+    assert all(len(tokens) == NUM_TOKENS for tokens in got.values())
+    assert stops[-1] is Stop.FINISHED  # each expert has one shard by now
+
+
+def test_a_link_that_breaks_within_a_step_is_made_good_by_a_newer_fleet(
+    checkpoint: Path, expected: dict[str, list[int]], stops: list[Stop]
+) -> None:
+    with fleet_of(checkpoint) as fleet, ExitStack() as contexts:
+        lost = ShardId("shard-1")
+
+        def mend(shard: ShardId, _link: Link) -> None:
+            again = contexts.enter_context(served_link(fleet.servers[shard], "again", kind="local"))
+            fleet.dispatcher.set_fleet(Fleet(fleet.placement, {**fleet.links, shard: again}))
+
+        fleet.dispatcher._on_lost = mend
+        got = tokens_of(fleet, 3, lambda: shut_down(fleet.links[lost]))
+    assert got == expected
+    assert Stop.UNFINISHED in stops
+
+
+def shut_down(link: Any) -> None:
+    """Let nothing more be sent on a link; this end does not know of it."""
+    link._socket.shutdown(2)
+
+
+def test_a_fleet_that_is_set_within_a_step_is_used_from_the_next_layer_on(
+    checkpoint: Path, expected: dict[str, list[int]], stops: list[Stop]
+) -> None:
+    with fleet_of(checkpoint) as fleet:
+        is_over = threading.Event()
+
+        def keep_setting() -> None:
+            while not is_over.wait(0.0005):
+                fleet.dispatcher.set_fleet(Fleet(fleet.placement, fleet.links))
+
+        setter = threading.Thread(target=keep_setting)
+        setter.start()
+        try:
+            assert tokens_of(fleet) == expected
+        finally:
+            is_over.set()
+            setter.join()
+    assert set(stops) - {Stop.FINISHED}, "no change fell within a step"
