@@ -136,17 +136,37 @@ INLINE void find_keys(const Layer& layer, const int64_t* pages, int64_t first, i
   }
 }
 
+// One of four steps that turn 16 vectors of 16 words by their diagonal.
+template <int width>
+INLINE void swap_across(Floats* v) {
+  Ints upper, lower;
+  for (int lane = 0; lane < 16; ++lane) {
+    upper[lane] = lane & width ? 16 + (lane ^ width) : lane;
+    lower[lane] = lane & width ? 16 + lane : lane ^ width;
+  }
+  for (int i = 0; i < 16; ++i)
+    if (!(i & width)) {
+      const Floats one = v[i], other = v[i | width];
+      v[i] = __builtin_shuffle(one, other, upper);
+      v[i | width] = __builtin_shuffle(one, other, lower);
+    }
+}
+
 // Keys as packed weights (packed.h) whose outputs are keys, a panel for 32 of them; keys that are not there are zero.
 INLINE void pack_keys(const Layer& layer, const int64_t* cache, uint16_t* panels) {
   const int64_t depth = layer.head_size / kDepth;
-  for (int64_t j = 0; j < kKeys; ++j) {
-    uint16_t* to = panels + j / 32 * 2 * depth * kBlock + j % 32 / kOuts * kBlock + j % kOuts * 2;
-    for (int64_t d = 0; d < depth; ++d, to += 2 * kBlock)
-      for (int64_t pair = 0; pair < 16; ++pair) {
-        uint32_t both = 0;
-        if (cache[j] >= 0) memcpy(&both, layer.keys + cache[j] + d * kDepth + 2 * pair, 4);
-        memcpy(to + pair * 32, &both, 4);
-      }
+  for (int64_t j = 0; j < kKeys; j += kOuts) {
+    uint16_t* to = panels + j / 32 * 2 * depth * kBlock + j % 32 / kOuts * kBlock;
+    for (int64_t d = 0; d < depth; ++d, to += 2 * kBlock) {
+      Floats words[16];  // by key, pairs of elements; then by pair
+      for (int64_t key = 0; key < 16; ++key)
+        words[key] = cache[j + key] < 0 ? Floats{} : *reinterpret_cast<const Floats*>(layer.keys + cache[j + key] + d * kDepth);
+      swap_across<8>(words);
+      swap_across<4>(words);
+      swap_across<2>(words);
+      swap_across<1>(words);
+      for (int64_t pair = 0; pair < 16; ++pair) *reinterpret_cast<Floats*>(to + pair * 32) = words[pair];
+    }
   }
 }
 
@@ -162,18 +182,18 @@ INLINE void pack_values(const Layer& layer, const int64_t* cache, uint16_t* pane
     }
 }
 
-// One row's scores of kKeys keys turned into weights, of which those before `begin` and from `end` on are zero: returns how much what was
-// summed before shrinks.
-INLINE float weigh(float* scores, int64_t begin, int64_t end, float* most, float* total, uint16_t* to) {
-  for (int64_t j = 0; j < begin; ++j) scores[j] = -INFINITY;
-  for (int64_t j = end; j < kKeys; ++j) scores[j] = -INFINITY;
+// One row's scores of kKeys keys, of which each 32 follow `stride` floats behind the 32 before, turned into weights: those of keys before
+// `begin` and from `end` on are zero. Returns how much what was summed before shrinks.
+INLINE float weigh(float* scores, int64_t stride, float scale, int64_t begin, int64_t end, float* most, float* total, uint16_t* to) {
+  for (int64_t j = 0; j < begin; ++j) scores[j / 32 * stride + j % 32] = -INFINITY;
+  for (int64_t j = end; j < kKeys; ++j) scores[j / 32 * stride + j % 32] = -INFINITY;
   Floats largest = load(scores);
-  for (int64_t j = 16; j < kKeys; j += 16) largest = larger(load(scores + j), largest);
-  const float now = std::max(*most, largest_of(largest)), shrink = *most == now ? 1.0f : std::exp(*most - now);
+  for (int64_t j = 16; j < kKeys; j += 16) largest = larger(load(scores + j / 32 * stride + j % 32), largest);
+  const float now = std::max(*most, largest_of(largest) * scale), shrink = *most == now ? 1.0f : std::exp(*most - now);
   Floats sum = {};
   for (int64_t j = 0; j < kKeys; j += 16) {
-    const Floats score = load(scores + j);
-    Floats weight = exponential(score - now);
+    const Floats score = load(scores + j / 32 * stride + j % 32);
+    Floats weight = exponential(score * scale - now);
     weight = score == -INFINITY ? Floats{} : weight;
     sum += weight;
     *reinterpret_cast<Halves*>(to + j / kDepth * kBlock + j % kDepth) = to_halves(weight);
@@ -181,6 +201,18 @@ INLINE float weigh(float* scores, int64_t begin, int64_t end, float* most, float
   *total = *total * shrink + sum_of(sum);
   *most = now;
   return shrink;
+}
+
+// The scores of kKeys keys, [32 keys][kQueries][32]; with a soft cap they are scaled already.
+INLINE void score_keys(const Layer& layer, const uint16_t* query, int64_t rows, const uint16_t* keys, float* scores) {
+  const int64_t depth = layer.head_size / kDepth;
+  for (int64_t panel = 0; panel < kKeys / 32; ++panel) {
+    float* to = scores + panel * kQueries * 32;
+    product(query, rows, keys + panel * 2 * depth * kBlock, depth, to);
+    if (layer.softcap > 0)
+      for (int64_t i = 0; i < rows * 32; i += 16)
+        save(layer.softcap * (2.0f * sigmoid(load(to + i) * (layer.scale * 2.0f / layer.softcap)) - 1.0f), to + i);
+  }
 }
 
 // Attention of neighbouring rows of one sequence, at most kQueries, for the query heads of one KV head: kKeys keys at a time, softmax as it
@@ -202,22 +234,15 @@ void attend_rows(const Layer& layer, const Step& step, int64_t row, int64_t rows
     }
   }
   memset(room.sum, 0, shared * kQueries * size * sizeof(float));
-  alignas(64) float products[kQueries * 32], scores[kQueries * kKeys];
+  alignas(64) float scores[kQueries * kKeys];
   int64_t cache[kKeys];
+  const float scale = layer.softcap > 0 ? 1.0f : layer.scale;
   for (int64_t first = oldest / kKeys * kKeys; first < length; first += kKeys) {
     find_keys(layer, pages, first, length, group, cache);
     pack_keys(layer, cache, room.keys);
     pack_values(layer, cache, room.values);
     for (int64_t head = 0; head < shared; ++head) {
-      for (int64_t panel = 0; panel < kKeys / 32; ++panel) {
-        product(room.query + head * kQueries * size, rows, room.keys + panel * 2 * depth * kBlock, depth, products);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t j = 0; j < 32; j += 16) {
-            Floats score = load(products + r * 32 + j) * layer.scale;
-            if (layer.softcap > 0) score = layer.softcap * (2.0f * sigmoid(score * (2.0f / layer.softcap)) - 1.0f);
-            save(score, scores + r * kKeys + panel * 32 + j);
-          }
-      }
+      score_keys(layer, room.query + head * kQueries * size, rows, room.keys, scores);
       float* sum = room.sum + head * kQueries * size;
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t own = step.length_T[row + r], begin = layer.window ? std::max<int64_t>(0, own - layer.window) : 0;
@@ -227,26 +252,25 @@ void attend_rows(const Layer& layer, const Step& step, int64_t row, int64_t rows
           continue;
         }
         const int64_t at = head * kQueries + r;
-        const float shrink = weigh(scores + r * kKeys, std::max<int64_t>(0, begin - first), std::min<int64_t>(kKeys, own - first),
-                                   room.most + at, room.total + at, to);
+        const float shrink = weigh(scores + r * 32, kQueries * 32, scale, std::max<int64_t>(0, begin - first),
+                                   std::min<int64_t>(kKeys, own - first), room.most + at, room.total + at, to);
         if (shrink != 1.0f)
-          for (int64_t i = 0; i < size; i += 16) save(load(sum + r * size + i) * shrink, sum + r * size + i);
-      }
-      for (int64_t panel = 0; panel < depth; ++panel) {
-        product(room.weights, rows, room.values + panel * 2 * (kKeys / kDepth) * kBlock, kKeys / kDepth, products);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t i = 0; i < 32; i += 16) {
-            float* to = sum + r * size + panel * 32 + i;
-            save(load(to) + load(products + r * 32 + i), to);
+          for (int64_t i = 0; i < size; i += 16) {
+            float* part = sum + (i / 32 * kQueries + r) * 32 + i % 32;
+            save(load(part) * shrink, part);
           }
       }
+      for (int64_t panel = 0; panel < depth; ++panel)
+        product(room.weights, rows, room.values + panel * 2 * (kKeys / kDepth) * kBlock, kKeys / kDepth, sum + panel * kQueries * 32, true);
     }
   }
   for (int64_t head = 0; head < shared; ++head)
     for (int64_t r = 0; r < rows; ++r) {
-      const float scale = 1.0f / room.total[head * kQueries + r];
+      const float part = 1.0f / room.total[head * kQueries + r];
       uint16_t* to = step.attended + ((row + r) * layer.heads + group * shared + head) * size;
-      for (int64_t i = 0; i < size; i += 16)
-        *reinterpret_cast<Halves*>(to + i) = to_halves(load(room.sum + (head * kQueries + r) * size + i) * scale);
+      for (int64_t i = 0; i < size; i += 16) {
+        const float* from = room.sum + head * kQueries * size + (i / 32 * kQueries + r) * 32 + i % 32;
+        *reinterpret_cast<Halves*>(to + i) = to_halves(load(from) * part);
+      }
     }
 }

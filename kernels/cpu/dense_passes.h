@@ -17,8 +17,6 @@ INLINE float sum_of(Floats v) {
   return v[0] + v[1];
 }
 
-INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
 INLINE float largest_of(Floats v) {
   v = larger(v, crossed<8>(v));
   v = larger(v, crossed<4>(v));

@@ -7,9 +7,8 @@ INLINE Floats activate(const Activation& how, Floats gate, Floats value) {
   switch (how.kind) {
     case kSwiglu: {
       const Floats most = fill(how.limit);
-      gate = gate > most ? most : gate;
-      value = value > most ? most : value;
-      value = value < -most ? -most : value;
+      gate = smaller(most, gate);
+      value = larger(-most, smaller(most, value));
       return (value + how.shift) * (gate * sigmoid(how.alpha * gate));
     }
     case kGeluTanh: {  // tanh(z) = 2 sigmoid(2 z) - 1
@@ -51,6 +50,8 @@ void up_panel(const Call& call, const Group& group, int64_t panel, const uint16_
   }
 }
 
+constexpr int64_t kRowsAhead = 8;
+
 // 32 columns of the output for all rows of a group; where pairs are weighted, they are added up in sum[row - first row][0..31].
 void down_panel(const Call& call, const int64_t* order, const Group& group, int64_t panel, const uint16_t* middle, float* sum, int64_t sum_stride) {
   const int64_t depth = call.width / kDepth, rows = group.end - group.begin;
@@ -59,6 +60,11 @@ void down_panel(const Call& call, const int64_t* order, const Group& group, int6
   product(middle + group.block * depth * kBlock, rows, call.down[group.slot] + 2 * panel * depth * kBlock, depth, sums);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t pair = order[group.begin + row];
+    if (call.weight_P && row + kRowsAhead < rows) {  // rows of a group are not neighbours
+      const float* next = sum + (call.row_P[order[group.begin + row + kRowsAhead]] - call.first_row) * sum_stride;
+      __builtin_prefetch(next, 1);
+      __builtin_prefetch(next + 16, 1);
+    }
     Floats one = load(sums + row * 32), two = load(sums + row * 32 + 16);
     if (bias) {
       one += from_halves(bias);

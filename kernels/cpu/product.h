@@ -1,16 +1,17 @@
 // The product of packed weights for one instruction set (every_isa.h). PRODUCT chooses it: 0 vectors of the compiler's, 1 AVX-512
 // BF16 dot products, 2 AMX tiles.
 //
-// product(): sums[row][32] = rows . weights, over `depth` blocks. a: blocks of rows, those of the next 16 rows `depth` blocks behind
+// product(): sums[row][32] = rows . weights, over `depth` blocks, or with `more` that is added to what they are (there must be room for
+// whole blocks of rows then). a: blocks of rows, those of the next 16 rows `depth` blocks behind
 // those of the 16 before. w: a panel.
 
 #include "vectors.h"
 
 #if PRODUCT == 0
 template <int half, int M>
-INLINE void plain_rows(const uint16_t* a, const uint16_t* panel, int64_t depth, float* sums) {
+INLINE void plain_rows(const uint16_t* a, const uint16_t* panel, int64_t depth, float* sums, bool more) {
   Floats sum[M];
-  for (int m = 0; m < M; ++m) sum[m] = Floats{};
+  for (int m = 0; m < M; ++m) sum[m] = more ? load(sums + m * 32 + half * 16) : Floats{};
   for (int64_t d = 0; d < depth; ++d) {
     const uint16_t *w = panel + (2 * d + half) * kBlock, *x = a + d * kBlock;
     for (int pair = 0; pair < 16; ++pair) {
@@ -31,30 +32,31 @@ INLINE void plain_rows(const uint16_t* a, const uint16_t* panel, int64_t depth, 
 }
 
 template <int M>
-INLINE void plain_pair(const uint16_t* a, const uint16_t* w, int64_t depth, float* sums) {
-  plain_rows<0, M>(a, w, depth, sums);
-  plain_rows<1, M>(a, w, depth, sums);
+INLINE void plain_pair(const uint16_t* a, const uint16_t* w, int64_t depth, float* sums, bool more) {
+  plain_rows<0, M>(a, w, depth, sums, more);
+  plain_rows<1, M>(a, w, depth, sums, more);
 }
 
-INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums) {
+INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums, bool more = false) {
   for (int64_t row = 0; row < rows;) {
     const uint16_t* block = a + row / kRows * depth * kBlock + row % kRows * kDepth;
     const int64_t left = std::min(rows, (row / kRows + 1) * kRows) - row;
     float* out = sums + row * 32;
     if (left >= 4) {
-      plain_pair<4>(block, w, depth, out);
+      plain_pair<4>(block, w, depth, out, more);
       row += 4;
     } else {
-      plain_pair<1>(block, w, depth, out);
+      plain_pair<1>(block, w, depth, out, more);
       row += 1;
     }
   }
 }
 #elif PRODUCT == 1
 template <int M>
-INLINE void dot_rows(const uint16_t* a, const uint16_t* w, int64_t depth, float* sums) {
+INLINE void dot_rows(const uint16_t* a, const uint16_t* w, int64_t depth, float* sums, bool more) {
   __m512 sum[M][2];
-  for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+  for (int m = 0; m < M; ++m)
+    for (int half = 0; half < 2; ++half) sum[m][half] = more ? _mm512_loadu_ps(sums + m * 32 + half * 16) : _mm512_setzero_ps();
   for (int64_t d = 0; d < depth; ++d) {
     const uint16_t *w0 = w + 2 * d * kBlock, *w1 = w0 + kBlock, *x = a + d * kBlock;
     for (int pair = 0; pair < 16; ++pair) {
@@ -81,17 +83,17 @@ INLINE void dot_rows(const uint16_t* a, const uint16_t* w, int64_t depth, float*
 constexpr int64_t kMostRows = 12;
 
 template <int M = kMostRows>
-INLINE void dot_any(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums) {
+INLINE void dot_any(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums, bool more) {
   if (rows == M)
-    dot_rows<M>(a, w, depth, sums);
+    dot_rows<M>(a, w, depth, sums, more);
   else if constexpr (M > 1)
-    dot_any<M - 1>(a, rows, w, depth, sums);
+    dot_any<M - 1>(a, rows, w, depth, sums, more);
 }
 
-INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums) {
+INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums, bool more = false) {
   for (int64_t row = 0; row < rows;) {
     const int64_t left = std::min(rows, (row / kRows + 1) * kRows) - row, now = left <= kMostRows ? left : (left + 1) / 2;
-    dot_any(a + row / kRows * depth * kBlock + row % kRows * kDepth, now, w, depth, sums + row * 32);
+    dot_any(a + row / kRows * depth * kBlock + row % kRows * kDepth, now, w, depth, sums + row * 32, more);
     row += now;
   }
 }
@@ -144,7 +146,7 @@ INLINE void tile_rows(const uint16_t* a, const uint16_t* below, const uint16_t* 
   }
 }
 
-INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums) {
+INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t depth, float* sums, bool more = false) {
   // A slab of the panel is used for all rows before the next, which is asked of memory meanwhile; for few rows, which memory alone
   // bounds, 2 KiB ahead reads fastest.
   const int64_t passes = (rows + 2 * kRows - 1) / (2 * kRows), lines = (8 + passes - 1) / passes;
@@ -154,9 +156,9 @@ INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t 
     for (int64_t row = 0; row < rows; row += 2 * kRows, next += 4 * lines * count * 32) {
       const uint16_t* block = a + (row / kRows * depth + d) * kBlock;
       if (rows - row > kRows)
-        tile_rows<true>(block, block + depth * kBlock, weights, count, sums + row * 32, d == 0, next, lines);
+        tile_rows<true>(block, block + depth * kBlock, weights, count, sums + row * 32, d == 0 && !more, next, lines);
       else
-        tile_rows<false>(block, nullptr, weights, count, sums + row * 32, d == 0, next, lines);
+        tile_rows<false>(block, nullptr, weights, count, sums + row * 32, d == 0 && !more, next, lines);
     }
   }
 }
