@@ -22,6 +22,7 @@ from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError
 from expertmesh.cluster.model_info import CheckpointFacts
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models.config_file import read_config_file
+from expertmesh.models.kept_facts import facts_path, keep_facts, kept_facts
 
 _PROGRESS_PERIOD_S = 0.2
 _DRAIN_S = 5.0
@@ -73,15 +74,7 @@ class Deployment:
             connect(settings.state).close()
         self._say(f"checking {settings.model}")
         read_config_file(settings.model)
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            # In a process of its own, so that torch and transformers do not stay in this one.
-            inspection = pool.submit(_inspect, settings)
-            if self._ray_address is None:
-                self._say("starting Ray on this machine")
-                start_local_ray(self._directory / "ray")
-            facts = inspection.result()
-        if isinstance(facts, ExpertMeshError):
-            raise facts
+        facts = self._start_ray_and_inspect()
         info = facts.info
         self._say(
             f"{info.architecture}, {info.dtype}: {len(info.moe_layers)} MoE layers of {info.num_experts} experts, "
@@ -105,6 +98,25 @@ class Deployment:
             yield_to_actors()
         self.grpc_address = self._gateway.address.remote().result(timeout_s=60)
         self._say(f"serving on {self.grpc_address}")
+
+    def _start_ray_and_inspect(self) -> CheckpointFacts:
+        """Start Ray unless there is one, and return the checkpoint's facts; both take seconds."""
+        settings = self._settings
+        kept_at = _facts_path(settings)
+        known = None if kept_at is None else kept_facts(kept_at)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            # In a process of its own, so that torch and transformers do not stay in this one.
+            inspection = pool.submit(_inspect, settings) if known is None else None
+            if self._ray_address is None:
+                self._say("starting Ray on this machine")
+                start_local_ray(self._directory / "ray")
+            facts = known if inspection is None else inspection.result()
+        if isinstance(facts, ExpertMeshError):
+            raise facts
+        assert facts is not None, "neither known nor inspected"
+        if known is None and kept_at is not None:
+            keep_facts(facts, kept_at)
+        return facts
 
     def stop(self) -> None:
         """Drain the gateway, end all actors and, if it is our own, Ray."""
@@ -163,6 +175,16 @@ class Deployment:
                 f"{settings.model}: {experts / 2**30:.2f} GiB of experts and {dense / 2**30:.2f} GiB of dense halves "
                 f"do not fit in the {free / 2**30:.2f} GiB that are free"
             )
+
+
+def _facts_path(settings: ServeSettings) -> Path | None:
+    """Return where the checkpoint's facts are kept; None: they have to be found out."""
+    if settings.deterministic:  # whether this machine can be is not known from the checkpoint
+        return None
+    try:
+        return facts_path(settings.model, settings.dtype, settings.max_context)
+    except OSError:
+        return None  # the inspection says which file cannot be read, and what of it
 
 
 def _inspect(settings: ServeSettings) -> CheckpointFacts | ExpertMeshError:

@@ -25,6 +25,9 @@ from expertmesh.models.architecture import Architecture, expert_count
 from expertmesh.models.cpu_linears import speed_up_linears
 from expertmesh.models.tensor_files import TensorFiles
 
+# How much of mapped files may stay with this process while experts are read.
+_RELEASE_BYTES = 256 << 20
+
 
 @dataclass
 class _Source:
@@ -45,6 +48,7 @@ class CheckpointWeights:
         """
         self.architecture = architecture
         self.files = TensorFiles(architecture.directory)
+        self._unreleased_bytes = 0
         # Deep copies: transformers' converters collect tensors while they work.
         self._mapping = get_model_conversion_mapping(architecture.model)
         self._expert_parameters = _expert_parameters(architecture)
@@ -76,6 +80,9 @@ class CheckpointWeights:
         model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), config.device_map, None, None)
         model._initialize_missing_keys(False)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        if device.type == "cpu":
+            _copy_all(model)
+        self.files.release()
         speed_up_linears(model)
         return model.requires_grad_(False).eval()
 
@@ -95,10 +102,19 @@ class CheckpointWeights:
                 f"{key}: the model has layers {self.architecture.moe_layers}, experts 0 to "
                 f"{self.architecture.num_experts - 1}"
             )
-        return {
+        tensors = {
             short: self._read_parameter(full, key.expert, shape)
             for short, (full, shape) in self._expert_parameters[key.layer].items()
         }
+        self._unreleased_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self._unreleased_bytes > _RELEASE_BYTES:
+            self.release()
+        return tensors
+
+    def release(self) -> None:
+        """Let go of the memory of what was read, but for what tensors still refer to."""
+        self.files.release()
+        self._unreleased_bytes = 0
 
     def expert_shapes(self, layer: int) -> dict[str, torch.Size]:
         """Return the shapes of the parameters of one expert of a layer, by name, without the expert dimension."""
@@ -209,6 +225,13 @@ def _expert_parameters(architecture: Architecture) -> dict[int, dict[str, tuple[
         layer: {short: (names[id(p)], p.shape) for short, p in module.named_parameters()}
         for layer, module in architecture.experts_by_layer.items()
     }
+
+
+def _copy_all(model: nn.Module) -> None:
+    """Copy what lies in mapped files: one tensor that refers to a file would keep all that was read of it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.clone()
 
 
 def strip_experts(model: nn.Module, experts_by_layer: dict[int, nn.Module]) -> None:

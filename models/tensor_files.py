@@ -20,7 +20,7 @@ class TensorFiles:
     """All tensors of a checkpoint by name. Opening reads headers only."""
 
     def __init__(self, directory: Path) -> None:
-        """Open the headers of all files.
+        """Open the headers of all files, and remember what they are: one that is exchanged later is not read.
 
         Raises:
             CheckpointError: the directory holds no safetensors.
@@ -29,8 +29,10 @@ class TensorFiles:
         self.directory = directory
         self._file_of = _tensor_names(directory)
         self._open: dict[str, Any] = {}
+        self._identity: dict[str, tuple[int, ...]] = {}
         for name in dict.fromkeys(self._file_of.values()):
             self._open[name] = self._open_file(name)
+            self._identity[name] = _identity(directory / name)
         self._check_index()
 
     def __len__(self) -> int:
@@ -41,12 +43,29 @@ class TensorFiles:
         return list(self._file_of)
 
     def slice(self, name: str) -> Any:
-        """Return a lazy view of a tensor: indexing it reads those bytes; get_shape() and get_dtype() read nothing."""
-        return self._open[self._file_of[name]].get_slice(name)
+        """Return a lazy view of a tensor: indexing it reads those bytes; get_shape() and get_dtype() read nothing.
+
+        Raises:
+            CorruptCheckpointError: the file was exchanged since it was opened first.
+        """
+        file = self._file_of[name]
+        if file not in self._open:
+            path = self.directory / file
+            self._open[file] = self._open_file(file)
+            if _identity(path) != self._identity[file]:
+                raise CorruptCheckpointError(f"{path}: not the file any more that it was when the model was opened")
+        return self._open[file].get_slice(name)
+
+    def release(self) -> None:
+        """Let go of the memory of what was read: pages of a mapped file stay with this process until then.
+
+        Tensors that still refer to a file keep all that was read of it.
+        """
+        self._open.clear()
 
     def num_bytes(self) -> int:
         """Return the size of all files in bytes."""
-        return sum((self.directory / name).stat().st_size for name in self._open)
+        return sum((self.directory / name).stat().st_size for name in self._identity)
 
     def _open_file(self, name: str) -> Any:
         path = self.directory / name
@@ -65,6 +84,11 @@ class TensorFiles:
                 raise CorruptCheckpointError(
                     f"{self.directory / name}: no tensor {tensor!r}, though {INDEX_FILE} says so"
                 )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _tensor_names(directory: Path) -> Mapping[str, str]:

@@ -166,6 +166,7 @@ class Shard:
                 self._server.slots.add(layer, [key.expert for key in new if key.layer == layer], get)
         finally:
             intake.close()
+            self._weights.release()
             self._num_copied += intake.num_copied
             self._num_read += intake.num_read
 

@@ -302,3 +302,29 @@ def test_tensors_beyond_the_model_are_passed_over(copy: Callable[[str], Path]) -
     open_all(directory)
     with safe_open(directory / SINGLE_FILE, framework="pt") as handle:
         assert set(extra) < set(handle.keys())
+
+
+def test_a_file_that_is_exchanged_is_not_read(copy: Callable[[str], Path]) -> None:
+    """Half of the experts of one model and half of another would serve, and say nothing."""
+    directory = copy("single")
+    weights = CheckpointWeights(open_architecture(directory))
+    key = ExpertKey(weights.architecture.moe_layers[0], 0)
+    weights.load_expert(key)
+    weights.release()
+    weights.load_expert(key)
+    weights.release()
+    edit_tensors(directory, lambda tensors: None)
+    with pytest.raises(CorruptCheckpointError, match=rf"{SINGLE_FILE}.*not the file any more"):
+        weights.load_expert(key)
+
+
+def test_what_was_read_leaves_memory(copy: Callable[[str], Path]) -> None:
+    directory = copy("fused")
+    weights = CheckpointWeights(open_architecture(directory))
+    weights.load_expert(ExpertKey(weights.architecture.moe_layers[0], 0))
+    assert str(directory) in Path("/proc/self/maps").read_text()
+    weights.release()
+    assert str(directory) not in Path("/proc/self/maps").read_text()
+    dense = weights.load_dense(CPU)
+    assert str(directory) not in Path("/proc/self/maps").read_text()
+    assert all(parameter.isfinite().all() for parameter in dense.parameters() if not parameter.is_meta)
