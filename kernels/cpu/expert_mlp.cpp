@@ -107,22 +107,6 @@ Passes passes_of(int isa) {
   return {anywhere::up_panel, anywhere::down_panel};
 }
 
-struct UpTask {
-  int32_t group, panel;
-};
-
-// All groups of an expert for a panel before the next panel: its weights are read from memory once.
-std::vector<UpTask> list_up_tasks(const std::vector<Group>& groups, int64_t panels) {
-  std::vector<UpTask> tasks;
-  tasks.reserve(groups.size() * panels);
-  for (size_t begin = 0, end = 0; begin < groups.size(); begin = end) {
-    while (end < groups.size() && groups[end].slot == groups[begin].slot) ++end;
-    for (int32_t panel = 0; panel < panels; ++panel)
-      for (size_t group = begin; group < end; ++group) tasks.push_back({static_cast<int32_t>(group), panel});
-  }
-  return tasks;
-}
-
 // Computes the pairs of the `rows` rows from call.first_row on.
 void run(const Call& call, int isa, const int64_t* slot_P, int64_t rows, int64_t pairs, int64_t slots, int threads) {
   const Passes passes = passes_of(isa);
@@ -145,9 +129,8 @@ void run(const Call& call, int isa, const int64_t* slot_P, int64_t rows, int64_t
   team.phase(num_groups, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t g = begin; g < end; ++g) gather(call, order, groups[g], blocks);
   });
-  const std::vector<UpTask> up_tasks = list_up_tasks(groups, up_panels);
-  team.phase(up_tasks.size(), 16, [&](int64_t begin, int64_t end, int) {
-    for (int64_t task = begin; task < end; ++task) passes.up(call, groups[up_tasks[task].group], up_tasks[task].panel, blocks, middle);
+  team.phase(num_groups * up_panels, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t task = begin; task < end; ++task) passes.up(call, groups[task / up_panels], task % up_panels, blocks, middle);
   });
   team.phase((down_panels + at_once - 1) / at_once, 1, [&](int64_t begin, int64_t end, int thread) {
     float* sum = sums + thread * rows * at_once * 32;
