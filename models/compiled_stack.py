@@ -51,7 +51,7 @@ def join_layers(
             if stop is Stop.EXPERTS:
                 step.finish_with(step.run_experts(carrier))
             elif stop is Stop.UNFINISHED:
-                step.finish_with(step.resume(carrier))
+                step.finish_with(step.resume(carrier, route))
         return step.hidden_TH.unsqueeze(0)
 
     layers[0].forward = MethodType(forward, layers[0])

@@ -83,7 +83,6 @@ class Dispatcher:
         # Read and written by compiled code too: the last packet's, and whether there is another fleet than its own.
         self._sequence = ctypes.c_uint64(0)
         self._has_other_fleet = ctypes.c_int32(0)
-        self._exchanged: Fleet | None = None  # the fleet that compiled code was given last
         # Since the start: tokens of each expert, in all and of decoding alone.
         self.decode_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
         self._expert_s = 0.0
@@ -149,7 +148,6 @@ class Dispatcher:
             return None
         assert len(self._is_decode_T) == num_tokens, f"begin_step() told of {len(self._is_decode_T)} tokens"
         fleet.exchange.set_shards(descriptors, fleet.generations, fleet.placement.epoch)
-        self._exchanged = fleet
         return Route(
             exchange=fleet.exchange,
             only_LE=fleet.only_LE(tuple(self._row_of_layer)),
@@ -162,13 +160,14 @@ class Dispatcher:
             sequence=self._sequence,
             changed=self._has_other_fleet,
             spent_s=self.spent_s,
+            owner=fleet,
         )
 
-    def resume(self, layer: int, exchanged: Exchanged) -> Tensor:
-        """Finish what an exchange along the last route left undone; see `kernels.cpu.stack.Carrier`."""
+    def resume(self, route: Route, layer: int, exchanged: Exchanged) -> Tensor:
+        """Finish what an exchange left undone; see `kernels.cpu.stack.Carrier`."""
         started_s = time.perf_counter()
-        fleet = self._exchanged
-        assert fleet is not None, "resume() before route()"
+        fleet = route.owner
+        assert isinstance(fleet, Fleet), "a route of somebody else"
         ids_TK, weights_TK, shard_TK = (t.numpy() for t in (exchanged.ids_TK, exchanged.weights_TK, exchanged.shard_TK))
         batch = _Batch(layer, exchanged.hidden_TH, ids_TK, weights_TK, shard_TK)
         first_sequence = self._sequence.value - len(fleet.shards) + 1

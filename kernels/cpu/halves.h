@@ -6,7 +6,7 @@
 #include <string.h>
 
 // Compiles a function for several instruction sets; the processor's own is taken when it is loaded.
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
 #define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONED

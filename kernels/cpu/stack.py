@@ -40,7 +40,7 @@ class Route:
     exchange: to the shards, ready. only_LE: int32, the one shard of each expert, -1 where there are several or none.
     row_of_layer: a layer's row in the tables. load_LE, decode_LE, dispatch_bytes_L, combine_bytes_L: int64, counted up.
     is_decode_T: which tokens were generated. sequence: the last packet's. changed: 1 once another way is to be taken.
-    spent_s: by PARTS, counted up.
+    spent_s: by PARTS, counted up. owner: the carrier's own, kept as long as the way may be used.
     """
 
     exchange: Exchange
@@ -54,6 +54,7 @@ class Route:
     sequence: ctypes.c_uint64
     changed: ctypes.c_int32
     spent_s: npt.NDArray[np.float64]
+    owner: object
 
 
 class Carrier(Protocol):
@@ -65,8 +66,8 @@ class Carrier(Protocol):
     def run(self, layer: int, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Run a layer's experts; see `models.hooks.RunExperts`."""
 
-    def resume(self, layer: int, exchanged: "Exchanged") -> Tensor:
-        """Finish what an exchange left undone; return what `run` would have."""
+    def resume(self, route: Route, layer: int, exchanged: "Exchanged") -> Tensor:
+        """Finish what an exchange along a route left undone; return what `run` would have."""
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,10 @@ class StackStep:
         """Return the output of the experts of layer `at`, whose dense half has been run."""
         return carrier.run(self._stack.numbers[self.at], self.normed_TH, self._ids_TK, self._weights_TK)
 
-    def resume(self, carrier: Carrier) -> Tensor:
-        """Return the output of the experts of layer `at`, whose exchange is unfinished."""
+    def resume(self, carrier: Carrier, route: Route) -> Tensor:
+        """Return the output of the experts of layer `at`, whose exchange along a route is unfinished."""
         exchanged = Exchanged(self.normed_TH, self._ids_TK, self._weights_TK, self._shard_TK, self._sum_TH)
-        return carrier.resume(self._stack.numbers[self.at], exchanged)
+        return carrier.resume(route, self._stack.numbers[self.at], exchanged)
 
     def finish_with(self, experts_TH: Tensor) -> None:
         """Add the output of the experts of layer `at`, and leave it behind."""

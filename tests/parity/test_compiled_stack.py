@@ -1,6 +1,8 @@
 """Layers that follow each other in compiled code give what they give one by one, whatever happens to the shards."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -148,3 +150,13 @@ def test_a_fleet_that_is_set_within_a_step_is_used_from_the_next_layer_on(
             is_over.set()
             setter.join()
     assert set(stops) - {Stop.FINISHED}, "no change fell within a step"
+
+
+def test_a_fleet_that_is_not_used_any_more_is_let_go(checkpoint: Path) -> None:
+    """Its links close with it: a shard that leaves is not held by a worker that has nothing to do."""
+    with fleet_of(checkpoint) as fleet:
+        tokens_of(fleet)
+        before = weakref.ref(fleet.dispatcher.fleet)
+        fleet.dispatcher.set_fleet(Fleet(fleet.placement, fleet.links))
+        gc.collect()
+        assert before() is None
