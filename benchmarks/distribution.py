@@ -29,6 +29,8 @@ from benchmarks.record import keep
 
 PROMPT, NEW = 32, 64
 HOST = "127.0.0.1"
+# Of an engine's cache: more than any benchmark's streams need; pages that are not used take no memory.
+_NUM_PAGES, _MAX_CONTEXT = 4096, 16384
 
 
 def main() -> int:
@@ -76,7 +78,7 @@ def main() -> int:
     tables: dict[int, list[dict[str, float]]] = {batch: [] for batch in batches}
     for number in range(arguments.rounds + 1):
         for batch, (name, pipes) in itertools.product(batches, engines.items()):
-            rate, steps, expert_s = _decode(pipes, shards, batch, number * 1000 + batch)
+            rate, steps, expert_s = _decode(pipes, shards, batch, number * 1000 + batch, PROMPT, NEW)
             print(f"round {number}, batch {batch}, {name}: {rate:.1f} tokens/s", flush=True)
             if number:
                 results[batch][name].append(rate)
@@ -102,8 +104,10 @@ def main() -> int:
     return 0
 
 
-def _decode(pipes: list[Connection], shards: list[Connection], batch: int, seed: int) -> tuple[float, Steps, float]:
-    """Have engines decode, each its part of a batch.
+def _decode(
+    pipes: list[Connection], shards: list[Connection], batch: int, seed: int, prompt: int, new: int
+) -> tuple[float, Steps, float]:
+    """Have engines decode, each its part of a batch of prompts and new tokens.
 
     Returns:
         Tokens a second of all, the first one's steps, and how long the busiest shard computed for all, in seconds.
@@ -111,7 +115,7 @@ def _decode(pipes: list[Connection], shards: list[Connection], batch: int, seed:
     parts = [len(range(number, batch, len(pipes))) for number in range(len(pipes))]
     asked = [(pipe, part) for pipe, part in zip(pipes, parts, strict=True) if part]
     for number, (pipe, part) in enumerate(asked):
-        pipe.send((part, seed + 100 * number))
+        pipe.send((part, seed + 100 * number, prompt, new))
     for pipe, _ in asked:
         pipe.recv()  # the prompts are done
     before_s = _busy_s(shards)
@@ -119,6 +123,10 @@ def _decode(pipes: list[Connection], shards: list[Connection], batch: int, seed:
         pipe.send("decode")
     all_steps: list[Steps] = [pipe.recv() for pipe, _ in asked]
     expert_s = max(after - before for after, before in zip(_busy_s(shards), before_s, strict=True))
+    for pipe, _ in asked:
+        pipe.send("finish")
+    for pipe, _ in asked:
+        pipe.recv()
     return sum(steps.num_tokens / steps.wall_s for steps in all_steps), all_steps[0], expert_s
 
 
@@ -241,36 +249,43 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
     model = weights.load_dense(cpu)
     hooks.attach_experts(architecture.experts_by_layer, run, dispatcher if ports else None)
     runner = PagedRunner(model, 16, cpu)
-    runner.allocate(1024)
-    config = SchedulerConfig(max_batch_tokens=2048, max_sequences=256, num_pages=1024, page_size=16, max_context=1024)
+    runner.allocate(_NUM_PAGES)
+    config = SchedulerConfig(
+        max_batch_tokens=2048, max_sequences=256, num_pages=_NUM_PAGES, page_size=16, max_context=_MAX_CONTEXT
+    )
     events: list[TokenEvent] = []
     engine = Engine(Scheduler(config), runner, max_queue=256, begin_step=dispatcher.begin_step, on_events=events.extend)
     pipe.send(len(architecture.moe_layers))
-    for batch, seed in _asked(pipe):
+    for batch, seed, prompt, new in _asked(pipe):
         rng = random.Random(seed)
         vocab_size = architecture.config.vocab_size
         engine.submit(
             [
                 SequenceRequest(
                     sequence_id=f"{seed}-{i}",
-                    prompt_ids=tuple(rng.randrange(vocab_size) for _ in range(PROMPT)),
-                    sampling=SamplingParams(max_tokens=NEW, temperature=1.0, seed=seed + i),
+                    prompt_ids=tuple(rng.randrange(vocab_size) for _ in range(prompt)),
+                    sampling=SamplingParams(max_tokens=new, temperature=1.0, seed=seed + i),
                 )
                 for i in range(batch)
             ]
         )
-        engine.step()
+        while len({event.sequence_id for event in events}) < batch:
+            engine.step()
         pipe.send("prompted")
         pipe.recv()
         before = _seconds(dispatcher, timers)
         started_s, first, steps = time.perf_counter(), len(events), 0
-        while engine.num_running or engine.num_waiting:
+        while engine.num_running == batch:
             engine.step()
             steps += 1
         wall_s = time.perf_counter() - started_s
         parts_s = {part: after - before[part] for part, after in _seconds(dispatcher, timers).items()}
         pipe.send(Steps(num_steps=steps, num_tokens=len(events) - first, wall_s=wall_s, parts_s=parts_s))
+        pipe.recv()
+        while engine.num_running:  # those whose prompts were done last
+            engine.step()
         events.clear()
+        pipe.send("finished")
 
 
 def _timed(owner: Any, name: str) -> list[float]:
