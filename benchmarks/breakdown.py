@@ -27,6 +27,6 @@ def table(steps: Steps, layers: int, expert_s: float) -> dict[str, float]:
     parts = {name: seconds / steps.num_steps / layers * 1e6 for name, seconds in steps.parts_s.items()}
     if "wait" in parts:
         parts["expert"] = expert_s / steps.num_steps / layers * 1e6
-        parts["link"] = max(0.0, parts.pop("wait") - parts["expert"])
+        parts["link"] = parts.pop("wait") - parts["expert"]
     parts["rest"] = steps.wall_s / steps.num_steps / layers * 1e6 - sum(parts.values())
     return parts

@@ -74,6 +74,8 @@ def _replace(layer: Any, seen: Sequence[Seen], shared: CompiledAttention, cache:
         _log.info("layer %s is not of the common kind: it keeps transformers' code", index)
         return None
 
+    experts = experts_of(layer)
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -81,23 +83,14 @@ def _replace(layer: Any, seen: Sequence[Seen], shared: CompiledAttention, cache:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **_kwargs: object,
     ) -> Tensor:
-        residual_TH, normed_TH, _ = shared.run(attention, hidden_states, position_embeddings)
-        behind: Tensor = hidden_of(mlp_of(self)(normed_TH.unsqueeze(0)))
+        residual_TH, normed_TH, step = shared.run(attention, hidden_states, position_embeddings)
+        if attention.router is None:
+            behind: Tensor = hidden_of(mlp_of(self)(normed_TH.unsqueeze(0)))
+        else:
+            behind = experts.expertmesh_run(experts.expertmesh_layer, normed_TH, step.ids_TK, step.weights_TK)
         return residual_TH.unsqueeze(0) + behind
 
-    def forward_routed(
-        _self: Any,
-        hidden_states: Tensor,
-        *_args: object,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **_kwargs: object,
-    ) -> Tensor:
-        residual_TH, normed_TH, step = shared.run(attention, hidden_states, position_embeddings)
-        behind: Tensor = experts.expertmesh_run(experts.expertmesh_layer, normed_TH, step.ids_TK, step.weights_TK)
-        return (residual_TH + behind).unsqueeze(0)
-
-    experts = experts_of(layer)
-    layer.forward = MethodType(forward if attention.router is None else forward_routed, layer)
+    layer.forward = MethodType(forward, layer)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         getattr(layer.self_attn, name).weight = None  # they are packed by now
     return attention

@@ -9,12 +9,11 @@ import importlib.metadata
 import json
 import logging
 import struct
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from expertmesh.cluster.model_info import CheckpointFacts, ModelInfo
-from expertmesh.kernels.cache_folder import cache_folder
+from expertmesh.kernels.cache_folder import cache_folder, keep
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
@@ -55,11 +54,7 @@ def kept_facts(path: Path) -> CheckpointFacts | None:
 def keep_facts(facts: CheckpointFacts, path: Path) -> None:
     """Keep facts; where that is not possible it is logged."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            written.write_text(json.dumps(asdict(facts)))
-            written.rename(path)
+        keep(path, lambda file: file.write_text(json.dumps(asdict(facts))))
     except OSError as error:
         _log.warning("the checkpoint's facts are not kept for the next start: %s", error)
 

@@ -51,9 +51,10 @@ class TensorFiles:
         file = self._file_of[name]
         if file not in self._open:
             path = self.directory / file
-            self._open[file] = self._open_file(file)
+            opened = self._open_file(file)
             if _identity(path) != self._identity[file]:
                 raise CorruptCheckpointError(f"{path}: not the file any more that it was when the model was opened")
+            self._open[file] = opened  # not before: it would be read the next time
         return self._open[file].get_slice(name)
 
     def release(self) -> None:

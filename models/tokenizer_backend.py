@@ -7,14 +7,13 @@ library. That object is kept in this machine's cache, by the content of the file
 import hashlib
 import importlib.metadata
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
 
-from expertmesh.kernels.cache_folder import cache_folder
+from expertmesh.kernels.cache_folder import cache_folder, keep
 
 _log = logging.getLogger(__name__)
 
@@ -151,10 +150,6 @@ def _key(directory: Path, names: Sequence[str]) -> str:
 
 def _keep(library: tokenizers.Tokenizer, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            library.save(str(written))
-            written.rename(path)
+        keep(path, lambda file: library.save(str(file)))
     except OSError as error:
         _log.warning("the tokenizer is not kept for the next start: %s", error)

@@ -7,13 +7,12 @@ import logging
 import os
 import shutil
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from expertmesh.kernels.cache_folder import cache_folder
+from expertmesh.kernels.cache_folder import cache_folder, keep
 from expertmesh.kernels.cpu.isa import Isa, best_isa
 
 _logger = logging.getLogger(__name__)
@@ -100,8 +99,13 @@ def _load_if_possible(source: str, otherwise: str) -> ctypes.CDLL | None:
         return None
 
 
+def find_compiler() -> str | None:
+    """Return the C++ compiler ($CXX, else g++); None: there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
 def _load(source: str) -> ctypes.CDLL:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = find_compiler()
     if compiler is None:
         raise KernelBuildError("no C++ compiler (apt-get install g++)")
     try:
@@ -118,15 +122,10 @@ def _build(compiler: str, source: Path) -> Path:
     version = _run([compiler, "--version"])
     parts = [source.read_bytes(), *(header.read_bytes() for header in sorted(source.parent.glob("*.h")))]
     key = hashlib.blake2b(repr((parts, _FLAGS, version)).encode(), digest_size=12).hexdigest()
-    root = cache_folder()
-    path = root / f"kernels-{key}.so"
+    path = cache_folder() / f"kernels-{key}.so"
     if path.is_file():
         return path
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as folder:
-        built = Path(folder) / "kernels.so"
-        _run([compiler, *_FLAGS, str(source), "-o", str(built)])
-        built.rename(path)
+    keep(path, lambda built: _run([compiler, *_FLAGS, str(source), "-o", str(built)]))
     return path
 
 

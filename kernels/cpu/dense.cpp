@@ -19,7 +19,6 @@
 namespace {
 
 constexpr int64_t kMostShared = 16;  // query heads of a KV head
-constexpr int64_t kMostHead = 256;   // elements of a head
 constexpr int64_t kQueries = 64;     // rows of a sequence that attend together, at most
 constexpr int64_t kFewest = 16;      // and at least: fewer attend one by one
 constexpr int64_t kKeys = 128;       // keys that they attend to at a time

@@ -8,6 +8,7 @@
 
 #include "exchange.h"
 #include "packets.h"
+#include "seconds.h"
 
 namespace {
 
@@ -85,13 +86,6 @@ void add(float* sum_TH, const uint8_t* rows_RH, uint8_t dtype, const int64_t* to
   for (int64_t r = 0; r < rows; ++r) add_row(sum_TH + (token_R ? token_R[r] : r) * hidden, rows_RH + r * hidden * bytes_of(dtype), hidden);
 }
 
-CLONED void round_all(const float* from, int64_t size, uint8_t* to) {
-  for (int64_t at = 0; at < size; ++at) {
-    const uint16_t half = to_bf16(from[at]);
-    memcpy(to + at * 2, &half, 2);
-  }
-}
-
 }  // namespace
 
 // Adds the tokens of each expert to load_E, and those of the tokens marked in is_decode_T to decode_E. Returns 0, or 1 and has added
@@ -100,12 +94,7 @@ extern "C" int dispatch_count(const int64_t* ids_TK, const uint8_t* is_decode_T,
                               int64_t* load_E, int64_t* decode_E) {
   for (int64_t at = 0; at < tokens * choices; ++at)
     if (ids_TK[at] < 0 || ids_TK[at] >= experts) return 1;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t k = 0; k < choices; ++k) {
-      const int64_t expert = ids_TK[t * choices + k];
-      ++load_E[expert];
-      if (is_decode_T[t]) ++decode_E[expert];
-    }
+  count_loads(ids_TK, is_decode_T, tokens, choices, load_E, decode_E);
   return 0;
 }
 

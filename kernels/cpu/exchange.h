@@ -4,14 +4,20 @@
 
 #include <stdint.h>
 
-#include <chrono>
-
 namespace {
 
 // Of a shard in an exchange.
 enum ShardState : int32_t { kNotAsked = 0, kDone = 1, kOtherAnswer = 2, kNotSent = 3, kNotReceived = 4 };
 
-inline double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+// Adds the tokens of each expert to load_E, and those of generated tokens to decode_E. Ids are those of experts.
+inline void count_loads(const int64_t* ids_TK, const uint8_t* is_decode_T, int64_t tokens, int64_t choices, int64_t* load_E, int64_t* decode_E) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < choices; ++k) {
+      const int64_t expert = ids_TK[t * choices + k];
+      ++load_E[expert];
+      decode_E[expert] += is_decode_T[t] != 0;
+    }
+}
 
 }  // namespace
 

@@ -4,7 +4,6 @@
 // caches an interpreter would find nothing of itself in them: its few steps took 200 us a packet.
 
 #include <algorithm>
-#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "packets.h"
+#include "seconds.h"
 
 namespace {
 
@@ -40,12 +40,6 @@ struct Packet {
   std::vector<uint8_t>* answer;  // header and rows
   enum { kWaits, kAnswered, kForOthers } state = kWaits;
 };
-
-CLONED void round_all(const float* from, int64_t size, uint16_t* to) {
-  for (int64_t at = 0; at < size; ++at) to[at] = to_bf16(from[at]);
-}
-
-double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 class Server {
  public:
@@ -170,8 +164,7 @@ class Server {
                         asked.layer, asked.rows, 0,        asked.hidden, static_cast<uint64_t>(elements * 2), {}};
     packet.answer->resize(kHeader + elements * 2);
     memcpy(packet.answer->data(), &header, kHeader);
-    uint16_t* to = reinterpret_cast<uint16_t*>(packet.answer->data() + kHeader);
-    round_all(rows, elements, to);
+    round_all(rows, elements, packet.answer->data() + kHeader);
     packet.state = Packet::kAnswered;
   }
 

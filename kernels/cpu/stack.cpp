@@ -3,13 +3,10 @@
 // What an interpreter does between two layers it does with nothing of itself in the caches, where weights have just passed: 0.25 ms a
 // layer. What is out of the ordinary goes back to it: a replica to be chosen, a shard that fails, a fleet that changes.
 
-#include <string.h>
-
-#include <atomic>
-
 #include "dense.h"
 #include "exchange.h"
 #include "halves.h"
+#include "seconds.h"
 
 namespace {
 
@@ -55,17 +52,6 @@ bool find_shards(const int32_t* only_E, const Exchange& e) {
   return least >= 0;
 }
 
-void count(const Stack& s, int64_t row) {
-  const Exchange& e = *s.shards;
-  int64_t *load_E = s.load_LE + row * s.experts, *decode_E = s.decode_LE + row * s.experts;
-  for (int64_t t = 0; t < e.tokens; ++t)
-    for (int64_t k = 0; k < e.choices; ++k) {
-      const int64_t expert = e.ids_TK[t * e.choices + k];
-      ++load_E[expert];
-      decode_E[expert] += s.is_decode_T[t] != 0;
-    }
-}
-
 CLONED void add(const uint16_t* a, const uint16_t* b, int64_t size, uint16_t* to) {
   for (int64_t i = 0; i < size; ++i) to[i] = to_bf16(to_float(a[i]) + to_float(b[i]));
 }
@@ -86,7 +72,7 @@ extern "C" int stack_run(Stack* s) {
     const double dense_s = now_s();
     s->spent[kDense] += dense_s - mark_s;
     if (has_changed(*s) || !find_shards(s->only_LE + row * s->experts, e)) return kExperts;
-    count(*s, row);
+    count_loads(e.ids_TK, s->is_decode_T, e.tokens, e.choices, s->load_LE + row * s->experts, s->decode_LE + row * s->experts);
     s->spent[kChoose] += now_s() - dense_s;
     e.layer = s->number_N[s->at];
     e.sequence = *s->sequence + 1;

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from expertmesh.kernels.cpu.build import load_dense
+from expertmesh.kernels.cpu.build import find_compiler
 from expertmesh.kernels.cpu.dense import (
     AttentionLayer,
     AttentionStep,
@@ -25,7 +25,7 @@ from expertmesh.kernels.cpu.dense import (
 from expertmesh.kernels.cpu.isa import Isa, best_isa
 from expertmesh.kernels.cpu.linear import can_pack_linear, pack_linear, padded_outputs
 
-if load_dense() is None:
+if find_compiler() is None:
     pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
 ISAS = [isa for isa in Isa if isa <= best_isa()]
 PAGE_SIZE = 4

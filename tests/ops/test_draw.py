@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.kernels.cpu.build import load_draw
+from expertmesh.kernels.cpu.build import find_compiler
 from expertmesh.kernels.cpu.draw import can_draw, draw_rows
 from expertmesh.kernels.cpu.isa import Isa, best_isa
 from expertmesh.kernels.sampling import SamplingSettings, _draw_filtered, uniform
 
-if load_draw() is None:
+if find_compiler() is None:
     pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
 ISAS = [isa for isa in Isa if isa <= best_isa()]
 

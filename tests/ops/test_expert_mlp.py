@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from expertmesh.kernels.cpu.build import load_expert_mlp
+from expertmesh.kernels.cpu.build import find_compiler
 from expertmesh.kernels.cpu.expert_mlp import (
     Activation,
     Kind,
@@ -35,7 +35,7 @@ ACTIVATIONS = {
     "geglu": Activation(kind=Kind.GELU_TANH),
     "relu2": Activation(kind=Kind.RELU2, has_gate=False),
 }
-if load_expert_mlp() is None:
+if find_compiler() is None:
     pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
 ISAS = [isa for isa in Isa if isa <= best_isa()]
 

@@ -314,8 +314,9 @@ def test_a_file_that_is_exchanged_is_not_read(copy: Callable[[str], Path]) -> No
     weights.load_expert(key)
     weights.release()
     edit_tensors(directory, lambda tensors: None)
-    with pytest.raises(CorruptCheckpointError, match=rf"{SINGLE_FILE}.*not the file any more"):
-        weights.load_expert(key)
+    for _ in range(2):  # who asks again is told again
+        with pytest.raises(CorruptCheckpointError, match=rf"{SINGLE_FILE}.*not the file any more"):
+            weights.load_expert(key)
 
 
 def test_what_was_read_leaves_memory(copy: Callable[[str], Path]) -> None:

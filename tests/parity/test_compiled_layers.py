@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from expertmesh.cluster.scheduler import Chunk
-from expertmesh.kernels.cpu.build import load_dense
+from expertmesh.kernels.cpu.build import find_compiler
 from expertmesh.models import hooks, runners
 from expertmesh.models.architecture import find_experts
 from expertmesh.models.layer_watch import decoder_layers, mlp_of
 from expertmesh.models.runners import PagedRunner
 from tests.families import BATCHED, VOCAB_SIZE
 
-if load_dense() is None:
+if find_compiler() is None:
     pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
 CPU = torch.device("cpu")
 PAGE_SIZE = 8

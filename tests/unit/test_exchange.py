@@ -14,13 +14,13 @@ from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.errors import NoReplicaError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind, WireDtype
-from expertmesh.kernels.cpu.build import load_dispatch
+from expertmesh.kernels.cpu.build import find_compiler
 from expertmesh.kernels.cpu.exchange import Exchange
 from tests.fleet import link_pair
 from tests.memory_shards import MemoryShard, over_socket
 from tests.unit.test_dispatcher import EVERY, Batch, dispatcher_of, placement_of
 
-if load_dispatch() is None:
+if find_compiler() is None:
     pytest.skip("the CPU kernels cannot be built here: no C++ compiler", allow_module_level=True)
 
 SPLIT = {"a": {0, 2, 4, 6}, "b": {1, 3, 5, 7}}
