@@ -28,7 +28,11 @@ lint: $(VENV)/.ready
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/unit
 
-ops: $(VENV)/.ready
+$(VENV)/.triton: $(VENV)/.ready
+	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable '.[triton]'
+	@touch $@
+
+ops: $(VENV)/.triton
 	$(BIN)/python -m pytest tests/ops
 
 parity: $(VENV)/.ready

@@ -91,7 +91,7 @@ def _shard(
     slots = ExpertSlots(weights, placement.shards[index].experts, torch.device("cpu"))
     rendezvous = RendezvousServer(HOST)
     pipe.send(rendezvous.port)
-    link = open_link("local", _address(rendezvous.port, SHARD_RANK), torch.device("cpu"))
+    link = open_link("shared", _address(rendezvous.port, SHARD_RANK), torch.device("cpu"))
     with deterministic_math() if deterministic else contextlib.nullcontext():
         ShardServer(slots, placement.epoch).serve(link)
 
@@ -119,7 +119,7 @@ def _engine(
     architecture = weights.architecture
     dispatcher = Dispatcher(architecture.moe_layers, architecture.num_experts, recovery_s=0, by_pair=deterministic)
     peers = zip(placement.shards, ports, strict=True)
-    links = {slots.shard: open_link("local", _address(port, WORKER_RANK), cpu) for slots, port in peers}
+    links = {slots.shard: open_link("shared", _address(port, WORKER_RANK), cpu) for slots, port in peers}
     dispatcher.set_fleet(Fleet(placement, links))
     model = weights.load_dense(cpu)
     hooks.attach_experts(architecture.experts_by_layer, dispatcher.run)

@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker-threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--shard-threads", type=int, default=1)
-    parser.add_argument("--link", default="local", help="kind of link, local or gloo")
+    parser.add_argument("--link", default="shared", help="kind of link, shared, local or gloo")
     parser.add_argument("--no-pin", action="store_true", help="leave the shards' cores to the kernel")
     parser.add_argument("--breakdown", action="store_true", help="say where the time goes with shards")
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")

@@ -102,11 +102,11 @@ def make(directory: Path, experts: int) -> Path:
 def fleet(checkpoint: Path, num_shards: int) -> Iterator[tuple[Connection, list[Connection]]]:
     """Yield pipes to an engine and to its shards. They end when the pipes are closed."""
     servers = [
-        _start(_shard, 1, checkpoint, index, num_shards, 1, "local", True, policy="PASSIVE")
+        _start(_shard, 1, checkpoint, index, num_shards, 1, "shared", True, policy="PASSIVE")
         for index in range(num_shards)
     ]
     ports = [pipe.recv() for pipe in servers]
-    engine = _start(_engine, os.cpu_count() or 1, checkpoint, ports, "local", 0, policy="PASSIVE")
+    engine = _start(_engine, os.cpu_count() or 1, checkpoint, ports, "shared", 0, policy="PASSIVE")
     engine.recv()
     try:
         yield engine, servers

@@ -24,11 +24,11 @@ from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind
 
 HOST = "127.0.0.1"
-SIZES = (4 << 10, 64 << 10, 1 << 20)
+SIZES = (2 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 
 
 def main() -> int:
-    """Time the three side by side and print a row for each size."""
+    """Time them side by side and print a row for each size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")
@@ -43,6 +43,7 @@ def main() -> int:
     calls = {
         "link (Gloo)": _link_call("gloo", rendezvous.port),
         "link (local)": _link_call("local", rendezvous.port),
+        "link (shared)": _link_call("shared", rendezvous.port),
         "bare socket": _socket_call(bare_port),
         "Ray actor": _ray_call(),
     }
@@ -122,7 +123,8 @@ def _peer(pipe: Connection) -> None:
     torch.set_num_threads(1)
     port: int = pipe.recv()
     threading.Thread(target=_echo_socket, args=(listener,), daemon=True).start()
-    threading.Thread(target=_echo_link, args=("gloo", port), daemon=True).start()
+    for kind in ("gloo", "shared"):
+        threading.Thread(target=_echo_link, args=(kind, port), daemon=True).start()
     _echo_link("local", port)
 
 

@@ -9,6 +9,7 @@ from expertmesh.cluster.errors import LinkError
 HEADER_BYTES = 64
 _MAGIC = 0x31584D45  # "EMX1"
 _LAYOUT = struct.Struct("<IBBHIQQIIIIQ")
+_BY_PAIR, _IN_MEMORY = 1, 2
 _PADDING = bytes(HEADER_BYTES - _LAYOUT.size)
 
 
@@ -40,7 +41,8 @@ class PacketHeader:
 
     generation: of the link, so that a packet of a former life is dropped. sequence: number of the request, repeated in
     its answer. num_rows rows of hidden elements of dtype, and num_pairs pairs, make up payload_bytes. by_pair: the
-    answer is to have, or has, each pair's output by itself, not weighted.
+    answer is to have, or has, each pair's output by itself, not weighted. in_memory: the payload does not follow, it is
+    in the memory that the link's ends share.
     """
 
     kind: PacketKind
@@ -54,6 +56,7 @@ class PacketHeader:
     dtype: WireDtype = WireDtype.FLOAT32
     payload_bytes: int = 0
     by_pair: bool = False
+    in_memory: bool = False
 
     def pack(self) -> bytes:
         """Return the header as HEADER_BYTES bytes."""
@@ -62,7 +65,7 @@ class PacketHeader:
                 _MAGIC,
                 self.kind,
                 self.dtype,
-                self.by_pair,
+                self.by_pair * _BY_PAIR | self.in_memory * _IN_MEMORY,
                 self.generation,
                 self.sequence,
                 self.epoch,
@@ -88,7 +91,7 @@ class PacketHeader:
         layer, rows, pairs, hidden, size = numbers
         if magic != _MAGIC:
             raise LinkError(f"a header begins with {_MAGIC:#x}, not {magic:#x}")
-        if flags not in (0, 1):
+        if flags & ~(_BY_PAIR | _IN_MEMORY):
             raise LinkError(f"a header with unknown flags {flags:#x}")
         try:
             return cls(
@@ -102,7 +105,8 @@ class PacketHeader:
                 num_pairs=pairs,
                 hidden=hidden,
                 payload_bytes=size,
-                by_pair=bool(flags),
+                by_pair=bool(flags & _BY_PAIR),
+                in_memory=bool(flags & _IN_MEMORY),
             )
         except ValueError as error:
             raise LinkError(f"a header with an unknown field: {error}") from error

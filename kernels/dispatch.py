@@ -6,6 +6,7 @@ all experts, all weights, PAIR_BYTES in all for each pair.
 Shape suffixes: T tokens, H hidden, K choices a token, R rows that one shard gets, P (row, expert) pairs of one shard.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.kernels.cpu import dispatch as compiled
+from expertmesh.kernels.gpu import dispatch as gpu
 
 PAIR_BYTES = 12  # row int32, expert int32, weight float32
 
@@ -72,12 +74,13 @@ def requests_for_shards(
                 hidden_TH, ids_TK, weights_TK, shard_TK, num_shards
             )
         ]
-    return [
-        request_of(shard, gather_rows(hidden_TH, pairs), pairs)
+    asked = {
+        shard: pairs_for_shard(mine_TK, ids_TK, weights_TK)
         for shard in range(num_shards)
         if (mine_TK := shard_TK == shard).any()
-        for pairs in [pairs_for_shard(mine_TK, ids_TK, weights_TK)]
-    ]
+    }
+    rows = gather_rows(hidden_TH, list(asked.values()))
+    return [request_of(shard, rows_RH, pairs) for (shard, pairs), rows_RH in zip(asked.items(), rows, strict=True)]
 
 
 def pairs_for_shard(
@@ -97,9 +100,14 @@ def pairs_for_shard(
     )
 
 
-def gather_rows(hidden_TH: Tensor, pairs: ShardPairs) -> Tensor:
-    """Return the rows [R, H] that a shard gets."""
-    return hidden_TH if pairs.token_R is None else hidden_TH.index_select(0, pairs.token_R.to(hidden_TH.device))
+def gather_rows(hidden_TH: Tensor, asked: Sequence[ShardPairs]) -> list[Tensor]:
+    """Return the rows [R, H] that each shard gets."""
+    some = [pairs.token_R for pairs in asked if pairs.token_R is not None]
+    if not some or not gpu.can_use(hidden_TH):
+        return [hidden_TH if p.token_R is None else hidden_TH[p.token_R.to(hidden_TH.device)] for p in asked]
+    together = gpu.gather_rows(hidden_TH, torch.cat(some).to(hidden_TH.device))
+    rows = iter(torch.split(together, [len(token_R) for token_R in some]))
+    return [hidden_TH if pairs.token_R is None else next(rows) for pairs in asked]
 
 
 def request_of(shard: int, rows_RH: Tensor, pairs: ShardPairs) -> ShardRequest:
@@ -147,14 +155,33 @@ def sum_pairs(pairs_TKH: Tensor, weights_TK: Tensor) -> Tensor:
     return out_TH
 
 
-def add_rows(out_TH: Tensor, rows_RH: Tensor, token_R: Tensor | None) -> None:
-    """Add a shard's answer to the tokens (None: all) of out_TH (float32) in place; both contiguous."""
-    if compiled.can_add(out_TH, rows_RH):
-        compiled.add(out_TH, rows_RH, token_R)
-    elif token_R is None:
-        out_TH += rows_RH
-    else:
-        out_TH.index_add_(0, token_R.to(out_TH.device), rows_RH.to(out_TH.dtype))
+def add_answers(out_TH: Tensor, answers: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Add shards' answers to out_TH (float32) in place, one after another; all contiguous.
+
+    Args:
+        out_TH: the sums.
+        answers: of each shard its rows [R, H], and the tokens that they are of; None: all.
+    """
+    if answers and gpu.can_use(out_TH, *(rows_RH for rows_RH, _ in answers)):
+        gpu.combine(_addresses(out_TH, answers), None, out_TH, dtype=answers[0][0].dtype, adds=True)
+        return
+    for rows_RH, token_R in answers:
+        if compiled.can_add(out_TH, rows_RH):
+            compiled.add(out_TH, rows_RH, token_R)
+        elif token_R is None:
+            out_TH += rows_RH
+        else:
+            out_TH.index_add_(0, token_R.to(out_TH.device), rows_RH.to(out_TH.dtype))
+
+
+def _addresses(out_TH: Tensor, answers: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Return where each shard's row of each token lies, int64 [T, S]; 0: it has none."""
+    address_TS = np.zeros((len(out_TH), len(answers)), dtype=np.int64)
+    for shard, (rows_RH, token_R) in enumerate(answers):
+        row_bytes = rows_RH.shape[1] * rows_RH.element_size()
+        tokens = slice(None) if token_R is None else token_R.numpy()
+        address_TS[tokens, shard] = rows_RH.data_ptr() + np.arange(len(rows_RH)) * row_bytes
+    return torch.from_numpy(address_TS).to(out_TH.device)
 
 
 def count_tokens(

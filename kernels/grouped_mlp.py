@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expertmesh.kernels.cpu.grouped_linear import grouped_linear, is_supported
+from expertmesh.kernels.gpu import grouped_linear as few_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,8 @@ def grouped_mlp_pairs(
 
 def _run_sorted(pairs_PH: Tensor, slot_P: Tensor, slots: SlotWeights, math: ExpertMath) -> Tensor:
     """Return each pair's expert output [P, H]; slot_P rises."""
-    counts_S = torch.bincount(slot_P, minlength=slots.up_SUH.shape[0])
+    # Not bincount: on a GPU it waits for its result.
+    counts_S = slot_P.new_zeros(slots.up_SUH.shape[0]).index_add_(0, slot_P, torch.ones_like(slot_P))
     up_PU = _project(pairs_PH, slots.up_SUH, counts_S, math.is_transposed)
     if slots.up_bias_SU is not None:
         up_PU = up_PU + slots.up_bias_SU[slot_P]
@@ -92,6 +94,8 @@ def _run_sorted(pairs_PH: Tensor, slot_P: Tensor, slots: SlotWeights, math: Expe
 
 def _project(x_PI: Tensor, weight_SOI: Tensor, counts_S: Tensor, is_transposed: bool) -> Tensor:
     """Multiply each slot's run of rows with its matrix. Rows are sorted by slot, counts_S of them for each."""
+    if few_rows.is_supported(x_PI, len(counts_S)):
+        return few_rows.grouped_linear(x_PI, weight_SOI, counts_S, is_transposed=is_transposed)
     weight_SIO = weight_SOI if is_transposed else weight_SOI.transpose(1, 2)
     if x_PI.dtype == torch.bfloat16 and x_PI.is_cuda:
         return F.grouped_mm(x_PI, weight_SIO, offs=counts_S.cumsum(0).to(torch.int32))

@@ -84,8 +84,8 @@ class MemoryShard(Link):
         return header, parts
 
 
-def over_socket(shard: MemoryShard, stack: ExitStack) -> Link:
-    """Return a link over a Unix socket at whose other end a thread lets the shard answer."""
+def over_socket(shard: MemoryShard, stack: ExitStack, kind: str = "local") -> Link:
+    """Return a link of a kind that has a socket at whose other end a thread lets the shard answer."""
 
     def serve() -> None:
         with suppress(LinkError):
@@ -99,7 +99,7 @@ def over_socket(shard: MemoryShard, stack: ExitStack) -> Link:
                     return
                 shard_end.send(answer, [rows])
 
-    worker_end, shard_end = stack.enter_context(link_pair("socket", kind="local"))
+    worker_end, shard_end = stack.enter_context(link_pair("socket", kind=kind))
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     stack.callback(thread.join, 5.0)

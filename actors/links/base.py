@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from expertmesh.cluster.packets import PacketHeader
 
 # An idle link is no error: a reader waits this long for the next request, and again.
 IDLE_S = 7 * 24 * 3600.0
+
+
+class Channel(NamedTuple):
+    """What carries a link's messages.
+
+    descriptor: of a stream socket. outgoing, incoming: addresses of the memory that the ends share, one for each
+    direction (actors/links/shared.py), 0: there is none. room_bytes: of payload in each.
+    """
+
+    descriptor: int
+    outgoing: int = 0
+    incoming: int = 0
+    room_bytes: int = 0
 
 
 class Link(ABC):
@@ -46,22 +60,23 @@ class Link(ABC):
             timeout_s: how long to wait for it; None is the link's own timeout.
 
         Returns:
-            The header and its payload as uint8; the payload is valid until the next recv.
+            The header and its payload as uint8; the payload is valid until this end's next recv or send.
 
         Raises:
             LinkError: the peer is gone, the deadline passed, or the message is not of this protocol.
         """
 
-    def descriptor(self, timeout_s: float | None = None) -> int | None:
-        """Return the socket that carries this link's messages as they are, for compiled code to use in place of it.
+    def channel(self, timeout_s: float | None = None) -> Channel | None:
+        """Return what carries this link's messages as they are, for compiled code to use in place of the link.
 
-        It blocks, as long as send() and recv(timeout_s) would. None: there is none, or part of a message was read.
+        Its socket blocks, as long as send() and recv(timeout_s) would. None: there is none, or part of a message was
+        read.
         """
         return None
 
     def unread(self, data: bytes) -> None:
-        """Have what was read from the descriptor be read again by recv()."""
-        raise NotImplementedError(f"{type(self).__name__} has no descriptor")
+        """Have what was read from the channel's socket be read again by recv()."""
+        raise NotImplementedError(f"{type(self).__name__} has no channel")
 
     def failed(self, doing: str, fault: int, got: int = 0) -> LinkError:
         """Break the link, and return the error: compiled code failed at "send" or "receive".
@@ -71,7 +86,7 @@ class Link(ABC):
             fault: errno; 0: a part was sent within the deadline, or the peer ended.
             got: bytes that had been received.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no descriptor")
+        raise NotImplementedError(f"{type(self).__name__} has no channel")
 
     @abstractmethod
     def close(self) -> None:
@@ -82,6 +97,7 @@ _KINDS = {
     "gloo": "expertmesh.actors.links.gloo:GlooLink",
     "local": "expertmesh.actors.links.local:LocalLink",
     "nccl": "expertmesh.actors.links.nccl:NcclLink",
+    "shared": "expertmesh.actors.links.shared:SharedLink",
 }
 
 

@@ -77,8 +77,8 @@ def calling_end(met: tuple[str, int], name: str, generation: int, interface: str
 
 
 def link_kind(worker: LinkEnd, shard: LinkEnd) -> str:
-    """Choose the kind for two ends: NCCL between two GPUs (it refuses two ranks on one), a local socket, else Gloo."""
+    """Choose the kind for two ends: NCCL between two GPUs (it refuses two ranks on one), shared memory, else Gloo."""
     same_node = worker.node == shard.node
     if worker.gpu and shard.gpu and not (same_node and worker.gpu == shard.gpu):
         return "nccl"
-    return "local" if same_node else "gloo"
+    return "shared" if same_node else "gloo"

@@ -17,7 +17,7 @@ from contextlib import closing, suppress
 import torch
 from torch import Tensor
 
-from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.base import Channel, Link
 from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress
 from expertmesh.actors.links.rendezvous import RendezvousStore
 from expertmesh.cluster.errors import LinkError
@@ -53,6 +53,7 @@ class LocalLink(Link):
             raise LinkError(f"link {address.name}: the other end did not come: {error}") from error
         # Only once nobody uses the link any more: another thread may be about to read from this descriptor.
         weakref.finalize(self, self._socket.close)
+        self._meet(address)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._socket.settimeout(None)
         self._set_timeout(socket.SO_SNDTIMEO, self._timeout_s)
@@ -63,6 +64,12 @@ class LocalLink(Link):
         blocks = [_bytes_of(part) for part in parts if part.numel()]
         size = sum(len(block) for block in blocks)
         assert size == header.payload_bytes, f"{size} bytes of payload, the header says {header.payload_bytes}"
+        self._send(header, blocks, size)
+
+    def _meet(self, address: LinkAddress) -> None:
+        """Agree on more with the other end, over the socket."""
+
+    def _send(self, header: PacketHeader, blocks: Sequence[memoryview], size: int) -> None:
         try:
             sent = self._socket.sendmsg([header.pack(), *blocks])
         except OSError as error:
@@ -88,6 +95,9 @@ class LocalLink(Link):
             raise self._broken(
                 "receive failed", f"a packet of generation {header.generation} on generation {self.generation}"
             )
+        if header.in_memory:
+            self._ahead = self._view[HEADER_BYTES:got].tobytes()
+            return self._from_memory(header)
         size = header.payload_bytes
         end = HEADER_BYTES + size
         self._ahead = self._view[end:got].tobytes()
@@ -101,12 +111,12 @@ class LocalLink(Link):
             self._read(view[got - HEADER_BYTES :], socket.MSG_WAITALL)
         return header, payload if self._device.type == "cpu" else payload.to(self._device)
 
-    def descriptor(self, timeout_s: float | None = None) -> int | None:
-        """See Link.descriptor."""
+    def channel(self, timeout_s: float | None = None) -> Channel | None:
+        """See Link.channel."""
         if self._ahead or self._device.type != "cpu":
             return None
         self._wait_at_most(self._timeout_s if timeout_s is None else timeout_s)
-        return self._socket.fileno()
+        return Channel(self._socket.fileno())
 
     def unread(self, data: bytes) -> None:
         """See Link.unread."""
@@ -131,6 +141,9 @@ class LocalLink(Link):
             self._set_timeout(socket.SO_SNDTIMEO, min(self._timeout_s, _CLOSE_S))
             self.send(header)
             self._socket.shutdown(socket.SHUT_WR)
+
+    def _from_memory(self, header: PacketHeader) -> tuple[PacketHeader, Tensor]:
+        raise self._broken("receive failed", "a payload in shared memory, of which this link has none")
 
     def _make_room(self, size: int) -> None:
         self._buffer = torch.empty(size, dtype=torch.uint8)

@@ -19,6 +19,7 @@ from expertmesh.actors.shard.copying import asked_expert, expert_packet
 from expertmesh.actors.wire import Dispatch, combine_packet, read_dispatch
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind, WireDtype
+from expertmesh.kernels.cpu.exchange import Memory
 from expertmesh.kernels.cpu.packet_server import PacketServer, can_serve
 from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 
@@ -186,11 +187,12 @@ class ShardServer:
 
     def _serve_compiled(self, link: Link) -> None:
         """Answer packets as long as compiled code can; what it has read and not answered is left to the link."""
-        descriptor = None if self._compiled is None else link.descriptor(IDLE_S)
-        if self._compiled is None or descriptor is None:
+        channel = None if self._compiled is None else link.channel(IDLE_S)
+        if self._compiled is None or channel is None:
             return
+        descriptor, *memory = channel
         try:
-            link.unread(self._compiled.serve(descriptor, link.generation))
+            link.unread(self._compiled.serve(descriptor, Memory(*memory), link.generation))
         except OSError as error:
             raise link.failed("send", max(0, error.errno or 0)) from error
 

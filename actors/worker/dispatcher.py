@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.base import Channel, Link
 from expertmesh.actors.wire import dispatch_header, read_combine
 from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.errors import LinkError, NoReplicaError, UnavailableError
@@ -23,7 +23,7 @@ from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketKind
 from expertmesh.kernels.cpu.exchange import State, can_exchange
 from expertmesh.kernels.cpu.stack import PARTS, Exchanged, Route
-from expertmesh.kernels.dispatch import ShardRequest, add_rows, count_tokens, requests_for_shards, sum_pairs
+from expertmesh.kernels.dispatch import ShardRequest, add_answers, count_tokens, requests_for_shards, sum_pairs
 
 _log = logging.getLogger(__name__)
 OnLost = Callable[[ShardId, Link], None]
@@ -143,13 +143,12 @@ class Dispatcher:
         """Return the way to the shards for compiled code; see `kernels.cpu.stack.Carrier`."""
         self._has_other_fleet.value = 0  # before the fleet is read: one that is set from now on is noticed
         fleet = self._fleet
-        descriptors = None if fleet is None or self._by_pair else fleet.descriptors()
-        if fleet is None or descriptors is None:
+        channels = None if fleet is None or self._by_pair else fleet.channels()
+        if fleet is None or channels is None:
             return None
         assert len(self._is_decode_T) == num_tokens, f"begin_step() told of {len(self._is_decode_T)} tokens"
-        fleet.exchange.set_shards(descriptors, fleet.generations, fleet.placement.epoch)
         return Route(
-            exchange=fleet.exchange,
+            exchange=fleet.open_exchange(channels),
             only_LE=fleet.only_LE(tuple(self._row_of_layer)),
             row_of_layer=self._row_of_layer,
             load_LE=self.load_LE,
@@ -202,11 +201,11 @@ class Dispatcher:
             if todo_TK is not None:
                 shard_TK = np.where(todo_TK, shard_TK, np.int32(-1))
             batch = _Batch(layer, hidden_TH, ids_TK, weights_TK, shard_TK)
-            descriptors = fleet.descriptors() if todo_TK is None and self._may_exchange(hidden_TH) else None
-            if descriptors is None:
+            channels = fleet.channels() if todo_TK is None and self._may_exchange(hidden_TH) else None
+            if channels is None:
                 kinds = self._ask(fleet, batch, out)
             else:
-                kinds, finished_TH = self._exchange(fleet, batch, descriptors, out)
+                kinds, finished_TH = self._exchange(fleet, batch, channels, out)
                 if finished_TH is not None:
                     return finished_TH
             todo_TK = self._left(fleet, batch, kinds)
@@ -225,17 +224,16 @@ class Dispatcher:
         return not self._by_pair and can_exchange(hidden_TH)
 
     def _exchange(
-        self, fleet: Fleet, batch: _Batch, descriptors: list[int], sum_TH: Tensor
+        self, fleet: Fleet, batch: _Batch, channels: list[Channel], sum_TH: Tensor
     ) -> tuple[dict[int, PacketKind], Tensor | None]:
         """Ask the shards in compiled code.
 
         Returns:
             What became of each shard's packet, as `_ask` does, and, once all are done, the sum in the wire's dtype.
         """
-        exchange = fleet.exchange
-        exchange.set_shards(descriptors, fleet.generations, fleet.placement.epoch)
+        exchange = fleet.open_exchange(channels)
         sequence = self._sequence.value + 1
-        self._sequence.value += len(descriptors)
+        self._sequence.value += len(channels)
         finished_TH = exchange.run(
             batch.hidden_TH,
             batch.ids_TK,
@@ -262,7 +260,9 @@ class Dispatcher:
             elif state is State.OTHER_ANSWER:
                 link.unread(exchange.left(shard))
                 request = next(r for r in self._requests(fleet, batch) if r.shard == shard)
-                kinds[shard] = self._receive(fleet, batch, _Asked(request, sequence + shard), sum_TH)
+                kinds[shard], rows_RH = self._receive(fleet, batch, _Asked(request, sequence + shard), sum_TH.shape[1])
+                if rows_RH is not None:
+                    self._add(batch, [(request, rows_RH)], sum_TH)
             else:
                 doing = "send" if state is State.NOT_SENT else "receive"
                 got = 0 if state is State.NOT_SENT else len(exchange.left(shard))
@@ -274,10 +274,21 @@ class Dispatcher:
         """Ask the shards over their links; return the kind of each one's answer, FAILED where it is lost."""
         requests = self._requests(fleet, batch)
         kinds = {request.shard: PacketKind.FAILED for request in requests}
+        answers = []
         # Every answer is taken before anything is waited for, so that no link is left with one under way.
         for asked in self._send_all(fleet, batch, requests):
-            kinds[asked.request.shard] = self._receive(fleet, batch, asked, out)
+            kinds[asked.request.shard], rows = self._receive(fleet, batch, asked, out.shape[-1])
+            if rows is not None:
+                answers.append((asked.request, rows))
+        self._add(batch, answers, out)
         return kinds
+
+    def _add(self, batch: _Batch, answers: list[tuple[ShardRequest, Tensor]], out: Tensor) -> None:
+        if not self._by_pair:
+            add_answers(out, [(rows_RH, request.token_R) for request, rows_RH in answers])
+            return
+        for request, rows_PH in answers:
+            out[torch.from_numpy(batch.shard_TK == request.shard)] = rows_PH
 
     def _requests(self, fleet: Fleet, batch: _Batch) -> list[ShardRequest]:
         return requests_for_shards(batch.hidden_TH, batch.ids_TK, batch.weights_TK, batch.shard_TK, len(fleet.shards))
@@ -307,8 +318,8 @@ class Dispatcher:
             asked.append(_Asked(request, self._sequence.value))
         return asked
 
-    def _receive(self, fleet: Fleet, batch: _Batch, asked: _Asked, out: Tensor) -> PacketKind:
-        """Take one answer, into out if it is one; return its kind. FAILED: the shard is lost."""
+    def _receive(self, fleet: Fleet, batch: _Batch, asked: _Asked, hidden: int) -> tuple[PacketKind, Tensor | None]:
+        """Take one answer; return its kind, and its rows if it is one. FAILED: the shard is lost."""
         request = asked.request
         link = fleet.links[fleet.shards[request.shard]]
         try:
@@ -317,22 +328,19 @@ class Dispatcher:
                 raise LinkError(f"asked for packet {asked.sequence}, got {header}")
             if header.kind is PacketKind.FAILED:
                 raise LinkError(f"the shard failed: {bytes(payload.cpu().numpy()).decode(errors='replace')}")
-            if header.kind not in (PacketKind.COMBINE, PacketKind.NOT_HERE):
+            if header.kind is PacketKind.NOT_HERE:
+                return header.kind, None
+            if header.kind is not PacketKind.COMBINE:
                 raise LinkError(f"an answer of kind {header.kind.name}")
-            if header.kind is PacketKind.COMBINE:
-                rows = read_combine(header, payload)
-                num_rows = request.num_pairs if self._by_pair else request.num_rows
-                if rows.shape != (num_rows, out.shape[-1]) or header.by_pair != self._by_pair:
-                    raise LinkError(f"asked for {num_rows} rows of {out.shape[-1]}, got {header}")
-                if self._by_pair:
-                    out[torch.from_numpy(batch.shard_TK == request.shard)] = rows
-                else:
-                    add_rows(out, rows, request.token_R)
-                self.combine_bytes_L[self._row_of_layer[batch.layer]] += header.payload_bytes
+            rows = read_combine(header, payload)
+            num_rows = request.num_pairs if self._by_pair else request.num_rows
+            if rows.shape != (num_rows, hidden) or header.by_pair != self._by_pair:
+                raise LinkError(f"asked for {num_rows} rows of {hidden}, got {header}")
         except LinkError as error:
             self._lose(fleet, request.shard, error)
-            return PacketKind.FAILED
-        return header.kind
+            return PacketKind.FAILED, None
+        self.combine_bytes_L[self._row_of_layer[batch.layer]] += header.payload_bytes
+        return header.kind, rows
 
     def _lose(self, fleet: Fleet, index: int, error: LinkError) -> None:
         _log.warning("shard %s is lost: %s", fleet.shards[index], error)

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from expertmesh.actors.links.base import Link
+from expertmesh.actors.links.base import Channel, Link
 from expertmesh.cluster.dispatch_hash import DispatchTable
 from expertmesh.cluster.dispatch_policy import open_policy
 from expertmesh.cluster.errors import LinkError
@@ -33,20 +33,27 @@ class Fleet:
 
     @cached_property
     def exchange(self) -> Exchange:
-        """Carries layers to these shards and back in compiled code; where `descriptors` finds how."""
+        """Carries layers to these shards and back in compiled code; where `channels` finds how."""
         return Exchange(len(self.shards))
 
-    def descriptors(self) -> list[int] | None:
-        """Return the socket of each shard's link, -1 of a dead one; None: a link has none, or is broken."""
+    def channels(self) -> list[Channel] | None:
+        """Return what carries each shard's link, -1 for a dead one; None: a link has none, or is broken."""
         try:
             found = [
-                self.links[shard].descriptor() if alive else -1
+                self.links[shard].channel() if alive else Channel(-1)
                 for shard, alive in zip(self.shards, self.alive_S, strict=True)
             ]
         except LinkError:
             return None  # who sends will find it so again, and lose it
-        sockets = [descriptor for descriptor in found if descriptor is not None]
-        return sockets if len(sockets) == len(found) else None
+        channels = [channel for channel in found if channel is not None]
+        return channels if len(channels) == len(found) else None
+
+    def open_exchange(self, channels: list[Channel]) -> Exchange:
+        """Return the exchange with these shards, over these channels."""
+        memories = [(channel.outgoing, channel.incoming, channel.room_bytes) for channel in channels]
+        descriptors = [channel.descriptor for channel in channels]
+        self.exchange.set_shards(descriptors, memories, self.generations, self.placement.epoch)
+        return self.exchange
 
     def only_LE(self, layers: Sequence[int]) -> npt.NDArray[np.int32]:  # noqa: N802  # a shape suffix
         """Return the one live shard of each expert of these layers; -1: there are several, or none."""

@@ -9,8 +9,11 @@
 #include "exchange.h"
 #include "packets.h"
 #include "seconds.h"
+#include "team.h"
 
 namespace {
+
+constexpr int64_t kWorthThreads = 1 << 19;  // bytes of rows: below, waking another thread costs more than it does
 
 void put(uint8_t* at, int64_t index, int32_t value) { memcpy(at + index * 4, &value, 4); }
 
@@ -42,25 +45,23 @@ void count(const Requests& all, int64_t* rows_S, int64_t* pairs_S) {
     }
 }
 
-// Writes each shard's payload, and the tokens of its rows; rows_S and pairs_S as counted.
-void pack(const Requests& all, const int64_t* rows_S, const int64_t* pairs_S, uint8_t* const* payload_S, int64_t* const* token_SR) {
-  std::vector<int64_t> row_S(all.shards, 0), pair_S(all.shards, 0), last_S(all.shards, -1);
+// Writes a shard's payload, and the tokens of its rows; rows and pairs as counted.
+void pack(const Requests& all, int32_t shard, int64_t rows, int64_t pairs, uint8_t* payload, int64_t* token_R) {
+  uint8_t* block = payload + rows * all.row_bytes;
+  int64_t row = -1, pair = 0, last = -1;
   for (int64_t t = 0; t < all.tokens; ++t)
     for (int64_t k = 0; k < all.choices; ++k) {
       const int64_t at = t * all.choices + k;
-      const int32_t s = all.shard_TK[at];
-      if (s < 0) continue;
-      if (last_S[s] != t) {
-        last_S[s] = t;
-        token_SR[s][row_S[s]] = t;
-        memcpy(payload_S[s] + row_S[s] * all.row_bytes, all.hidden_TH + t * all.row_bytes, all.row_bytes);
-        ++row_S[s];
+      if (all.shard_TK[at] != shard) continue;
+      if (last != t) {
+        last = t;
+        token_R[++row] = t;
+        memcpy(payload + row * all.row_bytes, all.hidden_TH + t * all.row_bytes, all.row_bytes);
       }
-      uint8_t* block = payload_S[s] + rows_S[s] * all.row_bytes;
-      const int64_t pair = pair_S[s]++;
-      put(block, pair, static_cast<int32_t>(row_S[s] - 1));
-      put(block, pairs_S[s] + pair, static_cast<int32_t>(all.ids_TK[at]));
-      memcpy(block + (2 * pairs_S[s] + pair) * 4, all.weights_TK + at, 4);
+      put(block, pair, static_cast<int32_t>(row));
+      put(block, pairs + pair, static_cast<int32_t>(all.ids_TK[at]));
+      memcpy(block + (2 * pairs + pair) * 4, all.weights_TK + at, 4);
+      ++pair;
     }
 }
 
@@ -84,6 +85,46 @@ CLONED void add_floats(float* sum, const uint8_t* from, int64_t size) {
 void add(float* sum_TH, const uint8_t* rows_RH, uint8_t dtype, const int64_t* token_R, int64_t rows, int64_t hidden) {
   const auto add_row = dtype == kBfloat16 ? add_halves : add_floats;
   for (int64_t r = 0; r < rows; ++r) add_row(sum_TH + (token_R ? token_R[r] : r) * hidden, rows_RH + r * hidden * bytes_of(dtype), hidden);
+}
+
+CLONED void add_residual(const uint8_t* residual, int64_t size, uint8_t* to) {
+  for (int64_t h = 0; h < size; ++h) {
+    uint16_t a, b;
+    memcpy(&a, residual + h * 2, 2);
+    memcpy(&b, to + h * 2, 2);
+    b = to_bf16(to_float(a) + to_float(b));
+    memcpy(to + h * 2, &b, 2);
+  }
+}
+
+// A shard's answer: rows [R, H] of the tokens token_R, which rise.
+struct Answer {
+  const uint8_t* rows_RH;
+  const int64_t* token_R;
+  int64_t rows;
+};
+
+// Writes the sums of tokens begin to end to out_TH, each token's in one go while it is in the caches.
+void combine(const Exchange& e, const std::vector<Answer>& answers, int64_t begin, int64_t end) {
+  const int64_t row_bytes = e.hidden * bytes_of(e.dtype);
+  const auto add_row = e.dtype == kBfloat16 ? add_halves : add_floats;
+  static thread_local std::vector<float> sum_H;
+  sum_H.resize(e.hidden);
+  std::vector<int64_t> next_S;
+  for (const Answer& answer : answers) next_S.push_back(std::lower_bound(answer.token_R, answer.token_R + answer.rows, begin) - answer.token_R);
+  for (int64_t t = begin; t < end; ++t) {
+    std::fill(sum_H.begin(), sum_H.end(), 0.0f);
+    for (size_t s = 0; s < answers.size(); ++s) {
+      if (next_S[s] == answers[s].rows || answers[s].token_R[next_S[s]] != t) continue;
+      add_row(sum_H.data(), answers[s].rows_RH + next_S[s]++ * row_bytes, e.hidden);
+    }
+    uint8_t* out_H = e.out_TH + t * row_bytes;
+    if (e.dtype == kBfloat16)
+      round_all(sum_H.data(), e.hidden, out_H);
+    else
+      memcpy(out_H, sum_H.data(), row_bytes);
+    if (e.residual_TH) add_residual(e.residual_TH + t * row_bytes, e.hidden, out_H);
+  }
 }
 
 }  // namespace
@@ -120,11 +161,13 @@ extern "C" void dispatch_sizes(const int32_t* shard_TK, int64_t tokens, int64_t 
   count({nullptr, 0, nullptr, nullptr, shard_TK, tokens, choices, shards}, rows_S, pairs_S);
 }
 
-// See pack.
+// See pack; shards without pairs are left alone.
 extern "C" void dispatch_pack(const uint8_t* hidden_TH, int64_t row_bytes, const int64_t* ids_TK, const float* weights_TK,
                               const int32_t* shard_TK, int64_t tokens, int64_t choices, int64_t shards, const int64_t* rows_S,
                               const int64_t* pairs_S, uint8_t* const* payload_S, int64_t* const* token_SR) {
-  pack({hidden_TH, row_bytes, ids_TK, weights_TK, shard_TK, tokens, choices, shards}, rows_S, pairs_S, payload_S, token_SR);
+  const Requests all{hidden_TH, row_bytes, ids_TK, weights_TK, shard_TK, tokens, choices, shards};
+  for (int64_t s = 0; s < shards; ++s)
+    if (pairs_S[s]) pack(all, s, rows_S[s], pairs_S[s], payload_S[s], token_SR[s]);
 }
 
 // Returns 1 when all that was asked is done. Every answer under way is waited for, whatever became of the others.
@@ -141,16 +184,26 @@ extern "C" int dispatch_exchange(Exchange* e) {
   };
   std::vector<int64_t> rows_S(shards), pairs_S(shards);
   std::vector<uint8_t*> payload_S(shards);
+  std::vector<char> is_in_memory_S(shards);
   std::vector<int64_t*> tokens_S(shards);
   count(all, rows_S.data(), pairs_S.data());
   if (static_cast<int64_t>(message_S.size()) < shards) message_S.resize(shards), answer_S.resize(shards), token_SR.resize(shards);
   for (int64_t s = 0; s < shards; ++s) {
-    message_S[s].resize(std::max<size_t>(message_S[s].size(), kHeader + rows_S[s] * row_bytes + pairs_S[s] * kPairBytes));
+    const int64_t payload_bytes = rows_S[s] * row_bytes + pairs_S[s] * kPairBytes;
     token_SR[s].resize(std::max<size_t>(token_SR[s].size(), rows_S[s]));
-    payload_S[s] = message_S[s].data() + kHeader;
+    payload_S[s] = room_for(e->memory_S[s], payload_bytes);
+    is_in_memory_S[s] = payload_S[s] != nullptr;
+    message_S[s].resize(std::max<size_t>(message_S[s].size(), kHeader + (payload_S[s] ? 0 : payload_bytes)));
+    if (!payload_S[s]) payload_S[s] = message_S[s].data() + kHeader;
     tokens_S[s] = token_SR[s].data();
   }
-  pack(all, rows_S.data(), pairs_S.data(), payload_S.data(), tokens_S.data());
+  const int threads = e->tokens * row_bytes >= kWorthThreads ? e->threads : 1;
+  Team packing(threads, false);
+  packing.phase(shards, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t s = begin; s < end; ++s)
+      if (pairs_S[s]) pack(all, s, rows_S[s], pairs_S[s], payload_S[s], tokens_S[s]);
+  });
+  packing.run();
   e->sent_bytes = e->received_bytes = 0;
   e->pack_s = lap_s();
   e->wait_s = e->add_s = 0;
@@ -171,8 +224,7 @@ extern "C" int dispatch_exchange(Exchange* e) {
                         static_cast<uint32_t>(e->hidden),
                         payload_bytes,
                         {}};
-    memcpy(message_S[s].data(), &header, kHeader);
-    if (send_all(e->fd_S[s], message_S[s].data(), kHeader + payload_bytes)) {
+    if (send_message(e->fd_S[s], message_S[s].data(), header, e->memory_S[s], is_in_memory_S[s])) {
       e->state_S[s] = kDone;  // until the answer says otherwise
       e->sent_bytes += payload_bytes;
     } else {
@@ -181,29 +233,33 @@ extern "C" int dispatch_exchange(Exchange* e) {
     }
   }
   e->send_s = lap_s();
-  memset(e->sum_TH, 0, e->tokens * e->hidden * sizeof(float));
+  std::vector<Answer> answers;
+  std::vector<int64_t> in_memory;  // shards whose answers lie there
   bool all_done = true;
   for (int64_t s = 0; s < shards; ++s) {
     if (e->state_S[s] != kDone) {
       all_done = all_done && e->state_S[s] == kNotAsked;
       continue;
     }
-    e->add_s += lap_s();
     // Nothing behind the answer that is expected is read: what else comes is for others to make sense of.
-    const int64_t answer_bytes = rows_S[s] * row_bytes, wanted = kHeader + answer_bytes;
+    const int64_t answer_bytes = rows_S[s] * row_bytes;
+    int64_t wanted = kHeader + answer_bytes;
     answer_S[s].resize(std::max<size_t>(answer_S[s].size(), wanted));
     uint8_t* answer = answer_S[s].data();
-    int64_t got = read_at_least(e->fd_S[s], answer, kHeader, wanted);
+    int64_t got = read_at_least(e->fd_S[s], answer, kHeader, e->memory_S[s].incoming ? kHeader : wanted);
     Header header;
     memcpy(&header, answer, kHeader);
+    const bool is_in_memory = e->memory_S[s].incoming && header.flags == kInMemory && answer_bytes <= e->memory_S[s].room;
     const bool is_answer = got >= kHeader && header.magic == kMagic && header.kind == kCombine && header.dtype == e->dtype &&
-                           header.by_pair == 0 && header.generation == e->generation_S[s] && header.sequence == e->sequence + s &&
-                           header.rows == rows_S[s] && header.hidden == e->hidden &&
+                           (header.flags == 0 || is_in_memory) && header.generation == e->generation_S[s] &&
+                           header.sequence == e->sequence + s && header.rows == rows_S[s] && header.hidden == e->hidden &&
                            header.payload_bytes == static_cast<uint64_t>(answer_bytes);
+    if (is_in_memory) wanted = kHeader;
     if (is_answer && got < wanted) got += read_at_least(e->fd_S[s], answer + got, wanted - got, wanted - got);
     e->wait_s += lap_s();
     if (is_answer && got == wanted) {
-      add(e->sum_TH, answer + kHeader, e->dtype, tokens_S[s], rows_S[s], e->hidden);
+      answers.push_back({is_in_memory ? e->memory_S[s].incoming + kFront : answer + kHeader, tokens_S[s], rows_S[s]});
+      if (is_in_memory) in_memory.push_back(s);
       e->received_bytes += answer_bytes;
       continue;
     }
@@ -213,11 +269,15 @@ extern "C" int dispatch_exchange(Exchange* e) {
     e->left_bytes_S[s] = got;
     all_done = false;
   }
-  if (!all_done) return 0;
-  if (e->dtype == kBfloat16)
-    round_all(e->sum_TH, e->tokens * e->hidden, e->out_TH);
-  else
-    memcpy(e->out_TH, e->sum_TH, e->tokens * e->hidden * 4);
-  e->add_s += lap_s();
-  return 1;
+  if (all_done) {
+    Team combining(threads, false);
+    combining.phase(e->tokens, 16, [&](int64_t begin, int64_t end, int) { combine(*e, answers, begin, end); });
+    combining.run();
+  } else {
+    memset(e->sum_TH, 0, e->tokens * e->hidden * sizeof(float));
+    for (const Answer& answer : answers) add(e->sum_TH, answer.rows_RH, e->dtype, answer.token_R, answer.rows, e->hidden);
+  }
+  for (const int64_t s : in_memory) release(e->memory_S[s]);
+  e->add_s = lap_s();
+  return all_done;
 }

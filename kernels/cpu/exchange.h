@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "memory.h"
+
 namespace {
 
 // Of a shard in an exchange.
@@ -27,9 +29,11 @@ struct Exchange {
   const int64_t* ids_TK;
   const float* weights_TK;
   const int32_t* shard_TK;
-  float* sum_TH;             // of the answers, in the order of the shards
-  uint8_t* out_TH;           // the same in the wire's dtype, once all answers have come
+  const uint8_t* residual_TH;  // bf16, what the sum is added to once it is rounded; null: nothing
+  uint8_t* out_TH;           // the sum of the answers, in the order of the shards, in the wire's dtype, once all have come
+  float* sum_TH;             // until then: of those that came
   const int32_t* fd_S;       // stream sockets that block, with deadlines of their own
+  const Memory* memory_S;
   const uint32_t* generation_S;
   int32_t* state_S;          // State, of each shard, and why
   int32_t* errno_S;
@@ -40,4 +44,5 @@ struct Exchange {
   int64_t sent_bytes, received_bytes;  // of payloads; set
   double pack_s, send_s, wait_s, add_s;  // set
   uint32_t layer, dtype;
+  int32_t threads;
 };

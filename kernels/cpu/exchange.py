@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.kernels.cpu.build import load_dispatch
+from expertmesh.kernels.cpu.threads import num_threads
 
 _ADDRESS = ctypes.c_void_p
 _WIRE_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
@@ -27,15 +28,26 @@ class State(IntEnum):
     NOT_RECEIVED = 4
 
 
+class Memory(ctypes.Structure):
+    """Where a link's payloads may lie: addresses and room in bytes, see memory.h; all 0: it shares no memory."""
+
+    _fields_ = (("outgoing", _ADDRESS), ("incoming", _ADDRESS), ("room_bytes", ctypes.c_int64))
+
+
 class _Record(ctypes.Structure):
     _fields_ = (
-        *((name, _ADDRESS) for name in ("hidden_TH", "ids_TK", "weights_TK", "shard_TK", "sum_TH", "out_TH")),
-        *((name, _ADDRESS) for name in ("fd_S", "generation_S", "state_S", "errno_S", "left_S", "left_bytes_S")),
+        *((name, _ADDRESS) for name in ("hidden_TH", "ids_TK", "weights_TK", "shard_TK")),
+        *((name, _ADDRESS) for name in ("residual_TH", "out_TH", "sum_TH")),
+        *(
+            (name, _ADDRESS)
+            for name in ("fd_S", "memory_S", "generation_S", "state_S", "errno_S", "left_S", "left_bytes_S")
+        ),
         *((name, ctypes.c_int64) for name in ("tokens", "choices", "shards", "hidden")),
         *((name, ctypes.c_uint64) for name in ("epoch", "sequence")),
         *((name, ctypes.c_int64) for name in ("sent_bytes", "received_bytes")),
         *((name, ctypes.c_double) for name in ("pack_s", "send_s", "wait_s", "add_s")),
         *((name, ctypes.c_uint32) for name in ("layer", "dtype")),
+        ("threads", ctypes.c_int32),
     )
 
 
@@ -57,6 +69,7 @@ class Exchange:
         self.function = library.dispatch_exchange
         self.function.argtypes = [ctypes.POINTER(_Record)]
         self._fd_S = (ctypes.c_int32 * num_shards)()
+        self._memory_S = (Memory * num_shards)()
         self._generation_S = (ctypes.c_uint32 * num_shards)()
         self.state_S = (ctypes.c_int32 * num_shards)()
         self._errno_S = (ctypes.c_int32 * num_shards)()
@@ -64,6 +77,7 @@ class Exchange:
         self._left_bytes_S = (ctypes.c_int64 * num_shards)()
         self._record = _Record(
             fd_S=ctypes.addressof(self._fd_S),
+            memory_S=ctypes.addressof(self._memory_S),
             generation_S=ctypes.addressof(self._generation_S),
             state_S=ctypes.addressof(self.state_S),
             errno_S=ctypes.addressof(self._errno_S),
@@ -72,20 +86,32 @@ class Exchange:
             shards=num_shards,
         )
 
-    def set_shards(self, descriptors: list[int], generations: list[int], epoch: int) -> None:
+    def set_shards(
+        self, descriptors: list[int], memories: list[tuple[int, int, int]], generations: list[int], epoch: int
+    ) -> None:
         """Say where the shards are.
 
         Args:
             descriptors: of each one's stream socket, which blocks, with deadlines of its own; -1: it is not asked.
+            memories: of each one's link, what `Memory` holds.
             generations: of each one's link.
             epoch: the placement's.
         """
         self._fd_S[:] = descriptors  # type: ignore[assignment]
+        self._memory_S[:] = memories  # type: ignore[assignment]
         self._generation_S[:] = generations  # type: ignore[assignment]
         self._record.epoch = epoch
 
     def lay_out(
-        self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, shard_TK: Tensor, sum_TH: Tensor, out_TH: Tensor
+        self,
+        hidden_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        shard_TK: Tensor,
+        *,
+        sum_TH: Tensor,
+        out_TH: Tensor,
+        residual_TH: Tensor | None = None,
     ) -> ctypes.Structure:
         """Say what is sent and where the answers go, all contiguous; return the record for other compiled code.
 
@@ -94,14 +120,17 @@ class Exchange:
             ids_TK: the experts chosen, int64.
             weights_TK: the router's weights, float32.
             shard_TK: who runs each pair, int32; -1: nobody.
-            sum_TH: float32, where the answers are added up, in the order of the shards.
-            out_TH: the sum in the dtype of hidden_TH, once all is done.
+            sum_TH: float32, the sum of the answers that came, in the order of the shards, where some did not.
+            out_TH: the sum in the dtype of hidden_TH where all came.
+            residual_TH: bf16, what that is added to; hidden_TH is bf16 too then.
         """
         record = self._record
         record.tokens, record.choices = shard_TK.shape
         record.hidden, record.dtype = hidden_TH.shape[1], _WIRE_DTYPE[hidden_TH.dtype]
         record.hidden_TH, record.ids_TK, record.weights_TK = (t.data_ptr() for t in (hidden_TH, ids_TK, weights_TK))
         record.shard_TK, record.sum_TH, record.out_TH = (t.data_ptr() for t in (shard_TK, sum_TH, out_TH))
+        record.residual_TH = None if residual_TH is None else residual_TH.data_ptr()
+        record.threads = num_threads()
         return record
 
     def run(
@@ -124,7 +153,7 @@ class Exchange:
         """
         ids, weights, shards = (torch.from_numpy(np.ascontiguousarray(a)) for a in (ids_TK, weights_TK, shard_TK))
         out_TH = torch.empty_like(hidden_TH)
-        self.lay_out(hidden_TH, ids, weights, shards, sum_TH, out_TH)
+        self.lay_out(hidden_TH, ids, weights, shards, sum_TH=sum_TH, out_TH=out_TH)
         self._record.layer, self._record.sequence = layer, sequence
         return out_TH if self.function(self._record) else None
 

@@ -37,7 +37,10 @@ struct Packet {
   double arrived_s;
   std::vector<int64_t> row_P, slot_P;
   std::vector<float> weight_P;
-  std::vector<uint8_t>* answer;  // header and rows
+  const Memory* memory;
+  std::vector<uint8_t>* answer;  // room for its header, and for its rows unless they lie in memory
+  Header answer_header;
+  bool is_in_memory;
   enum { kWaits, kAnswered, kForOthers } state = kWaits;
 };
 
@@ -162,9 +165,11 @@ class Server {
     const int64_t elements = static_cast<int64_t>(asked.rows) * asked.hidden;
     const Header header{kMagic, kCombine,   kBfloat16, 0, asked.generation, asked.sequence, epoch,
                         asked.layer, asked.rows, 0,        asked.hidden, static_cast<uint64_t>(elements * 2), {}};
-    packet.answer->resize(kHeader + elements * 2);
-    memcpy(packet.answer->data(), &header, kHeader);
-    round_all(rows, elements, packet.answer->data() + kHeader);
+    uint8_t* to = room_for(*packet.memory, elements * 2);
+    packet.is_in_memory = to != nullptr;
+    packet.answer->resize(std::max<size_t>(packet.answer->size(), kHeader + (to ? 0 : elements * 2)));
+    round_all(rows, elements, to ? to : packet.answer->data() + kHeader);
+    packet.answer_header = header;
     packet.state = Packet::kAnswered;
   }
 
@@ -186,7 +191,7 @@ class Server {
 
 // Says by its header alone whether a packet may be answered here.
 bool is_ours(const Header& header, uint32_t generation) {
-  return header.magic == kMagic && header.kind == kDispatch && header.dtype == kBfloat16 && header.by_pair == 0 &&
+  return header.magic == kMagic && header.kind == kDispatch && header.dtype == kBfloat16 && (header.flags & ~kInMemory) == 0 &&
          header.generation == generation && header.rows > 0 && header.pairs > 0 && header.hidden > 0 &&
          header.payload_bytes <= kMostPayload &&
          header.payload_bytes == uint64_t{header.rows} * header.hidden * 2 + uint64_t{header.pairs} * kPairBytes;
@@ -210,7 +215,8 @@ extern "C" void packet_server_counters(void* server, double* values) { static_ca
 
 // Answers packets until one is not for it or the peer is gone (returns 0), or an answer is not taken (returns errno; -1: in time).
 // left: what was read and not answered, valid until this thread's next call.
-extern "C" int packet_server_serve(void* server, int fd, uint32_t generation, const uint8_t** left, int64_t* left_bytes) {
+extern "C" int packet_server_serve(void* server, int fd, const Memory* memory, uint32_t generation, const uint8_t** left,
+                                   int64_t* left_bytes) {
   static thread_local std::vector<uint8_t> inbox(kInbox), answer;
   int64_t got = 0;
   *left = inbox.data();
@@ -223,18 +229,21 @@ extern "C" int packet_server_serve(void* server, int fd, uint32_t generation, co
     Header header;
     memcpy(&header, inbox.data(), kHeader);
     if (!is_ours(header, generation)) return 0;
-    const int64_t wanted = kHeader + static_cast<int64_t>(header.payload_bytes);
+    const bool is_in_memory = header.flags == kInMemory;
+    if (is_in_memory && (!memory->incoming || static_cast<int64_t>(header.payload_bytes) > memory->room)) return 0;
+    const int64_t wanted = kHeader + (is_in_memory ? 0 : static_cast<int64_t>(header.payload_bytes));
     if (static_cast<int64_t>(inbox.size()) < wanted) inbox.resize(wanted);
     if (got < wanted) got += read_at_least(fd, inbox.data() + got, wanted - got, wanted - got);
     *left = inbox.data();
     *left_bytes = got;
     if (got < wanted) return 0;
-    Packet packet{&header, inbox.data() + kHeader, now_s(), {}, {}, {}, &answer};
+    Packet packet{&header, is_in_memory ? memory->incoming + kFront : inbox.data() + kHeader, now_s(), {}, {}, {}, memory, &answer, {}, false};
     static_cast<Server*>(server)->answer(packet);
     if (packet.state == Packet::kForOthers) return 0;
     got -= wanted;
     memmove(inbox.data(), inbox.data() + wanted, got);
     *left_bytes = got;
-    if (!send_all(fd, answer.data(), answer.size())) return errno ? errno : -1;
+    if (is_in_memory) release(*memory);
+    if (!send_message(fd, answer.data(), packet.answer_header, *memory, packet.is_in_memory)) return errno ? errno : -1;
   }
 }

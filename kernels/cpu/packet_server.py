@@ -10,6 +10,7 @@ import os
 from torch import Tensor
 
 from expertmesh.kernels.cpu.build import load_expert_mlp, load_packet_server
+from expertmesh.kernels.cpu.exchange import Memory
 from expertmesh.kernels.cpu.expert_mlp import PackedSlots
 from expertmesh.kernels.cpu.isa import best_isa
 from expertmesh.kernels.cpu.threads import num_threads
@@ -83,11 +84,12 @@ class PacketServer:
         self._library.packet_server_counters(self._server, values)
         return int(values[0]), int(values[1]), values[2], values[3]
 
-    def serve(self, descriptor: int, generation: int) -> bytes:
+    def serve(self, descriptor: int, memory: Memory, generation: int) -> bytes:
         """Answer a link's packets until one comes that is not for this server, or the peer is gone.
 
         Args:
             descriptor: a stream socket that blocks, with deadlines of its own.
+            memory: the link's.
             generation: of the link.
 
         Returns:
@@ -98,7 +100,7 @@ class PacketServer:
         """
         left, left_bytes = _ADDRESS(), ctypes.c_int64()
         fault = self._library.packet_server_serve(
-            self._server, descriptor, generation, ctypes.byref(left), ctypes.byref(left_bytes)
+            self._server, descriptor, memory, generation, ctypes.byref(left), ctypes.byref(left_bytes)
         )
         if fault:
             raise OSError(fault, os.strerror(fault) if fault > 0 else "an answer was not taken in time")
@@ -124,5 +126,8 @@ def _library() -> ctypes.CDLL | None:
     library.packet_server_set_epoch.restype = None
     library.packet_server_counters.argtypes = [_ADDRESS, ctypes.POINTER(ctypes.c_double)]
     library.packet_server_counters.restype = None
-    library.packet_server_serve.argtypes = [_ADDRESS, ctypes.c_int, ctypes.c_uint32, address, ctypes.POINTER(number)]
+    library.packet_server_serve.argtypes = [
+        *(_ADDRESS, ctypes.c_int, ctypes.POINTER(Memory), ctypes.c_uint32, address),
+        ctypes.POINTER(number),
+    ]
     return library

@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 
 #include "halves.h"
+#include "memory.h"
 
 namespace {
 
@@ -15,12 +16,13 @@ constexpr uint32_t kMagic = 0x31584D45;
 constexpr uint8_t kDispatch = 1, kCombine = 2;
 constexpr uint8_t kFloat32 = 0, kBfloat16 = 1;
 constexpr int64_t kPairBytes = 12;
+constexpr uint16_t kByPair = 1, kInMemory = 2;
 
 #pragma pack(push, 1)
 struct Header {
   uint32_t magic;
   uint8_t kind, dtype;
-  uint16_t by_pair;
+  uint16_t flags;
   uint32_t generation;
   uint64_t sequence, epoch;
   uint32_t layer, rows, pairs, hidden;
@@ -60,6 +62,15 @@ bool send_all(int fd, const uint8_t* from, int64_t size) {
     if (sent >= 0) errno = 0;
     return false;
   }
+}
+
+// Sends a message that lies behind its header's place, or its header alone where the payload is in memory; false: as send_all.
+bool send_message(int fd, uint8_t* message, Header header, const Memory& memory, bool is_in_memory) {
+  header.flags |= is_in_memory ? kInMemory : 0;
+  memcpy(message, &header, kHeader);
+  if (!is_in_memory) return send_all(fd, message, kHeader + static_cast<int64_t>(header.payload_bytes));
+  count_written(memory);
+  return send_all(fd, message, kHeader);
 }
 
 // Writes rows to a payload, as bf16.

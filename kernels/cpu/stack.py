@@ -141,7 +141,7 @@ class StackStep:
         self._stack, self._step = stack, step
         self._ids_TK, self._weights_TK = step.ids_TK, step.weights_TK
         self._shard_TK = torch.empty(step.ids_TK.shape, dtype=torch.int32)
-        self._sum_TH, self._out_TH = torch.empty(hidden_TH.shape), torch.empty_like(self.hidden_TH)
+        self._sum_TH = torch.empty(hidden_TH.shape)
 
     @property
     def num_layers(self) -> int:
@@ -155,7 +155,13 @@ class StackStep:
         step = self._step.record
         step.residual, step.normed = self.residual_TH.data_ptr(), self.normed_TH.data_ptr()
         shards = route.exchange.lay_out(
-            self.normed_TH, self._ids_TK, self._weights_TK, self._shard_TK, self._sum_TH, self._out_TH
+            self.normed_TH,
+            self._ids_TK,
+            self._weights_TK,
+            self._shard_TK,
+            sum_TH=self._sum_TH,
+            out_TH=self.hidden_TH,
+            residual_TH=self.residual_TH,
         )
         isa, threads = how(None)
         record = _Record(

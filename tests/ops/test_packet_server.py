@@ -50,9 +50,15 @@ def server(weights: CheckpointWeights) -> ShardServer:
     return server
 
 
+@pytest.fixture(params=["local", "shared"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The kind of the link under test."""
+    return str(request.param)
+
+
 @pytest.fixture
-def link(server: ShardServer) -> Iterator[Link]:
-    with served_link(server, kind="local") as worker_end:
+def link(server: ShardServer, kind: str) -> Iterator[Link]:
+    with served_link(server, kind=kind) as worker_end:
         yield worker_end
 
 
@@ -173,7 +179,7 @@ def test_a_packet_of_another_generation_ends_the_link(link: Link) -> None:
         link.recv(2.0)
 
 
-def test_workers_at_once_each_get_their_own(server: ShardServer) -> None:
+def test_workers_at_once_each_get_their_own(server: ShardServer, kind: str) -> None:
     def ask(link: Link, worker: int) -> None:
         for number in range(40):
             asked = Asked(1000 * worker + number, 1 + number % 9)
@@ -183,7 +189,7 @@ def test_workers_at_once_each_get_their_own(server: ShardServer) -> None:
 
     done = [0, 0, 0, 0]
     with ExitStack() as stack:
-        links = [stack.enter_context(served_link(server, f"worker-{n}", kind="local")) for n in range(4)]
+        links = [stack.enter_context(served_link(server, f"worker-{n}", kind=kind)) for n in range(4)]
         threads = [threading.Thread(target=ask, args=(link, n)) for n, link in enumerate(links)]
         for thread in threads:
             thread.start()

@@ -48,7 +48,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> list[Stop]:
 
 
 def fleet_of(checkpoint: Path, **settings: Any) -> LocalFleet:
-    return LocalFleet(checkpoint, dtype="bfloat16", **{"link_kind": "local", **settings})
+    return LocalFleet(checkpoint, dtype="bfloat16", **{"link_kind": "shared", **settings})
 
 
 def tokens_of(fleet: LocalFleet, after_steps: int = 0, then: Callable[[], None] = lambda: None) -> dict[str, list[int]]:
@@ -118,7 +118,7 @@ def test_a_link_that_breaks_within_a_step_is_made_good_by_a_newer_fleet(
         lost = ShardId("shard-1")
 
         def mend(shard: ShardId, _link: Link) -> None:
-            again = contexts.enter_context(served_link(fleet.servers[shard], "again", kind="local"))
+            again = contexts.enter_context(served_link(fleet.servers[shard], "again", kind="shared"))
             fleet.dispatcher.set_fleet(Fleet(fleet.placement, {**fleet.links, shard: again}))
 
         fleet.dispatcher._on_lost = mend

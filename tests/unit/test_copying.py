@@ -34,7 +34,7 @@ def fetch(link: Link, weights: CheckpointWeights, key: ExpertKey, sequence: int 
     return fetch_expert(link, key, weights.expert_shapes(key.layer), weights.architecture.dtype, sequence)
 
 
-@pytest.mark.parametrize("kind", ["local", "gloo"])
+@pytest.mark.parametrize("kind", ["local", "gloo", "shared"])
 @pytest.mark.parametrize(("family", "dtype"), [("mixtral", "float32"), ("gpt_oss", "bfloat16")])
 def test_a_copied_expert_is_the_one_that_the_checkpoint_holds(
     kind: str, family: str, dtype: str, tmp_path: Path

@@ -41,16 +41,20 @@ def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return finished
 
 
+@pytest.mark.parametrize("kind", ["local", "shared"])
+@pytest.mark.parametrize("num_tokens", [1, 400])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sum_is_that_of_the_other_path_to_the_bit(dtype: torch.dtype, exchanges: list[bool]) -> None:
-    batch = Batch(num_tokens=40, dtype=dtype)
+def test_the_sum_is_that_of_the_other_path_to_the_bit(
+    dtype: torch.dtype, num_tokens: int, kind: str, exchanges: list[bool]
+) -> None:
+    batch = Batch(num_tokens=num_tokens, dtype=dtype)
     results = []
     for is_compiled in (False, True):
         with ExitStack() as stack:
             shards = {ShardId(name): MemoryShard(experts) for name, experts in SPLIT.items()}
             links: dict[ShardId, Link] = dict(shards)
             if is_compiled:
-                links = {name: over_socket(shard, stack) for name, shard in shards.items()}
+                links = {name: over_socket(shard, stack, kind) for name, shard in shards.items()}
             dispatcher = dispatcher_of(Fleet(placement_of(SPLIT), links))
             results.append(batch.run(dispatcher))
             counted = dispatcher.dispatch_bytes_L.sum(), dispatcher.combine_bytes_L.sum()

@@ -161,7 +161,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> CheckpointWeights:
     return CheckpointWeights(open_architecture(directory))
 
 
-@pytest.fixture(params=["gloo", "local"])
+@pytest.fixture(params=["gloo", "local", "shared"])
 def shards(request: pytest.FixtureRequest, weights: CheckpointWeights) -> Iterator[TwoShards]:
     with TwoShards(weights, request.param) as both:
         yield both

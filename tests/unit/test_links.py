@@ -46,7 +46,7 @@ except LinkError:
 """
 
 
-@pytest.fixture(params=["gloo", "local"])
+@pytest.fixture(params=["gloo", "local", "shared"])
 def kind(request: pytest.FixtureRequest) -> str:
     """The kind of the link under test."""
     return str(request.param)
@@ -210,19 +210,19 @@ def test_close_does_not_wait_long_for_a_busy_peer(kind: str) -> None:
 
 
 def test_the_kind_of_link_is_looked_up() -> None:
-    with pytest.raises(UnknownNameError, match="link kind 'pigeon' is not one of gloo, local, nccl"):
+    with pytest.raises(UnknownNameError, match="link kind 'pigeon' is not one of gloo, local, nccl, shared"):
         open_link("pigeon", link_address("alone", WORKER_RANK), CPU)
 
 
 @pytest.mark.parametrize(
     ("worker", "shard", "expected"),
     [
-        (LinkEnd(node="a"), LinkEnd(node="a"), "local"),
+        (LinkEnd(node="a"), LinkEnd(node="a"), "shared"),
         (LinkEnd(node="a"), LinkEnd(node="b"), "gloo"),
         (LinkEnd(node="a", gpu="0"), LinkEnd(node="a", gpu="1"), "nccl"),
         (LinkEnd(node="a", gpu="0"), LinkEnd(node="b", gpu="0"), "nccl"),
-        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a", gpu="0"), "local"),  # NCCL refuses two ranks on one GPU
-        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a"), "local"),
+        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a", gpu="0"), "shared"),  # NCCL refuses two ranks on one GPU
+        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a"), "shared"),
         (LinkEnd(node="a"), LinkEnd(node="b", gpu="0"), "gloo"),
     ],
 )

@@ -26,6 +26,7 @@ HEADER = PacketHeader(kind=PacketKind.DISPATCH, generation=1, sequence=2, epoch=
         dtype=st.sampled_from(WireDtype),
         payload_bytes=UINT64,
         by_pair=st.booleans(),
+        in_memory=st.booleans(),
     )
 )
 def test_a_header_survives_the_wire(header: PacketHeader) -> None:
@@ -78,6 +79,6 @@ def test_an_unknown_kind_or_dtype_is_refused(offset: int, value: int) -> None:
 
 def test_unknown_flags_are_refused() -> None:
     data = bytearray(HEADER.pack())
-    data[6] = 2
-    with pytest.raises(LinkError, match="unknown flags 0x2"):
+    data[6] = 4
+    with pytest.raises(LinkError, match="unknown flags 0x4"):
         PacketHeader.unpack(bytes(data))

@@ -16,7 +16,7 @@ from torch import Tensor
 from expertmesh.actors.wire import combine_packet, read_combine, read_dispatch
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader, PacketKind
-from expertmesh.kernels.dispatch import PAIR_BYTES, ShardPairs, add_rows, gather_rows, pairs_for_shard
+from expertmesh.kernels.dispatch import PAIR_BYTES, ShardPairs, add_answers, gather_rows, pairs_for_shard
 from tests.packets import dispatch_packet
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -85,7 +85,7 @@ def test_a_dispatch_without_pairs_is_refused() -> None:
 def test_only_the_rows_of_the_subset_travel() -> None:
     hidden_TH = torch.arange(12.0).view(4, 3)
     pairs = pairs_of([0, 1], [2, 4], 2, torch.tensor([1, 3]))
-    header, payload = packed(gather_rows(hidden_TH, pairs), pairs)
+    header, payload = packed(gather_rows(hidden_TH, [pairs])[0], pairs)
     assert torch.equal(read_dispatch(header, payload).rows_RH, hidden_TH[[1, 3]])
 
 
@@ -166,9 +166,9 @@ def test_gather_and_add_equal_a_loop(
     hidden_TH = torch.arange(4.0 * len(mine_TK)).view(-1, 4).to(dtype)
     out_TH = torch.full(hidden_TH.shape, 0.5)
     pairs = pairs_for_shard(mine_TK, ids_TK, weights_TK)
-    rows_RH = gather_rows(hidden_TH, pairs)
+    [rows_RH] = gather_rows(hidden_TH, [pairs])
     assert torch.equal(rows_RH, torch.stack([hidden_TH[t] for t in tokens]) if tokens else hidden_TH[:0])
-    add_rows(out_TH, rows_RH * 2, pairs.token_R)
+    add_answers(out_TH, [(rows_RH * 2, pairs.token_R)])
     for token in range(len(mine_TK)):
         added = hidden_TH[token].float() * 2 if token in tokens else torch.zeros(4)
         assert torch.equal(out_TH[token], added + 0.5)
