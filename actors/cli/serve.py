@@ -12,7 +12,7 @@ import typer
 
 from expertmesh.actors.cli import running
 from expertmesh.actors.cli.configuration import read_settings
-from expertmesh.actors.ray_env import require_auth_mode, secure_local_ray
+from expertmesh.actors.ray_env import calm_local_serve, require_auth_mode, secure_local_ray
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.settings import ServeSettings
 
@@ -75,6 +75,7 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
 def _run(settings: ServeSettings, address: str | None) -> None:
     if address is None:
         secure_local_ray()
+        calm_local_serve()
     else:
         require_auth_mode()
     from expertmesh.actors.launch import Deployment  # after the environment is set: it imports Ray
