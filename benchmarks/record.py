@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,15 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average_1_min": os.getloadavg()[0],
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def keep(name: str, result: dict[str, Any]) -> Path:

@@ -70,7 +70,7 @@ class ServeSettings(BaseModel):
     link_host: str = Field(default="", description="interface that links listen on; empty: the node's address in Ray")
     links: Literal["auto", "gloo"] = Field(
         default="auto",
-        description="auto: NCCL between GPUs, shared memory within a node, Gloo between nodes; gloo: Gloo everywhere",
+        description="auto: NCCL between GPUs, memory within a GPU or a node, Gloo between nodes; gloo: Gloo everywhere",
     )
     pin_cores: bool = Field(default=True, description="CPU shards keep to cores of their own where there are enough")
     shard_threads: int = Field(default=0, ge=0, description="CPU threads a shard computes with; 0: chosen by cores")

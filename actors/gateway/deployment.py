@@ -17,6 +17,7 @@ from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.actors.gateway.worker_client import WorkerClient
 from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, on_this_node
+from expertmesh.actors.token_stream import StreamAddress, TokenStreamClient
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import SequenceRequest, TokenEvent
@@ -36,6 +37,7 @@ class RayWorkerClient:
         self.worker_id = worker_id
         self._handle = handle
         self._gateway_id = gateway_id
+        self._stream = TokenStreamClient(self._stream_address, gateway_id)
 
     async def submit(self, requests: list[SequenceRequest]) -> None:
         """See WorkerClient.submit."""
@@ -47,8 +49,11 @@ class RayWorkerClient:
 
     async def poll(self, after: int) -> tuple[int, list[TokenEvent]]:
         """See WorkerClient.poll."""
-        answer: tuple[int, list[TokenEvent]] = await _call(self._handle.poll.remote(self._gateway_id, after))
-        return answer
+        return await self._stream.poll(after)
+
+    async def _stream_address(self) -> StreamAddress:
+        address: StreamAddress = await _call(self._handle.stream_address.remote())
+        return address
 
 
 class Gateway:

@@ -94,6 +94,7 @@ class Link(ABC):
 
 
 _KINDS = {
+    "cuda_ipc": "expertmesh.actors.links.cuda_ipc:CudaIpcLink",
     "gloo": "expertmesh.actors.links.gloo:GlooLink",
     "local": "expertmesh.actors.links.local:LocalLink",
     "nccl": "expertmesh.actors.links.nccl:NcclLink",

@@ -77,8 +77,12 @@ def calling_end(met: tuple[str, int], name: str, generation: int, interface: str
 
 
 def link_kind(worker: LinkEnd, shard: LinkEnd) -> str:
-    """Choose the kind for two ends: NCCL between two GPUs (it refuses two ranks on one), shared memory, else Gloo."""
+    """Choose the kind for two ends.
+
+    NCCL between two GPUs, and the GPU's memory on one, where NCCL refuses two ranks; else the host's memory within a
+    node and Gloo between nodes.
+    """
     same_node = worker.node == shard.node
-    if worker.gpu and shard.gpu and not (same_node and worker.gpu == shard.gpu):
-        return "nccl"
+    if worker.gpu and shard.gpu:
+        return "cuda_ipc" if same_node and worker.gpu == shard.gpu else "nccl"
     return "shared" if same_node else "gloo"

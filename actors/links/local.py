@@ -61,7 +61,7 @@ class LocalLink(Link):
 
     def send(self, header: PacketHeader, parts: Sequence[Tensor] = ()) -> None:
         """See Link.send."""
-        blocks = [_bytes_of(part) for part in parts if part.numel()]
+        blocks = [bytes_of(part) for part in parts if part.numel()]
         size = sum(len(block) for block in blocks)
         assert size == header.payload_bytes, f"{size} bytes of payload, the header says {header.payload_bytes}"
         self._send(header, blocks, size)
@@ -224,7 +224,8 @@ def _is_ours(connection: socket.socket) -> bool:
     return bool(uid == os.getuid())
 
 
-def _bytes_of(part: Tensor) -> memoryview:
+def bytes_of(part: Tensor) -> memoryview:
+    """Return a tensor's bytes; one on a GPU is copied to the host."""
     if part.dtype != torch.uint8 or part.dim() != 1:
         part = part.reshape(-1).view(torch.uint8)
     return part.cpu().numpy().data

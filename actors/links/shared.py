@@ -19,7 +19,7 @@ from torch import Tensor
 
 from expertmesh.actors.links.base import Channel
 from expertmesh.actors.links.ends import LinkAddress
-from expertmesh.actors.links.local import LocalLink
+from expertmesh.actors.links.local import LocalLink, bytes_of
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.packets import PacketHeader
 
@@ -35,18 +35,32 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class SharedLink(LocalLink):
     """Two ends that send each other headers, and small payloads, over a Unix socket and write large ones to memory."""
 
+    _holds = False  # a payload that the other end must not overwrite yet
+
+    def send(self, header: PacketHeader, parts: Sequence[Tensor] = ()) -> None:
+        """See Link.send."""
+        self._release()
+        size = sum(part.numel() * part.element_size() for part in parts)
+        if not (LEAST_BYTES <= size <= ROOM_BYTES and self._outgoing.is_free):
+            super().send(header, parts)
+            return
+        assert size == header.payload_bytes, f"{size} bytes of payload, the header says {header.payload_bytes}"
+        self._write(parts)
+        self._outgoing.count_written()
+        self._send(replace(header, in_memory=True), (), 0)
+
+    def recv(self, timeout_s: float | None = None) -> tuple[PacketHeader, Tensor]:
+        """See Link.recv."""
+        self._release()
+        return super().recv(timeout_s)
+
     def channel(self, timeout_s: float | None = None) -> Channel | None:
         """See Link.channel."""
         channel = super().channel(timeout_s)
         if channel is None:
             return None
-        self._incoming.release()
+        self._release()
         return channel._replace(outgoing=self._outgoing.address, incoming=self._incoming.address, room_bytes=ROOM_BYTES)
-
-    def recv(self, timeout_s: float | None = None) -> tuple[PacketHeader, Tensor]:
-        """See Link.recv."""
-        self._incoming.release()
-        return super().recv(timeout_s)
 
     def _meet(self, address: LinkAddress) -> None:
         try:
@@ -61,18 +75,30 @@ class SharedLink(LocalLink):
         except (OSError, LinkError) as error:
             raise LinkError(f"link {address.name}: the other end did not come: {error}") from error
 
-    def _send(self, header: PacketHeader, blocks: Sequence[memoryview], size: int) -> None:
-        self._incoming.release()
-        if LEAST_BYTES <= size <= ROOM_BYTES and self._outgoing.is_free:
-            self._outgoing.write(blocks)
-            header, blocks, size = replace(header, in_memory=True), (), 0
-        super()._send(header, blocks, size)
-
     def _from_memory(self, header: PacketHeader) -> tuple[PacketHeader, Tensor]:
         if header.payload_bytes > ROOM_BYTES:
             raise self._broken("receive failed", f"{header.payload_bytes} bytes of payload in memory of {ROOM_BYTES}")
-        payload = self._incoming.hold(header.payload_bytes)
-        return replace(header, in_memory=False), payload if self._device.type == "cpu" else payload.to(self._device)
+        self._holds = True
+        return replace(header, in_memory=False), self._read_payload(header.payload_bytes)
+
+    def _write(self, parts: Sequence[Tensor]) -> None:
+        """Write a payload where the other end reads it."""
+        at = 0
+        for part in parts:
+            block = bytes_of(part)
+            self._outgoing.payload[at : at + len(block)] = block
+            at += len(block)
+
+    def _read_payload(self, size: int) -> Tensor:
+        """Return the payload that the other end wrote, on this end's device."""
+        payload = torch.frombuffer(self._incoming.payload, dtype=torch.uint8, count=size)
+        return payload if self._device.type == "cpu" else payload.to(self._device)
+
+    def _release(self) -> None:
+        """Let the other end write again, if a payload is held."""
+        if self._holds:
+            self._holds = False
+            self._incoming.count_released()
 
 
 class Memory:
@@ -81,10 +107,9 @@ class Memory:
     def __init__(self, descriptor: int) -> None:
         self._map = mmap.mmap(descriptor, FRONT_BYTES + ROOM_BYTES)
         self._counts = np.frombuffer(self._map, dtype=np.uint64, count=FRONT_BYTES // 8)
-        self._is_held = False
-        self._payload = torch.frombuffer(self._map, dtype=torch.uint8, offset=FRONT_BYTES)
-        self._view = memoryview(self._map)[FRONT_BYTES:]
-        self.address = self._counts.ctypes.data
+        self.address = int(self._counts.ctypes.data)
+        self.front = memoryview(self._map)[:FRONT_BYTES]  # the counts and what else the ends tell each other
+        self.payload = memoryview(self._map)[FRONT_BYTES:]
 
     @classmethod
     def create(cls) -> "tuple[Memory, int]":
@@ -118,20 +143,10 @@ class Memory:
         """Whether the payload written last was released."""
         return bool(self._counts[_WRITTEN] == self._counts[_RELEASED])
 
-    def write(self, blocks: Sequence[memoryview]) -> None:
-        """Write a payload, which must find the memory free."""
-        at = 0
-        for block in blocks:
-            self._view[at : at + len(block)] = block
-            at += len(block)
+    def count_written(self) -> None:
+        """Count a payload, which must have found the memory free."""
         self._counts[_WRITTEN] += 1
 
-    def hold(self, size: int) -> Tensor:
-        """Return the payload that was written, uint8, until it is released."""
-        self._is_held = True
-        return self._payload[:size]
-
-    def release(self) -> None:
-        """Let the other end write again, if a payload is held."""
-        self._counts[_RELEASED] += self._is_held
-        self._is_held = False
+    def count_released(self) -> None:
+        """Count a payload that was read."""
+        self._counts[_RELEASED] += 1

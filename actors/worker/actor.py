@@ -6,8 +6,9 @@ Whoever holds an actor's handle imports its class, hence this file, which import
 from typing import Any
 
 from expertmesh.actors.links.ends import ShardPeer
+from expertmesh.actors.token_stream import StreamAddress
 from expertmesh.cluster.ids import ShardId, WorkerId
-from expertmesh.cluster.requests import SequenceRequest, TokenEvent
+from expertmesh.cluster.requests import SequenceRequest
 from expertmesh.cluster.settings import ServeSettings
 
 
@@ -43,9 +44,9 @@ class WorkerActor:
         """See WorkerClient.cancel."""
         await self._worker.cancel(sequence_ids)
 
-    async def poll(self, gateway_id: str, after: int) -> tuple[int, list[TokenEvent]]:
-        """See WorkerClient.poll."""
-        return await self._worker.poll(gateway_id, after)
+    async def stream_address(self) -> StreamAddress:
+        """See Worker.stream_address."""
+        return await self._worker.stream_address()
 
     async def describe(self) -> dict[str, Any]:
         """See Worker.describe."""

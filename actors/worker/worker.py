@@ -17,6 +17,7 @@ from expertmesh.actors.cores import take_part, yield_soon
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address, node_id
+from expertmesh.actors.token_stream import StreamAddress, TokenStreamServer
 from expertmesh.actors.worker.dispatcher import Dispatcher
 from expertmesh.actors.worker.engine import Engine
 from expertmesh.actors.worker.fleet import Fleet
@@ -70,8 +71,10 @@ class Worker:
         self._dense_bytes = 0
         self._num_pages = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stream: TokenStreamServer | None = None
         # A controller that comes back asks again for what its former life may have asked for a moment ago.
         self._starting = asyncio.Lock()
+        self._opening = asyncio.Lock()
 
     async def load(self) -> None:
         """Read the dense half. Asking again changes nothing.
@@ -129,8 +132,14 @@ class Worker:
         for sequence_id in sequence_ids:
             self._gateway_of.pop(sequence_id, None)
 
-    async def poll(self, gateway_id: str, after: int) -> tuple[int, list[TokenEvent]]:
-        """See WorkerClient.poll."""
+    async def stream_address(self) -> StreamAddress:
+        """Return where gateways get their new tokens."""
+        async with self._opening:
+            if self._stream is None:
+                self._stream = await TokenStreamServer.start(self._host, self._poll)
+        return self._stream.address
+
+    async def _poll(self, gateway_id: str, after: int) -> tuple[int, list[TokenEvent]]:
         return await self._outboxes.setdefault(gateway_id, Outbox()).poll(after, self._settings.worker_timeout_s / 2)
 
     async def describe(self) -> dict[str, Any]:

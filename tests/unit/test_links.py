@@ -210,7 +210,7 @@ def test_close_does_not_wait_long_for_a_busy_peer(kind: str) -> None:
 
 
 def test_the_kind_of_link_is_looked_up() -> None:
-    with pytest.raises(UnknownNameError, match="link kind 'pigeon' is not one of gloo, local, nccl, shared"):
+    with pytest.raises(UnknownNameError, match="link kind 'pigeon' is not one of cuda_ipc, gloo, local, nccl, shared"):
         open_link("pigeon", link_address("alone", WORKER_RANK), CPU)
 
 
@@ -221,7 +221,7 @@ def test_the_kind_of_link_is_looked_up() -> None:
         (LinkEnd(node="a"), LinkEnd(node="b"), "gloo"),
         (LinkEnd(node="a", gpu="0"), LinkEnd(node="a", gpu="1"), "nccl"),
         (LinkEnd(node="a", gpu="0"), LinkEnd(node="b", gpu="0"), "nccl"),
-        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a", gpu="0"), "shared"),  # NCCL refuses two ranks on one GPU
+        (LinkEnd(node="a", gpu="0"), LinkEnd(node="a", gpu="0"), "cuda_ipc"),  # NCCL refuses two ranks on one GPU
         (LinkEnd(node="a", gpu="0"), LinkEnd(node="a"), "shared"),
         (LinkEnd(node="a"), LinkEnd(node="b", gpu="0"), "gloo"),
     ],
