@@ -1,7 +1,8 @@
 """ExpertMesh through its gRPC front beside other servers of the same checkpoint: one machine, temperature 1.
 
 One peer after another is started beside our server and asked in turns with it, so that each ratio is of rounds that
-follow each other; with the ratio its spread. A peer has all cores while it is asked, and so have we.
+follow each other; with the ratio its spread. A peer has all cores while it is asked, and so have we: its processes are
+stopped meanwhile. Ours, which are several and watch each other, idle while a peer is asked.
 
 usage: python -m benchmarks.against_peers CHECKPOINT [--peer NAME=COMMAND ...] [--batch 1,8,32] [--rounds 3] [--keep]
        a COMMAND speaks the protocol of benchmarks/peers/protocol.py; transformers is always there.
@@ -82,7 +83,8 @@ def _compare(
             # Prompts that nobody has seen: our prefix cache would know those of another peer's rounds.
             seed = random.Random(f"{name} {number} {kind} {batch}").randrange(1 << 31)
             time.sleep(_SPIN_S)
-            ours = asyncio.run(_ours(address, vocab_size, kind, batch, seed))
+            with peer.stopped():
+                ours = asyncio.run(_ours(address, vocab_size, kind, batch, seed))
             theirs = _theirs(peer, vocab_size, kind, batch, seed)
             print(f"round {number}, {kind} at {batch}: {ours:.1f} against {name}'s {theirs:.1f} tokens/s", flush=True)
             if number:

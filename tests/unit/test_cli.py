@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from expertmesh.actors.cli import client, doctor, main, status
+from expertmesh.actors.cli.network_reduction import network_reduction
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
@@ -258,8 +259,30 @@ def test_doctor_prints_gpus_and_their_links(monkeypatch: pytest.MonkeyPatch, run
     gpu = {"name": "Big GPU", "memory_bytes": 2**37, "compute_capability": "9.0"}
     monkeypatch.setattr(doctor, "_gpus", lambda: [gpu])
     monkeypatch.setattr(doctor, "_gpu_links", lambda: "GPU0 X NV18")
+    reduction = network_reduction({}, [True, False], has_plugin=False)
+    monkeypatch.setattr(doctor, "find_network_reduction", lambda _: reduction)
     monkeypatch.setattr(doctor, "_packages", lambda: dict.fromkeys(doctor.PACKAGES))
     code, out, _ = run("doctor")
     assert code == 0
     for text in ("Big GPU, 128.0 GiB", "GPU0 X NV18", "missing: cupy", "pip install 'expertmesh[gpu]'", "missing: ray"):
         assert text in out
+    assert "off: GPUs 1 support no multicast" in out
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_multicast", "has_plugin", "nvls", "sharp"),
+    [
+        ({}, [], False, "0 GPUs: nothing to reduce between", "no GPU"),
+        ({}, [True], False, "1 GPUs: nothing to reduce between", "NCCL_COLLNET_ENABLE is not 1"),
+        ({}, [True] * 8, True, "supported", "NCCL_COLLNET_ENABLE is not 1"),
+        ({"NCCL_NVLS_ENABLE": "2", "NCCL_COLLNET_ENABLE": "1"}, [True] * 8, True, "supported", "supported"),
+        ({"NCCL_NVLS_ENABLE": "0"}, [True] * 8, True, "NCCL_NVLS_ENABLE is 0", "NCCL_COLLNET_ENABLE is not 1"),
+        ({"NCCL_COLLNET_ENABLE": "1"}, [True] * 2, False, "supported", "no network plugin for NCCL (libnccl-net)"),
+    ],
+)
+def test_where_the_network_reduces(
+    environment: dict[str, str], has_multicast: list[bool], has_plugin: bool, nvls: str, sharp: str
+) -> None:
+    found = network_reduction(environment, has_multicast, has_plugin)
+    assert {kind: state["why"] for kind, state in found.items()} == {"nvls": nvls, "sharp": sharp}
+    assert all(state["on"] == (state["why"] == "supported") for state in found.values())
