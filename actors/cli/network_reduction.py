@@ -16,7 +16,9 @@ from typing import Any
 _MULTICAST_SUPPORTED = 132
 
 
-def network_reduction(environment: Mapping[str, str], has_multicast: Sequence[bool], has_plugin: bool) -> dict[str, Any]:
+def network_reduction(
+    environment: Mapping[str, str], has_multicast: Sequence[bool], has_plugin: bool
+) -> dict[str, Any]:
     """Return what of each kind is to be expected: {"nvls": {"on", "why"}, "sharp": {"on", "why"}}.
 
     Args:

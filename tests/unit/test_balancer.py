@@ -258,7 +258,7 @@ def test_declined_for_little_gain_or_for_high_cost() -> None:
     same = plan_for(current, load_LE, shards)
     assert not same.is_worthwhile
     assert same.moves == ()
-    assert "below the threshold of 3.0%" in same.reason
+    assert "below the threshold of 5.0%" in same.reason
     other_LE = zipf(2, 64, seed=1)
     assert plan_for(current, other_LE, shards).is_worthwhile
     dear = plan_for(current, other_LE, shards, expert_time_s=0.0)
