@@ -25,17 +25,15 @@ from benchmarks.record import keep
 # What a process does that becomes a shard, as the shard's actor does it.
 START = """
 import json, sys, time
-begun_s = time.perf_counter()
 from pathlib import Path
 import torch
 from benchmarks.distribution import _open
 from expertmesh.models.expert_slots import ExpertSlots
-imported_s = time.perf_counter()
 weights, placement = _open(Path(sys.argv[1]), 2)
 opened_s = time.perf_counter()
 slots = ExpertSlots(weights, placement.shards[0].experts, torch.device("cpu"))
 loaded_s = time.perf_counter()
-print(json.dumps([imported_s - begun_s, opened_s - imported_s, loaded_s - opened_s, slots.weight_bytes]))
+print(json.dumps([loaded_s - opened_s, slots.weight_bytes]))
 """
 
 
@@ -131,7 +129,7 @@ def _shard_start(checkpoint: Path, rounds: int) -> dict[str, float]:
         command = [sys.executable, "-c", START, str(checkpoint)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
         wall_s = time.perf_counter() - started_s
-        _imported_s, _opened_s, load_s, num_bytes = json.loads(done.stdout.splitlines()[-1])
+        load_s, num_bytes = json.loads(done.stdout.splitlines()[-1])
         figures["load_s"].append(load_s)
         figures["process_s"].append(wall_s - load_s)
         figures["read_s"].append(_read_s(checkpoint, num_bytes))

@@ -62,10 +62,13 @@ def _why_no_sharp(environment: Mapping[str, str], has_multicast: Sequence[bool],
 
 
 def _multicast(num_gpus: int) -> list[bool]:
-    """Ask CUDA's driver, which a machine with GPUs has."""
+    """Ask CUDA's driver."""
     if not num_gpus:
         return []
-    driver = ctypes.CDLL("libcuda.so.1")
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # GPUs of another maker, which torch calls cuda too
+        return [False] * num_gpus
     driver.cuInit(0)
     found = []
     for gpu in range(num_gpus):

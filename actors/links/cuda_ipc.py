@@ -33,6 +33,8 @@ class CudaIpcLink(SharedLink):
             if self._socket.recv(1) != b"h":
                 raise LinkError("it shares no memory of the GPU")
             theirs = ipc.DeviceBytes.open(bytes(self._incoming.front[_HANDLE]), ROOM_BYTES, self._device)
+        except ImportError as error:
+            raise LinkError(f"link {address.name} needs CuPy (pip install 'expertmesh[gpu]'): {error}") from error
         except (OSError, RuntimeError, LinkError) as error:
             raise LinkError(f"link {address.name}: the other end did not come: {error}") from error
         weakref.finalize(self, theirs.close)

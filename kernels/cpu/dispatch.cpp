@@ -127,6 +127,60 @@ void combine(const Exchange& e, const std::vector<Answer>& answers, int64_t begi
   }
 }
 
+// Sends a shard its packet, whose payload is packed; notes what became of it.
+void send_packet(Exchange& e, int64_t s, int64_t rows, int64_t pairs, uint8_t* message, bool is_in_memory) {
+  const uint64_t payload_bytes = rows * e.hidden * bytes_of(e.dtype) + pairs * kPairBytes;
+  const Header header{kMagic,
+                      kDispatch,
+                      static_cast<uint8_t>(e.dtype),
+                      0,
+                      e.generation_S[s],
+                      e.sequence + s,
+                      e.epoch,
+                      e.layer,
+                      static_cast<uint32_t>(rows),
+                      static_cast<uint32_t>(pairs),
+                      static_cast<uint32_t>(e.hidden),
+                      payload_bytes,
+                      {}};
+  if (send_message(e.fd_S[s], message, header, e.memory_S[s], is_in_memory)) {
+    e.state_S[s] = kDone;  // until the answer says otherwise
+    e.sent_bytes += payload_bytes;
+  } else {
+    e.state_S[s] = kNotSent;
+    e.errno_S[s] = errno;
+  }
+}
+
+// Receives a shard's answer. Returns where its rows are, in the buffer or in the link's memory; null: it is not the answer that is
+// expected, and what was read of it is noted. Nothing behind that answer is read: what else comes is for others to make sense of.
+const uint8_t* take_answer(Exchange& e, int64_t s, int64_t rows, std::vector<uint8_t>& buffer) {
+  const Memory& memory = e.memory_S[s];
+  const int64_t answer_bytes = rows * e.hidden * bytes_of(e.dtype);
+  int64_t wanted = kHeader + answer_bytes;
+  buffer.resize(std::max<size_t>(buffer.size(), wanted));
+  uint8_t* answer = buffer.data();
+  int64_t got = read_at_least(e.fd_S[s], answer, kHeader, memory.incoming ? kHeader : wanted);
+  Header header;
+  memcpy(&header, answer, kHeader);
+  const bool is_in_memory = memory.incoming && header.flags == kInMemory && answer_bytes <= memory.room;
+  const bool is_answer = got >= kHeader && header.magic == kMagic && header.kind == kCombine && header.dtype == e.dtype &&
+                         (header.flags == 0 || is_in_memory) && header.generation == e.generation_S[s] &&
+                         header.sequence == e.sequence + s && header.rows == rows && header.hidden == e.hidden &&
+                         header.payload_bytes == static_cast<uint64_t>(answer_bytes);
+  if (is_in_memory) wanted = kHeader;
+  if (is_answer && got < wanted) got += read_at_least(e.fd_S[s], answer + got, wanted - got, wanted - got);
+  if (is_answer && got == wanted) {
+    e.received_bytes += answer_bytes;
+    return is_in_memory ? memory.incoming + kFront : answer + kHeader;
+  }
+  e.state_S[s] = got >= kHeader && !is_answer ? kOtherAnswer : kNotReceived;
+  e.errno_S[s] = errno;
+  e.left_S[s] = answer;
+  e.left_bytes_S[s] = got;
+  return nullptr;
+}
+
 }  // namespace
 
 // Adds the tokens of each expert to load_E, and those of the tokens marked in is_decode_T to decode_E. Returns 0, or 1 and has added
@@ -206,69 +260,21 @@ extern "C" int dispatch_exchange(Exchange* e) {
   packing.run();
   e->sent_bytes = e->received_bytes = 0;
   e->pack_s = lap_s();
-  e->wait_s = e->add_s = 0;
   for (int64_t s = 0; s < shards; ++s) {
     e->state_S[s] = kNotAsked;
-    if (!pairs_S[s]) continue;
-    const uint64_t payload_bytes = rows_S[s] * row_bytes + pairs_S[s] * kPairBytes;
-    const Header header{kMagic,
-                        kDispatch,
-                        static_cast<uint8_t>(e->dtype),
-                        0,
-                        e->generation_S[s],
-                        e->sequence + s,
-                        e->epoch,
-                        e->layer,
-                        static_cast<uint32_t>(rows_S[s]),
-                        static_cast<uint32_t>(pairs_S[s]),
-                        static_cast<uint32_t>(e->hidden),
-                        payload_bytes,
-                        {}};
-    if (send_message(e->fd_S[s], message_S[s].data(), header, e->memory_S[s], is_in_memory_S[s])) {
-      e->state_S[s] = kDone;  // until the answer says otherwise
-      e->sent_bytes += payload_bytes;
-    } else {
-      e->state_S[s] = kNotSent;
-      e->errno_S[s] = errno;
-    }
+    if (pairs_S[s]) send_packet(*e, s, rows_S[s], pairs_S[s], message_S[s].data(), is_in_memory_S[s]);
   }
   e->send_s = lap_s();
   std::vector<Answer> answers;
   std::vector<int64_t> in_memory;  // shards whose answers lie there
   bool all_done = true;
   for (int64_t s = 0; s < shards; ++s) {
-    if (e->state_S[s] != kDone) {
-      all_done = all_done && e->state_S[s] == kNotAsked;
-      continue;
-    }
-    // Nothing behind the answer that is expected is read: what else comes is for others to make sense of.
-    const int64_t answer_bytes = rows_S[s] * row_bytes;
-    int64_t wanted = kHeader + answer_bytes;
-    answer_S[s].resize(std::max<size_t>(answer_S[s].size(), wanted));
-    uint8_t* answer = answer_S[s].data();
-    int64_t got = read_at_least(e->fd_S[s], answer, kHeader, e->memory_S[s].incoming ? kHeader : wanted);
-    Header header;
-    memcpy(&header, answer, kHeader);
-    const bool is_in_memory = e->memory_S[s].incoming && header.flags == kInMemory && answer_bytes <= e->memory_S[s].room;
-    const bool is_answer = got >= kHeader && header.magic == kMagic && header.kind == kCombine && header.dtype == e->dtype &&
-                           (header.flags == 0 || is_in_memory) && header.generation == e->generation_S[s] &&
-                           header.sequence == e->sequence + s && header.rows == rows_S[s] && header.hidden == e->hidden &&
-                           header.payload_bytes == static_cast<uint64_t>(answer_bytes);
-    if (is_in_memory) wanted = kHeader;
-    if (is_answer && got < wanted) got += read_at_least(e->fd_S[s], answer + got, wanted - got, wanted - got);
-    e->wait_s += lap_s();
-    if (is_answer && got == wanted) {
-      answers.push_back({is_in_memory ? e->memory_S[s].incoming + kFront : answer + kHeader, tokens_S[s], rows_S[s]});
-      if (is_in_memory) in_memory.push_back(s);
-      e->received_bytes += answer_bytes;
-      continue;
-    }
-    e->state_S[s] = got >= kHeader && !is_answer ? kOtherAnswer : kNotReceived;
-    e->errno_S[s] = errno;
-    e->left_S[s] = answer;
-    e->left_bytes_S[s] = got;
-    all_done = false;
+    const uint8_t* rows_RH = e->state_S[s] == kDone ? take_answer(*e, s, rows_S[s], answer_S[s]) : nullptr;
+    if (rows_RH) answers.push_back({rows_RH, tokens_S[s], rows_S[s]});
+    if (rows_RH && rows_RH != answer_S[s].data() + kHeader) in_memory.push_back(s);
+    all_done = all_done && (rows_RH || e->state_S[s] == kNotAsked);
   }
+  e->wait_s = lap_s();
   if (all_done) {
     Team combining(threads, false);
     combining.phase(e->tokens, 16, [&](int64_t begin, int64_t end, int) { combine(*e, answers, begin, end); });

@@ -16,7 +16,7 @@ constexpr uint32_t kMagic = 0x31584D45;
 constexpr uint8_t kDispatch = 1, kCombine = 2;
 constexpr uint8_t kFloat32 = 0, kBfloat16 = 1;
 constexpr int64_t kPairBytes = 12;
-constexpr uint16_t kByPair = 1, kInMemory = 2;
+constexpr uint16_t kInMemory = 2;  // of the flags; the other is not for compiled code
 
 #pragma pack(push, 1)
 struct Header {

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertmesh.kernels.gpu import has
+
 SOURCE = Path(__file__).with_name("dispatch.cu")
 _VECTOR_BYTES = 16
 _WARP, _WARPS = 32, 8
@@ -56,7 +58,10 @@ def combine_launch(
 
 
 def can_use(*tensors: Tensor) -> bool:
-    """Say whether the kernels can read and write these rows: on a GPU, of a dtype they know, in whole vectors."""
+    """Say whether the kernels can read and write these rows: on a GPU, of a dtype they know, in whole vectors.
+
+    Without CuPy they cannot, and torch does their work; `expertmesh doctor` says that it is missing.
+    """
     return all(
         rows.is_cuda
         and rows.dtype in _CUDA_TYPE
@@ -64,7 +69,7 @@ def can_use(*tensors: Tensor) -> bool:
         and rows.data_ptr() % _VECTOR_BYTES == 0
         and rows.shape[-1] * rows.element_size() % _VECTOR_BYTES == 0
         for rows in tensors
-    )
+    ) and has("cupy")
 
 
 def gather_rows(rows_TH: Tensor, token_R: Tensor) -> Tensor:

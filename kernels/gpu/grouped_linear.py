@@ -6,11 +6,12 @@ Shape suffixes: P rows, I in, O out, S slots, N tiles.
 """
 
 import functools
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from expertmesh.kernels.gpu import has
 
 # Rows of a tile: what a tensor core takes at least.
 TILE_ROWS = 16
@@ -23,7 +24,7 @@ def is_supported(x_PI: Tensor, num_slots: int) -> bool:
     By design, not yet by measurement: benchmarks/gpu_kernels.py shows both sides.
     """
     is_few = x_PI.shape[0] <= TILE_ROWS * num_slots
-    return is_few and x_PI.is_cuda and x_PI.dtype == torch.bfloat16 and find_spec("triton") is not None
+    return is_few and x_PI.is_cuda and x_PI.dtype == torch.bfloat16 and has("triton")
 
 
 def grouped_linear(x_PI: Tensor, weight_SOI: Tensor, counts_S: Tensor, *, is_transposed: bool) -> Tensor:

@@ -174,8 +174,28 @@ def test_requests_and_answers_go_through_the_kernels(device: torch.device, monke
     assert all(torch.equal(a, b) for a, b in zip(payloads, others, strict=True))
 
 
-def test_rows_on_a_cpu_are_not_for_these_kernels() -> None:
-    assert not dispatch.can_use(torch.zeros(4, 8))
+class OnGpu(torch.Tensor):
+    """Rows that say they are on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("rows_TH", "has_cupy", "can_use"),
+    [
+        (torch.zeros(4, 8), True, False),
+        (torch.zeros(4, 8).as_subclass(OnGpu), True, True),
+        (torch.zeros(4, 8).as_subclass(OnGpu), False, False),
+        (torch.zeros(4, 6).as_subclass(OnGpu), True, False),
+        (torch.zeros(4, 8, dtype=torch.float16).as_subclass(OnGpu), True, False),
+    ],
+    ids=["on a CPU", "on a GPU", "no CuPy", "half a vector", "another dtype"],
+)
+def test_rows_that_the_kernels_cannot_use_are_left_to_torch(
+    rows_TH: Tensor, has_cupy: bool, can_use: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "has", lambda _: has_cupy)
+    assert dispatch.can_use(rows_TH) == can_use
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

@@ -99,9 +99,18 @@ def test_memory_goes_with_the_link(finished: list[str]) -> None:
     assert HostBytes.num_open == 0
 
 
-def test_a_gpu_without_room_is_said(finished: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("cudaErrorMemoryAllocation: out of memory"), "did not come: cudaErrorMemoryAllocation"),
+        (ImportError("No module named 'cupy'"), r"link echo needs CuPy \(pip install 'expertmesh\[gpu\]'\)"),
+    ],
+)
+def test_what_the_gpu_lacks_is_said(
+    error: Exception, said: str, finished: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def allocate(num_bytes: int, device: torch.device) -> None:
-        raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+        raise error
 
     monkeypatch.setattr(HostBytes, "allocate", allocate)
     with (
@@ -109,9 +118,8 @@ def test_a_gpu_without_room_is_said(finished: list[str], monkeypatch: pytest.Mon
         subprocess.Popen([sys.executable, "-c", ECHO, HOST, str(server.port), "shared"]) as process,
     ):
         try:
-            address = link_address("echo", WORKER_RANK, port=server.port, timeout_s=20)
-            with pytest.raises(LinkError, match="did not come: cudaErrorMemoryAllocation: out of memory"):
-                open_link("cuda_ipc", address, CPU)
+            with pytest.raises(LinkError, match=said):
+                open_link("cuda_ipc", link_address("echo", WORKER_RANK, port=server.port, timeout_s=20), CPU)
         finally:
             process.kill()
 
