@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.distribution import HOST, _address, _open, _start
 from benchmarks.record import keep
+from expertmesh.models.layer_weights import ExpertTensors
 
 # What a process does that becomes a shard, as the shard's actor does it.
 START = """
@@ -100,9 +101,11 @@ def _replicas(checkpoint: Path, rounds: int) -> dict[str, float]:
     buffers = torch.ones((64, num_bytes), dtype=torch.uint8)  # more than the caches hold
     targets = torch.ones_like(buffers)
 
-    def fetch(key: ExpertKey) -> dict[str, torch.Tensor]:
+    def fetch(key: ExpertKey) -> ExpertTensors:
         started_s = time.perf_counter()
-        tensors = fetch_expert(link, key, weights.expert_shapes(key.layer), dtype, len(fetches) + 1)
+        tensors = fetch_expert(
+            link, key, weights.expert_shapes(key.layer), dtype, len(fetches) + 1, slots.packed_sizes(key.layer)
+        )
         fetches.append(time.perf_counter() - started_s)
         return tensors
 

@@ -23,8 +23,9 @@ class PacketKind(IntEnum):
     )
     FAILED = 4  # shard to worker: computing failed; the payload is the reason in UTF-8
     CLOSE = 5  # either end: no more messages will come
-    FETCH = 6  # shard to shard: an expert's weights are asked for; the payload is its number in the layer
+    FETCH = 6  # shard to shard: an expert's weights are asked for; see actors/shard/copying.py
     EXPERT = 7  # shard to shard: the expert's parameters, in the order of their names
+    PACKED_EXPERT = 8  # shard to shard: the expert's weights as the asking shard's kernel lays them out
 
 
 class WireDtype(IntEnum):

@@ -3,7 +3,7 @@
 Shape suffixes: R rows, H hidden, P (row, expert) pairs, E experts of a layer.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.ids import ExpertKey
-from expertmesh.models.layer_weights import LayerWeights, no_weights
+from expertmesh.kernels.cpu.expert_mlp import PackedExpert, PackedSizes
+from expertmesh.models.layer_weights import ExpertTensors, LayerWeights, no_weights
 from expertmesh.models.loading import CheckpointWeights
 
 
@@ -83,13 +84,14 @@ class ExpertSlots:
         """The experts held."""
         return frozenset(ExpertKey(layer, e) for layer, held in self._layers.items() for e in held.experts)
 
-    def add(self, layer: int, experts: Sequence[int], read: Callable[[ExpertKey], Mapping[str, Tensor]]) -> None:
+    def add(self, layer: int, experts: Sequence[int], read: Callable[[ExpertKey], ExpertTensors]) -> None:
         """Take experts of a layer that it does not hold yet.
 
         Args:
             layer: index in the model.
             experts: all different.
-            read: returns an expert's tensors by parameter name, as `CheckpointWeights.load_expert` does.
+            read: returns an expert's tensors by parameter name, as `CheckpointWeights.load_expert` does; or packed, of
+                the layer's `packed_sizes`.
 
         Raises:
             InputError: an expert twice, or not of this model.
@@ -142,14 +144,26 @@ class ExpertSlots:
 
     def expert(self, key: ExpertKey) -> dict[str, Tensor] | None:
         """Return an expert's tensors by parameter name, as `CheckpointWeights.load_expert` does; None: not held."""
-        held = self._layers.get(key.layer)
-        if held is None or key.expert not in held.experts:
-            return None
-        return held.weights.expert(held.experts.index(key.expert))
+        held = self._holder(key)
+        return None if held is None else held.weights.expert(held.experts.index(key.expert))
+
+    def packed_expert(self, key: ExpertKey) -> PackedExpert | None:
+        """Return an expert as the CPU kernel has it; None: it is not held, or not in that layout."""
+        held = self._holder(key)
+        packed = None if held is None else held.weights.packed
+        return None if held is None or packed is None else packed.experts[held.experts.index(key.expert)]
+
+    def packed_sizes(self, layer: int) -> PackedSizes | None:
+        """Return the sizes of a layer's packed experts; None: it takes them by parameter alone."""
+        return self._empty[layer].packed_sizes
 
     def layer(self, layer: int) -> LayerSlots | None:
         """Return the slots of a layer as they are now; None where it has none."""
         return self._layers.get(layer)
+
+    def _holder(self, key: ExpertKey) -> LayerSlots | None:
+        held = self._layers.get(key.layer)
+        return held if held is not None and key.expert in held.experts else None
 
     def _put(self, layer: int, held: LayerSlots | None) -> None:
         old = self._layers.pop(layer, None) if held is None else self._layers.get(layer)

@@ -14,6 +14,7 @@ from torch import Tensor
 from expertmesh.kernels.cpu.expert_mlp import (
     Activation,
     PackedExpert,
+    PackedSizes,
     PackedSlots,
     can_pack,
     pack_expert,
@@ -24,8 +25,10 @@ from expertmesh.kernels.cpu.huge_pages import empty_bf16
 from expertmesh.kernels.grouped_mlp import ExpertMath, SlotWeights, grouped_mlp, grouped_mlp_pairs
 from expertmesh.models.architecture import expert_math
 
-# Returns an expert's tensors by parameter name, as `CheckpointWeights.load_expert` does.
-ReadExpert = Callable[[], Mapping[str, Tensor]]
+# An expert's tensors by parameter name, as `CheckpointWeights.load_expert` returns them; or as the CPU kernel has them,
+# for a layer that says of what sizes.
+ExpertTensors = Mapping[str, Tensor] | PackedExpert
+ReadExpert = Callable[[], ExpertTensors]
 # The field of SlotWeights of each expert parameter of transformers.
 _STORED_AS = {
     "gate_up_proj": "up_SUH",
@@ -68,6 +71,11 @@ class LayerWeights(ABC):
     @property
     def packed(self) -> PackedSlots | None:
         """The same experts as the CPU kernel takes them; None: they are not in its layout."""
+        return None
+
+    @property
+    def packed_sizes(self) -> PackedSizes | None:
+        """Of an expert in that layout; None: `grown` takes experts by parameter alone."""
         return None
 
 
@@ -128,7 +136,9 @@ class StackedWeights(LayerWeights):
             for name, shape in self._shapes.items()
         }
         for slot, read in enumerate(reads, start=num_old):
-            for name, tensor in read().items():
+            tensors = read()
+            assert not isinstance(tensors, PackedExpert), "packed weights for a layer that computes with others"
+            for name, tensor in tensors.items():
                 stacked[_STORED_AS[name]][slot].copy_(tensor)
         for name, tensor in old.items():
             stacked[name][:num_old].copy_(tensor)
@@ -204,12 +214,7 @@ class PackedWeights(LayerWeights):
     @property
     def num_bytes(self) -> int:
         """See LayerWeights."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for expert in self._slots.experts
-            for tensor in (expert.up, expert.down, expert.up_bias_U, expert.down_bias_H)
-            if tensor is not None
-        )
+        return sum(tensor.numel() * tensor.element_size() for expert in self._slots.experts for tensor in expert.parts)
 
     @property
     def packed(self) -> PackedSlots:
@@ -217,10 +222,23 @@ class PackedWeights(LayerWeights):
         return self._slots
 
     @property
+    def packed_sizes(self) -> PackedSizes:
+        """See LayerWeights."""
+        sizes = {_STORED_AS[name]: shape.numel() for name, shape in self._shapes.items()}
+        return PackedSizes(
+            up=sizes["up_SUH"],
+            down=sizes["down_SHW"],
+            up_bias=sizes.get("up_bias_SU", 0),
+            down_bias=sizes.get("down_bias_SH", 0),
+        )
+
+    @property
     def _activation(self) -> Activation:
         return self._slots.activation
 
-    def _pack(self, tensors: Mapping[str, Tensor], into: Tensor) -> PackedExpert:
+    def _pack(self, tensors: ExpertTensors, into: Tensor) -> PackedExpert:
+        if isinstance(tensors, PackedExpert):
+            return tensors.copy(into)
         fields = self._by_field(tensors)
         return pack_expert(
             fields["up_SUH"],

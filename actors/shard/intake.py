@@ -3,13 +3,13 @@
 import logging
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
-
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.links.ends import ShardPeer
 from expertmesh.actors.shard.copying import fetch_expert
 from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey
+from expertmesh.kernels.cpu.expert_mlp import PackedSizes
+from expertmesh.models.layer_weights import ExpertTensors
 from expertmesh.models.loading import CheckpointWeights
 
 _log = logging.getLogger(__name__)
@@ -22,7 +22,11 @@ class Intake:
     """
 
     def __init__(
-        self, weights: CheckpointWeights, sources: Mapping[ExpertKey, ShardPeer], join: Callable[[ShardPeer], Link]
+        self,
+        weights: CheckpointWeights,
+        sources: Mapping[ExpertKey, ShardPeer],
+        join: Callable[[ShardPeer], Link],
+        packed_sizes: Callable[[int], PackedSizes | None],
     ) -> None:
         """Make an intake without links.
 
@@ -30,17 +34,19 @@ class Intake:
             weights: the checkpoint.
             sources: the shard to copy an expert from; what is not in it is read.
             join: forms a link to a shard; raises UnavailableError or LinkError.
+            packed_sizes: of a layer's experts, where the shard takes them as its CPU kernel lays them out.
         """
         self._weights = weights
         self._sources = sources
         self._join = join
+        self._packed_sizes = packed_sizes
         # By the node and the life of the source; None: it failed.
         self._links: dict[tuple[str, str], Link | None] = {}
         self.num_copied = 0
         self.num_read = 0
 
-    def get(self, key: ExpertKey) -> dict[str, Tensor]:
-        """Return an expert's tensors, as `CheckpointWeights.load_expert` does; valid until the next call.
+    def get(self, key: ExpertKey) -> ExpertTensors:
+        """Return an expert's tensors, as `ExpertSlots.add` takes them; valid until the next call.
 
         Raises:
             CheckpointError: it had to be read, and cannot be.
@@ -65,15 +71,15 @@ class Intake:
                 link.close()
         self._links = {}
 
-    def _copy(self, key: ExpertKey, source: ShardPeer) -> dict[str, Tensor]:
+    def _copy(self, key: ExpertKey, source: ShardPeer) -> ExpertTensors:
         process = source.end.node, source.life
         if process not in self._links:
             self._links[process] = self._join(source)
         link = self._links[process]
         if link is None:
             raise UnavailableError("the shard that hosts it failed before")
-        dtype = self._weights.architecture.dtype
-        return fetch_expert(link, key, self._weights.expert_shapes(key.layer), dtype, self.num_copied + 1)
+        dtype, shapes = self._weights.architecture.dtype, self._weights.expert_shapes(key.layer)
+        return fetch_expert(link, key, shapes, dtype, self.num_copied + 1, self._packed_sizes(key.layer))
 
     def _give_up(self, source: ShardPeer) -> None:
         process = source.end.node, source.life

@@ -133,11 +133,13 @@ class ShardServer:
         Raises:
             LinkError: the packet is damaged, or the answer could not be sent.
         """
-        tensors = self.slots.expert(asked_expert(header, payload))
-        if tensors is None:
+        key, may_be_packed = asked_expert(header, payload)
+        packed = self.slots.packed_expert(key) if may_be_packed else None
+        expert = self.slots.expert(key) if packed is None else packed
+        if expert is None:
             link.send(*self._empty_answer(header, PacketKind.NOT_HERE))
         else:
-            link.send(*expert_packet(header, tensors, self.epoch))
+            link.send(*expert_packet(header, expert, self.epoch))
 
     def _next_batch(self, packet: _Packet) -> list[_Packet]:
         """Wait for this thread's turn to compute, and return what to compute: nothing once the packet is answered.

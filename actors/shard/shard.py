@@ -12,7 +12,6 @@ import psutil
 import ray
 import torch
 from ray.exceptions import RayError
-from torch import Tensor
 
 from expertmesh.actors.cores import claim_cores, in_background, other_cores, take_part, use_cores, yield_soon
 from expertmesh.actors.links.base import Link, open_link
@@ -29,6 +28,7 @@ from expertmesh.kernels.cpu.threads import start_helpers
 from expertmesh.models.architecture import open_architecture
 from expertmesh.models.deterministic import deterministic_math
 from expertmesh.models.expert_slots import ExpertSlots
+from expertmesh.models.layer_weights import ExpertTensors
 from expertmesh.models.loading import CheckpointWeights
 
 # A shard answers in milliseconds that it is ready to be joined; one that does not is not waited for.
@@ -153,9 +153,9 @@ class Shard:
     def _take(self, number: int, keys: Sequence[ExpertKey], sources: Mapping[ExpertKey, ShardPeer]) -> None:
         assert self._server is not None, "host() before open()"
         assert self._weights is not None
-        intake = Intake(self._weights, sources, self._join)
+        intake = Intake(self._weights, sources, self._join, self._server.slots.packed_sizes)
 
-        def get(key: ExpertKey) -> dict[str, Tensor]:
+        def get(key: ExpertKey) -> ExpertTensors:
             if number != self._newest:
                 raise UnavailableError(f"{self._id}: given up before {key}: other experts were asked for meanwhile")
             return intake.get(key)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -150,6 +151,7 @@ class Dispatcher:
         return Route(
             exchange=fleet.open_exchange(channels),
             only_LE=fleet.only_LE(tuple(self._row_of_layer)),
+            choose=partial(self._choose, fleet),
             row_of_layer=self._row_of_layer,
             load_LE=self.load_LE,
             decode_LE=self.decode_LE,
@@ -161,6 +163,12 @@ class Dispatcher:
             spent_s=self.spent_s,
             owner=fleet,
         )
+
+    def _choose(self, fleet: Fleet, layer: int, ids_TK: npt.NDArray[np.int64]) -> npt.NDArray[np.int32] | None:
+        try:
+            return fleet.choose[layer](ids_TK, self._token_keys_T, fleet.alive_S)
+        except NoReplicaError:
+            return None  # `run` finds it so again, and waits for another fleet
 
     def resume(self, route: Route, layer: int, exchanged: Exchanged) -> Tensor:
         """Finish what an exchange left undone; see `kernels.cpu.stack.Carrier`."""

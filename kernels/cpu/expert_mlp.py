@@ -18,6 +18,8 @@ from expertmesh.kernels.cpu.isa import Isa, best_isa
 from expertmesh.kernels.cpu.threads import num_threads
 
 _OUTS, _DEPTH = 16, 32  # of a block of packed weights
+# Number of the layout that packed.h describes: processes hand each other packed weights only if theirs is the same.
+LAYOUT = 1
 
 
 class Kind(IntEnum):
@@ -102,6 +104,45 @@ class PackedExpert:
     down: Tensor
     up_bias_U: Tensor | None = None
     down_bias_H: Tensor | None = None
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Those that it has, contiguous, in the order of the fields."""
+        all_parts = (self.up, self.down, self.up_bias_U, self.down_bias_H)
+        return [part for part in all_parts if part is not None]
+
+    def copy(self, into: Tensor) -> "PackedExpert":
+        """Return a copy; into: where to, bf16 [(U + W) * H]."""
+        num_up = self.up.numel()
+        into[:num_up].copy_(self.up)
+        into[num_up:].copy_(self.down)
+        up_bias_U, down_bias_H = (None if b is None else b.clone() for b in (self.up_bias_U, self.down_bias_H))
+        return PackedExpert(up=into[:num_up], down=into[num_up:], up_bias_U=up_bias_U, down_bias_H=down_bias_H)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSizes:
+    """Elements of the parts of a packed expert, in the order of PackedExpert; 0: it has no such bias."""
+
+    up: int
+    down: int
+    up_bias: int = 0
+    down_bias: int = 0
+
+    @property
+    def num_elements(self) -> int:
+        """Of all parts."""
+        return self.up + self.down + self.up_bias + self.down_bias
+
+    def split(self, elements: Tensor) -> PackedExpert:
+        """Return the expert whose parts lie one after another in a bf16 vector; they share its memory."""
+        up, down, up_bias, down_bias = torch.split(elements, [self.up, self.down, self.up_bias, self.down_bias])
+        return PackedExpert(
+            up=up,
+            down=down,
+            up_bias_U=up_bias if self.up_bias else None,
+            down_bias_H=down_bias if self.down_bias else None,
+        )
 
 
 def pack_expert(

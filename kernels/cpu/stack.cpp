@@ -1,7 +1,8 @@
 // Decoder layers one after another: each one's dense half, its experts on their shards, and the sum that the next one gets.
 //
 // What an interpreter does between two layers it does with nothing of itself in the caches, where weights have just passed: 0.25 ms a
-// layer. What is out of the ordinary goes back to it: a replica to be chosen, a shard that fails, a fleet that changes.
+// layer. It is asked which replica computes what, where an expert has several, and gets back what is out of the ordinary: an expert
+// without a replica, a shard that fails, a fleet that changes.
 
 #include "dense.h"
 #include "exchange.h"
@@ -21,6 +22,7 @@ enum Part { kDense = 0, kChoose = 1, kPack = 2, kSend = 3, kWait = 4, kAdd = 5 }
 struct Stack {
   void (*dense_layer)(const Layer*, const Step*, int isa, int threads);
   int (*exchange)(Exchange*);
+  int32_t (*choose)(int64_t at);  // writes the step's shard_TK for a layer with replicas; 0: it could not
   const Layer* const* layer_N;
   const uint32_t* number_N;   // what packets call them
   const int64_t* row_N;       // theirs in the tables
@@ -66,7 +68,8 @@ extern "C" int stack_run(Stack* s) {
     s->dense_layer(s->layer_N[s->at], s->step, s->isa, s->threads);
     const double dense_s = now_s();
     s->spent[kDense] += dense_s - mark_s;
-    if (has_changed(*s) || !find_shards(s->only_LE + row * s->experts, e)) return kExperts;
+    if (has_changed(*s)) return kExperts;
+    if (!find_shards(s->only_LE + row * s->experts, e) && !s->choose(s->at)) return kExperts;
     count_loads(e.ids_TK, s->is_decode_T, e.tokens, e.choices, s->load_LE + row * s->experts, s->decode_LE + row * s->experts);
     s->spent[kChoose] += now_s() - dense_s;
     e.layer = s->number_N[s->at];

@@ -4,7 +4,7 @@ Shape suffixes: T tokens, H hidden, K choices a token, L rows of tables by MoE l
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -20,6 +20,7 @@ from expertmesh.kernels.cpu.exchange import Exchange
 from expertmesh.kernels.cpu.linear import how, library
 
 _ADDRESS = ctypes.c_void_p
+_CHOOSE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64)
 # What a step's seconds are spent on, in the order of stack.cpp.
 PARTS = ("attention, router", "choose", "pack", "send", "wait", "add")
 
@@ -38,6 +39,8 @@ class Route:
     """A way to the experts that compiled code can take by itself.
 
     exchange: to the shards, ready. only_LE: int32, the one shard of each expert, -1 where there are several or none.
+    choose: where a pair's shard is not in only_LE: of a layer and its ids_TK (int64) the shards, int32, or None if an
+    expert has none.
     row_of_layer: a layer's row in the tables. load_LE, decode_LE, dispatch_bytes_L, combine_bytes_L: int64, counted up.
     is_decode_T: which tokens were generated. sequence: the last packet's. changed: 1 once another way is to be taken.
     spent_s: by PARTS, counted up. owner: the carrier's own, kept as long as the way may be used.
@@ -45,6 +48,7 @@ class Route:
 
     exchange: Exchange
     only_LE: npt.NDArray[np.int32]
+    choose: Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int32] | None]
     row_of_layer: dict[int, int]
     load_LE: npt.NDArray[np.int64]
     decode_LE: npt.NDArray[np.int64]
@@ -85,8 +89,10 @@ class _Record(ctypes.Structure):
     """Stack of stack.cpp."""
 
     _fields_ = (
-        *((n, _ADDRESS) for n in ("dense_layer", "exchange", "layer_N", "number_N", "row_N", "only_LE", "load_LE")),
-        *((n, _ADDRESS) for n in ("decode_LE", "dispatch_bytes_L", "combine_bytes_L", "is_decode_T", "step", "shards")),
+        *((n, _ADDRESS) for n in ("dense_layer", "exchange")),
+        ("choose", _CHOOSE),
+        *((n, _ADDRESS) for n in ("layer_N", "number_N", "row_N", "only_LE", "load_LE", "decode_LE")),
+        *((n, _ADDRESS) for n in ("dispatch_bytes_L", "combine_bytes_L", "is_decode_T", "step", "shards")),
         *((n, _ADDRESS) for n in ("hidden_TH", "sequence", "changed", "spent")),
         *((n, ctypes.c_int64) for n in ("layers", "at", "experts")),
         *((n, ctypes.c_int32) for n in ("isa", "threads")),
@@ -164,7 +170,17 @@ class StackStep:
             residual_TH=self.residual_TH,
         )
         isa, threads = how(None)
+        ids_TK, shard_TK = self._ids_TK.numpy(), self._shard_TK.numpy()
+
+        def choose(at: int) -> int:
+            chosen_TK = route.choose(self._stack.numbers[at], ids_TK)
+            if chosen_TK is None:
+                return 0
+            shard_TK[:] = chosen_TK
+            return 1
+
         record = _Record(
+            choose=_CHOOSE(choose),
             dense_layer=ctypes.cast(library().dense_layer, _ADDRESS),
             exchange=ctypes.cast(route.exchange.function, _ADDRESS),
             row_N=ctypes.addressof(row_N),

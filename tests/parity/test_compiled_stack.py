@@ -92,14 +92,32 @@ def test_links_without_a_socket_go_the_other_way(
     assert not stops
 
 
-def test_replicas_are_chosen_by_the_dispatcher(
+def test_replicas_are_chosen_as_layer_by_layer(checkpoint: Path, stops: list[Stop]) -> None:
+    got, counts = [], []
+    for layer_by_layer in (True, False):
+        with fleet_of(checkpoint, shards=3, replicas=2, layer_by_layer=layer_by_layer) as fleet:
+            got.append(tokens_of(fleet))
+            # Which pairs went where shows in the bytes: a token's row goes once to each of its shards.
+            counts.append([fleet.dispatcher.load_LE.tolist(), fleet.dispatcher.dispatch_bytes_L.tolist()])
+    assert set(stops) == {Stop.FINISHED}
+    assert got[0] == got[1]
+    assert counts[0] == counts[1]
+
+
+def test_an_expert_without_a_replica_waits_for_another_fleet(
     checkpoint: Path, expected: dict[str, list[int]], stops: list[Stop]
 ) -> None:
-    with fleet_of(checkpoint, shards=3, replicas=2) as fleet:
-        got = tokens_of(fleet)
-    assert set(stops) == {Stop.EXPERTS}
-    # Other shards add up in another order: a token may turn, and all that follow it.
-    assert all(got[name][0] == tokens[0] for name, tokens in expected.items())
+    with fleet_of(checkpoint) as fleet:
+        whole = Fleet(fleet.placement, fleet.links)
+
+        def lose_one() -> None:
+            alone = {name: link for name, link in fleet.links.items() if name != ShardId("shard-1")}
+            fleet.dispatcher.set_fleet(Fleet(fleet.placement, alone))
+            threading.Timer(0.2, lambda: fleet.dispatcher.set_fleet(whole)).start()
+
+        got = tokens_of(fleet, 3, lose_one)
+    assert got == expected
+    assert Stop.EXPERTS in stops
 
 
 def test_a_shard_that_dies_leaves_what_its_replicas_do(checkpoint: Path, stops: list[Stop]) -> None:
