@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.asking import running_peer
+from benchmarks.asking import Peer, running_peer
 from benchmarks.record import keep
 from expertmesh.kernels.cpu.expert_mlp import Activation, Kind, PackedSlots, pack_expert
 from expertmesh.kernels.cpu.huge_pages import empty_bf16
@@ -63,13 +62,14 @@ def main() -> int:
     )
     limits = (read_bytes_s, multiply_flop_s)
     rows = []
-    with asking_peers(asked.peers, asked.threads) as ask:
+    with asking_peers(asked.peers, asked.threads) as peers:
         for hidden, width, experts, top_k in SHAPES:
             count = max(2, _CACHE_BYTES // (experts * 3 * hidden * width * 2))
             layers = [make_layer(hidden, width, experts) for _ in range(count)]
-            ask({"layer": [hidden, width, experts, count]})
+            if peers:
+                peers.ask({"layer": [hidden, width, experts, count]})
             for tokens in map(int, asked.tokens.split(",")):
-                rows.append(measure(layers, tokens, top_k, asked.rounds, isa, limits, ask))
+                rows.append(measure(layers, tokens, top_k, asked.rounds, isa, limits, peers))
                 print(rows[-1], flush=True)
     if asked.keep:
         print(f"kept in {keep('expert-mlp', {'rows': rows, 'threads': asked.threads})}")
@@ -87,13 +87,13 @@ def make_layer(hidden: int, width: int, experts: int) -> Layer:
 
 
 @contextlib.contextmanager
-def asking_peers(python: str | None, threads: int) -> Iterator[Callable[[dict[str, Any]], dict[str, float]]]:
-    """Start the peers' process and yield what asks it (see peers/moe_op.py); without one nothing is answered."""
+def asking_peers(python: str | None, threads: int) -> Iterator[Peer | None]:
+    """Start the peers' process, where a Python is given, and yield what asks it (see peers/moe_op.py)."""
     if python is None:
-        yield lambda _: {}
+        yield None
         return
     with running_peer([python, str(Path(__file__).parent / "peers" / "moe_op.py"), str(threads)]) as peer:
-        yield peer.ask
+        yield peer
 
 
 def measure(
@@ -103,7 +103,7 @@ def measure(
     rounds: int,
     isa: Isa | None,
     limits: tuple[float, float],
-    ask: Callable[[dict[str, Any]], dict[str, float]],
+    peers: Peer | None,
 ) -> dict[str, object]:
     """Time ours and the others' in turns, each on the next layer. limits: bytes/s read and FLOP/s."""
     read_bytes_s, multiply_flop_s = limits
@@ -120,16 +120,18 @@ def measure(
             "ours": lambda layer: layer.packed.run(x_TH, row_P, slot_P, weights_TK.flatten(), isa),  # noqa: B023
             "torch": lambda layer: grouped_mm(layer, x_TH, ids_TK, weights_TK),  # noqa: B023
         }
+        with peers.stopped() if peers else contextlib.nullcontext():
+            time.sleep(_SPIN_S)
+            for turn, (name, run) in enumerate(runs.items()):
+                # The layers before, untimed, wake the threads, as in a model.
+                *before, now = (layers[(number + turn * len(layers) // 2 + step) % len(layers)] for step in range(4))
+                for layer in before:
+                    run(layer)
+                times[name].append(timed(lambda: run(now)))  # noqa: B023
         time.sleep(_SPIN_S)
-        for turn, (name, run) in enumerate(runs.items()):
-            # The layers before, untimed, wake the threads, as in a model.
-            *before, now = (layers[(number + turn * len(layers) // 2 + step) % len(layers)] for step in range(4))
-            for layer in before:
-                run(layer)
-            times[name].append(timed(lambda: run(now)))  # noqa: B023
-        time.sleep(_SPIN_S)
-        for name, seconds in ask({"tokens": tokens, "top_k": top_k, "number": number}).items():
-            times.setdefault(name, []).append(seconds)
+        if peers:
+            for name, seconds in peers.ask({"tokens": tokens, "top_k": top_k, "number": number}).items():
+                times.setdefault(name, []).append(seconds)
     ms = {name: 1e3 * statistics.median(values[1:]) for name, values in times.items()}
     expert_size = 3 * hidden * width
     limit_ms = 1e3 * max(

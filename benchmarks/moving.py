@@ -2,8 +2,9 @@
 
 usage: python -m benchmarks.moving CHECKPOINT [--rounds N] [--keep]
 
-Each expert is fetched over a link from a shard in another process and packed; beside it, in turns, a copy of as many
-bytes from memory to memory. A shard's start is a process of its own: imports, then half of all experts read and packed;
+Each expert is fetched over a link from a shard in another process and put in its layer; beside it, in turns, copies of
+as many bytes from memory to memory that was used before, and to memory that is new, as an expert's is. A shard's start
+is a process of its own: imports, then half of all experts read and packed;
 beside it the same process reading as many bytes of the files. Files are in memory.
 """
 
@@ -49,7 +50,8 @@ def main() -> int:
     print(
         f"a replica of one expert, {replica['bytes'] / 2**20:.1f} MiB: {replica['replica_s'] * 1e3:.2f} ms, of which "
         f"fetching {replica['fetch_s'] * 1e3:.2f}; a copy {replica['copy_s'] * 1e3:.2f} ms: "
-        f"{replica['copy_s'] / replica['replica_s']:.2f} of its bandwidth (wanted 0.6)"
+        f"{replica['copy_s'] / replica['replica_s']:.2f} of its bandwidth (wanted 0.6); a copy to new memory "
+        f"{replica['new_copy_s'] * 1e3:.2f} ms: {replica['new_copy_s'] / replica['replica_s']:.2f}"
     )
     start = _shard_start(arguments.checkpoint, arguments.rounds)
     ready_s, least_s = start["load_s"] + start["process_s"], start["read_s"] + start["process_s"]
@@ -87,6 +89,7 @@ def _replicas(checkpoint: Path, rounds: int) -> dict[str, float]:
     from expertmesh.actors.links.ends import WORKER_RANK
     from expertmesh.actors.shard.copying import fetch_expert
     from expertmesh.cluster.ids import ExpertKey
+    from expertmesh.kernels.cpu.huge_pages import empty_bf16
     from expertmesh.models.expert_slots import ExpertSlots
 
     cpu = torch.device("cpu")
@@ -95,7 +98,7 @@ def _replicas(checkpoint: Path, rounds: int) -> dict[str, float]:
     link = open_link("shared", _address(source.recv(), WORKER_RANK), cpu)
     slots = ExpertSlots(weights, [], cpu)
     dtype = weights.architecture.dtype
-    fetches, adds, copies = list[float](), list[float](), list[float]()
+    fetches, adds, copies, new_copies = list[float](), list[float](), list[float](), list[float]()
     keys = sorted(placement.shards[0].experts)
     num_bytes = sum(shape.numel() for shape in weights.expert_shapes(keys[0].layer).values()) * dtype.itemsize
     buffers = torch.ones((64, num_bytes), dtype=torch.uint8)  # more than the caches hold
@@ -116,10 +119,13 @@ def _replicas(checkpoint: Path, rounds: int) -> dict[str, float]:
         started_s = time.perf_counter()
         targets[number % 64].copy_(buffers[number % 64])
         copies.append(time.perf_counter() - started_s)
+        started_s = time.perf_counter()
+        empty_bf16([num_bytes // 2])[0].view(torch.uint8).copy_(buffers[(number + 32) % 64])
+        new_copies.append(time.perf_counter() - started_s)
         if len(slots.keys) == len(keys) // 4:
             slots.keep([])
     source.send("done")
-    medians = {"replica_s": adds, "fetch_s": fetches, "copy_s": copies}
+    medians = {"replica_s": adds, "fetch_s": fetches, "copy_s": copies, "new_copy_s": new_copies}
     return {"bytes": num_bytes, **{name: statistics.median(seconds) for name, seconds in medians.items()}}
 
 

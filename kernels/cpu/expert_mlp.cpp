@@ -17,10 +17,12 @@ namespace {
 
 constexpr int64_t kStep = 1024;  // rows computed at a time: what they need besides weights stays in the caches
 constexpr int64_t kAtOnce = 16;   // panels of the output for which a thread goes through the groups, at most
-constexpr int64_t kFew = 8;      // experts of a call that helpers are called for, at most
+constexpr int64_t kFew = 8;      // groups of a call that helpers are called for, at most
+constexpr int64_t kMany = 1024;  // or pairs, at least
 
 // Threads beside those of a call, on other processes' cores. One token's experts seldom fall evenly on the shards of a machine, and the
-// busiest decides; of many experts the shares are more alike than the helpers' coming and going is worth.
+// busiest decides: they are called where memory is read for few experts, and where many rows are multiplied. Between the two the shares
+// are more alike than the helpers' coming and going is worth.
 std::atomic<int> num_helpers{0};
 
 enum Kind { kSwiglu = 0, kGeluTanh = 1, kRelu2 = 2 };
@@ -116,7 +118,8 @@ void run(const Call& call, int isa, const int64_t* slot_P, int64_t rows, int64_t
   const std::lock_guard<std::mutex> my_turn(turn);
   std::vector<int64_t> order;
   const std::vector<Group> groups = sort_pairs(slot_P, call.row_P, pairs, slots, call.first_row, call.first_row + rows, order);
-  if (static_cast<int64_t>(groups.size()) <= kFew) threads += num_helpers;
+  const int64_t own_pairs = order.size();
+  if (static_cast<int64_t>(groups.size()) <= kFew || own_pairs >= kMany) threads += num_helpers;
   const int64_t num_groups = groups.size(), up_panels = call.width / (call.has_gate ? kOuts : 32);
   const int64_t down_panels = call.hidden / 32;
   int64_t num_blocks = 0;

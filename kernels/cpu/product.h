@@ -52,30 +52,59 @@ INLINE void product(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t 
   }
 }
 #elif PRODUCT == 1
+// One block's products with M rows.
+template <int M>
+INLINE void dot_block(const uint16_t* a, const uint16_t* w, __m512* sum) {
+  for (int pair = 0; pair < 16; ++pair) {
+    const __m512bh right = (__m512bh)_mm512_loadu_si512(w + pair * 32);
+    for (int m = 0; m < M; ++m) {
+      int32_t both;
+      memcpy(&both, a + m * kDepth + 2 * pair, 4);
+      sum[m] = _mm512_dpbf16_ps(sum[m], (__m512bh)_mm512_set1_epi32(both), right);
+    }
+  }
+}
+
+// Both halves of a panel at once: M rows are 2 M sums that do not wait for each other.
+template <int M>
+INLINE void dot_both(const uint16_t* a, const uint16_t* w0, __m512* low, __m512* high) {
+  const uint16_t* w1 = w0 + kBlock;
+  for (int pair = 0; pair < 16; ++pair) {
+    __builtin_prefetch(w0 + kAhead * kBlock + pair * 32, 0, 2);
+    __builtin_prefetch(w1 + kAhead * kBlock + pair * 32, 0, 2);
+    const __m512bh right0 = (__m512bh)_mm512_loadu_si512(w0 + pair * 32);
+    const __m512bh right1 = (__m512bh)_mm512_loadu_si512(w1 + pair * 32);
+    for (int m = 0; m < M; ++m) {
+      int32_t both;
+      memcpy(&both, a + m * kDepth + 2 * pair, 4);
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(both);
+      low[m] = _mm512_dpbf16_ps(low[m], left, right0);
+      high[m] = _mm512_dpbf16_ps(high[m], left, right1);
+    }
+  }
+}
+
+// So few rows wait for memory alone: one address after another, without hints, is what the hardware itself reads ahead best.
+constexpr int kReadAlone = 3;
+
 template <int M>
 INLINE void dot_rows(const uint16_t* a, const uint16_t* w, int64_t depth, float* sums, bool more) {
-  __m512 sum[M][2];
-  for (int m = 0; m < M; ++m)
-    for (int half = 0; half < 2; ++half) sum[m][half] = more ? _mm512_loadu_ps(sums + m * 32 + half * 16) : _mm512_setzero_ps();
-  for (int64_t d = 0; d < depth; ++d) {
-    const uint16_t *w0 = w + 2 * d * kBlock, *w1 = w0 + kBlock, *x = a + d * kBlock;
-    for (int pair = 0; pair < 16; ++pair) {
-      __builtin_prefetch(w0 + kAhead * kBlock + pair * 32, 0, 2);
-      __builtin_prefetch(w1 + kAhead * kBlock + pair * 32, 0, 2);
-      const __m512bh right0 = (__m512bh)_mm512_loadu_si512(w0 + pair * 32);
-      const __m512bh right1 = (__m512bh)_mm512_loadu_si512(w1 + pair * 32);
-      for (int m = 0; m < M; ++m) {
-        int32_t both;
-        memcpy(&both, x + m * kDepth + 2 * pair, 4);
-        const __m512bh left = (__m512bh)_mm512_set1_epi32(both);
-        sum[m][0] = _mm512_dpbf16_ps(sum[m][0], left, right0);
-        sum[m][1] = _mm512_dpbf16_ps(sum[m][1], left, right1);
-      }
+  __m512 low[M], high[M];
+  for (int m = 0; m < M; ++m) {
+    low[m] = more ? _mm512_loadu_ps(sums + m * 32) : _mm512_setzero_ps();
+    high[m] = more ? _mm512_loadu_ps(sums + m * 32 + 16) : _mm512_setzero_ps();
+  }
+  for (int64_t d = 0; d < depth; ++d, a += kBlock, w += 2 * kBlock) {
+    if constexpr (M <= kReadAlone) {
+      dot_block<M>(a, w, low);
+      dot_block<M>(a, w + kBlock, high);
+    } else {
+      dot_both<M>(a, w, low, high);
     }
   }
   for (int m = 0; m < M; ++m) {
-    _mm512_storeu_ps(sums + m * 32, sum[m][0]);
-    _mm512_storeu_ps(sums + m * 32 + 16, sum[m][1]);
+    _mm512_storeu_ps(sums + m * 32, low[m]);
+    _mm512_storeu_ps(sums + m * 32 + 16, high[m]);
   }
 }
 

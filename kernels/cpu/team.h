@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -21,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #include "packed.h"
 
@@ -78,9 +80,18 @@ class Helpers {
     return helpers;
   }
 
+  // They may use the cores that the calling thread may use now.
   void start(int count) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (; count_ < count; ++count_) std::thread([this] { help(); }).detach();
+    while (static_cast<int>(helpers_.size()) < count) {
+      Helper helper{};
+      sched_getaffinity(0, sizeof(helper.cores), &helper.cores);
+      std::thread thread([this] { help(); });
+      helper.thread = thread.native_handle();
+      thread.detach();
+      helpers_.push_back(helper);
+      avoided_ = -1;
+    }
   }
 
   // The job stays until the next one comes: who wakes up later finds nothing left to do in it.
@@ -88,6 +99,7 @@ class Helpers {
     start(job->threads - 1);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      avoid_core(sched_getcpu());
       job_ = job;
       number_.fetch_add(1, std::memory_order_release);
     }
@@ -95,6 +107,23 @@ class Helpers {
   }
 
  private:
+  struct Helper {
+    pthread_t thread;
+    cpu_set_t cores;
+  };
+
+  // Keeps helpers off the caller's core: Linux may wake one there and leave it waiting behind the caller for the whole job, with
+  // other cores idle.
+  void avoid_core(int core) {
+    if (core == avoided_ || core < 0) return;
+    avoided_ = core;
+    for (const Helper& helper : helpers_) {
+      cpu_set_t others = helper.cores;
+      CPU_CLR(core, &others);
+      if (CPU_COUNT(&others)) pthread_setaffinity_np(helper.thread, sizeof(others), &others);
+    }
+  }
+
   void help() {
     for (uint64_t seen = 0;;) {
       spin_until_other_than(seen);
@@ -127,7 +156,8 @@ class Helpers {
   std::condition_variable changed_;
   std::atomic<uint64_t> number_{0};
   std::shared_ptr<Job> job_;
-  int count_ = 0;
+  std::vector<Helper> helpers_;
+  int avoided_ = -1;
 };
 
 class Team {
