@@ -26,7 +26,7 @@ lint: $(VENV)/.ready
 	$(BIN)/python tests/typecheck.py
 
 unit: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
 $(VENV)/.triton: $(VENV)/.ready
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable '.[triton]'

@@ -69,7 +69,7 @@ def test_another_magic_is_refused(offset: int, flipped: int) -> None:
         PacketHeader.unpack(bytes(data))
 
 
-@pytest.mark.parametrize(("offset", "value"), [(4, 0), (4, 8), (4, 255), (5, 3), (5, 255)])
+@pytest.mark.parametrize(("offset", "value"), [(4, 0), (4, 9), (4, 255), (5, 3), (5, 255)])
 def test_an_unknown_kind_or_dtype_is_refused(offset: int, value: int) -> None:
     data = bytearray(HEADER.pack())
     data[offset] = value
