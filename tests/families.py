@@ -114,13 +114,15 @@ OWN_CACHE: dict[str, dict[str, Any]] = {
 FAMILIES = BATCHED | OWN_CACHE
 
 
-def write_checkpoint(family: str, directory: Path, *, seed: int = 0, max_shard_size: str = "50GB") -> PreTrainedModel:
-    """Write a random float32 checkpoint of a family and return the model that was written.
+def write_checkpoint(
+    family: str, directory: Path, *, seed: int = 0, max_shard_size: str = "50GB", **changes: Any
+) -> PreTrainedModel:
+    """Write a random float32 checkpoint of a family, with changes to its config; return the model that was written.
 
     Weights are far larger than trained ones, so that experts and positions matter and greedy output does not settle on
     one token.
     """
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changes})
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -172,6 +172,7 @@ class StackStep:
         isa, threads = how(None)
         ids_TK, shard_TK = self._ids_TK.numpy(), self._shard_TK.numpy()
 
+        # What it raises ctypes prints, and takes for 0: who runs the layer's experts then finds it again.
         def choose(at: int) -> int:
             chosen_TK = route.choose(self._stack.numbers[at], ids_TK)
             if chosen_TK is None:

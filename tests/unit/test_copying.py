@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from expertmesh.actors.shard.server import ShardServer
 from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey
 from expertmesh.cluster.packets import PacketHeader, PacketKind
+from expertmesh.kernels.cpu.build import find_compiler
 from expertmesh.kernels.cpu.expert_mlp import PackedExpert, PackedSizes
 from expertmesh.models.architecture import open_architecture
 from expertmesh.models.expert_slots import ExpertSlots
@@ -27,8 +29,12 @@ from tests.fleet import CPU, link_pair, served_link
 HERE = ExpertKey(1, 5)
 
 
-def opened(family: str, directory: Path, dtype: str = "auto") -> CheckpointWeights:
-    write_checkpoint(family, directory)
+# What the CPU kernel can pack.
+PACKED = {"hidden_size": 64, "intermediate_size": 32}
+
+
+def opened(family: str, directory: Path, dtype: str = "auto", **changes: Any) -> CheckpointWeights:
+    write_checkpoint(family, directory, **changes)
     return CheckpointWeights(open_architecture(directory, dtype))
 
 
@@ -39,11 +45,19 @@ def fetch(
 
 
 @pytest.mark.parametrize("kind", ["local", "gloo", "shared"])
-@pytest.mark.parametrize(("family", "dtype"), [("mixtral", "float32"), ("gpt_oss", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype", "sizes"),
+    [
+        ("mixtral", "float32", {}),
+        ("gpt_oss", "bfloat16", {}),
+        ("mixtral", "bfloat16", PACKED),
+        ("gpt_oss", "bfloat16", PACKED),
+    ],
+)
 def test_a_copied_expert_is_the_one_that_the_checkpoint_holds(
-    kind: str, family: str, dtype: str, tmp_path: Path
+    kind: str, family: str, dtype: str, sizes: dict[str, int], tmp_path: Path
 ) -> None:
-    weights = opened(family, tmp_path, dtype)
+    weights = opened(family, tmp_path, dtype, **sizes)
     held = [ExpertKey(1, expert) for expert in (6, 0, 5)]
     server = ShardServer(ExpertSlots(weights, held, CPU), epoch=3)
     taken = ExpertSlots(weights, (), CPU)
@@ -56,6 +70,7 @@ def test_a_copied_expert_is_the_one_that_the_checkpoint_holds(
     with served_link(server, kind=kind) as link:
         taken.add(1, [5, 6], take)
     assert {isinstance(expert, PackedExpert) for expert in came} == {taken.are_packed}
+    assert taken.are_packed == (bool(sizes) and find_compiler() is not None)
     read = ExpertSlots(weights, [ExpertKey(1, 5), ExpertKey(1, 6)], CPU)
     for key in read.keys:
         copied, expected = taken.expert(key), read.expert(key)
@@ -66,7 +81,7 @@ def test_a_copied_expert_is_the_one_that_the_checkpoint_holds(
 
 
 def test_a_packed_expert_comes_by_parameter_to_who_has_another_layout(tmp_path: Path) -> None:
-    weights = opened("gpt_oss", tmp_path, "bfloat16")
+    weights = opened("gpt_oss", tmp_path, "bfloat16", **PACKED)
     server = ShardServer(ExpertSlots(weights, [HERE], CPU), epoch=3)
     with served_link(server) as link:
         got = fetch(link, weights, HERE)
