@@ -4,8 +4,8 @@ usage: python -m benchmarks.moving CHECKPOINT [--rounds N] [--keep]
 
 Each expert is fetched over a link from a shard in another process and put in its layer; beside it, in turns, copies of
 as many bytes from memory to memory that was used before, and to memory that is new, as an expert's is. A shard's start
-is a process of its own: imports, then half of all experts read and packed;
-beside it the same process reading as many bytes of the files. Files are in memory.
+is a process of its own: imports, then half of all experts read and packed; beside it, as many bytes of the files read.
+Files are in memory.
 """
 
 import argparse

@@ -129,11 +129,6 @@ class PackedSizes:
     up_bias: int = 0
     down_bias: int = 0
 
-    @property
-    def num_elements(self) -> int:
-        """Of all parts."""
-        return self.up + self.down + self.up_bias + self.down_bias
-
     def split(self, elements: Tensor) -> PackedExpert:
         """Return the expert whose parts lie one after another in a bf16 vector; they share its memory."""
         up, down, up_bias, down_bias = torch.split(elements, [self.up, self.down, self.up_bias, self.down_bias])
