@@ -6,6 +6,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from expertmesh.actors.gateway.deployment import deploy_gateway
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray, yield_to_actors
 from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
-from expertmesh.cluster.model_info import CheckpointFacts
+from expertmesh.cluster.model_info import CheckpointFacts, require_divisible
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models.config_file import read_config_file
 from expertmesh.models.kept_facts import facts_path, keep_facts, kept_facts
@@ -75,7 +76,8 @@ class Deployment:
         self._say(f"checking {settings.model}")
         read_config_file(settings.model)
         facts = self._start_ray_and_inspect()
-        info = facts.info
+        require_divisible(facts.expert_width, settings.expert_tp)
+        info = replace(facts.info, expert_tp=settings.expert_tp)
         self._say(
             f"{info.architecture}, {info.dtype}: {len(info.moe_layers)} MoE layers of {info.num_experts} experts, "
             f"dense half {facts.dense_bytes / 2**20:.1f} MiB, an expert {facts.expert_bytes / 2**20:.2f} MiB"

@@ -5,7 +5,7 @@ temperature 1.
 
 With --workers the shards serve several engines at once, each with its part of the streams.
 
-usage: python -m benchmarks.distribution CHECKPOINT [--batch 8,32] [--shards 2] [--workers 1] [--breakdown] [--keep]
+usage: python -m benchmarks.distribution CHECKPOINT [--batch 8,32] [--shards 2] [--expert-tp 1,2] [--breakdown] [--keep]
 """
 
 import argparse
@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--expert-tp", default="1", help="slices of an expert, such as 1 or 1,2: a fleet for each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker-threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--shard-threads", type=int, default=1)
@@ -49,48 +50,44 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")
     arguments = parser.parse_args()
     batches = [int(part) for part in arguments.batch.split(",")]
-    shards = [
-        _start(
-            _shard,
-            arguments.shard_threads,
-            arguments.checkpoint,
-            index,
-            arguments.shards,
-            arguments.workers,
-            arguments.link,
-            not arguments.no_pin,
-            policy="PASSIVE",
-        )
-        for index in range(arguments.shards)
-    ]
-    ports = [pipe.recv() for pipe in shards]
-    cores, checkpoint, apart = os.cpu_count() or 1, arguments.checkpoint, f"{arguments.shards} shards"
-    engines = {
-        # A process that has the cores to itself is fastest when its threads spin.
-        "in process": [_start(_engine, cores, checkpoint, [], "", 0, policy="ACTIVE")],
-        apart: [
-            _start(_engine, arguments.worker_threads, checkpoint, ports, arguments.link, number, policy="PASSIVE")
+    cores, checkpoint = os.cpu_count() or 1, arguments.checkpoint
+    # A process that has the cores to itself is fastest when its threads spin.
+    engines = {"in process": [_start(_engine, cores, checkpoint, [], "", 0, policy="ACTIVE")]}
+    shards: dict[str, list[Connection]] = {"in process": []}
+    for expert_tp in map(int, arguments.expert_tp.split(",")):
+        name = f"{arguments.shards} shards" + (f" of {expert_tp} slices an expert" if expert_tp > 1 else "")
+        shards[name] = [_start_shard(arguments, index, expert_tp) for index in range(arguments.shards)]
+        ports = [pipe.recv() for pipe in shards[name]]
+        engines[name] = [
+            _start(
+                _engine,
+                arguments.worker_threads,
+                checkpoint,
+                ports,
+                arguments.link,
+                number,
+                expert_tp,
+                policy="PASSIVE",
+            )
             for number in range(arguments.workers)
-        ],
-    }
+        ]
     layers = {pipe.recv() for pipes in engines.values() for pipe in pipes}.pop()
     results: dict[int, dict[str, list[float]]] = {batch: {name: [] for name in engines} for batch in batches}
-    tables: dict[int, list[dict[str, float]]] = {batch: [] for batch in batches}
+    tables: dict[tuple[int, str], list[dict[str, float]]] = {(b, name): [] for b in batches for name in engines}
     for number in range(arguments.rounds + 1):
         for batch, (name, pipes) in itertools.product(batches, engines.items()):
-            rate, steps, expert_s = _decode(pipes, shards, batch, number * 1000 + batch, PROMPT, NEW)
+            rate, steps, expert_s = _decode(pipes, shards[name], batch, number * 1000 + batch, PROMPT, NEW)
             print(f"round {number}, batch {batch}, {name}: {rate:.1f} tokens/s", flush=True)
             if number:
                 results[batch][name].append(rate)
-            if number and name == apart:
-                tables[batch].append(table(steps, layers, expert_s))
+                tables[batch, name].append(table(steps, layers, expert_s))
     rows = []
-    for batch in batches:
-        here, there = (statistics.median(results[batch][name]) for name in engines)
-        parts = {part: statistics.median(t[part] for t in tables[batch]) for part in tables[batch][0]}
+    for batch, apart in itertools.product(batches, list(engines)[1:]):
+        here, there = (statistics.median(results[batch][name]) for name in ("in process", apart))
+        parts = {part: statistics.median(t[part] for t in tables[batch, apart]) for part in tables[batch, apart][0]}
         rows.append(
-            {"batch": batch, "in_process_tokens_per_s": here, "shards_tokens_per_s": there, "ratio": there / here}
-            | {"us_a_layer": parts}
+            {"batch": batch, "fleet": apart, "in_process_tokens_per_s": here, "shards_tokens_per_s": there}
+            | {"ratio": there / here, "us_a_layer": parts}
         )
         print(f"batch {batch}: in process {here:.1f}, {apart} {there:.1f} tokens/s, ratio {there / here:.2f}")
         if arguments.breakdown:
@@ -98,10 +95,34 @@ def main() -> int:
     if arguments.keep:
         settings = {
             name: getattr(arguments, name)
-            for name in ("shards", "workers", "rounds", "worker_threads", "shard_threads", "link", "no_pin")
+            for name in (
+                "shards",
+                "workers",
+                "expert_tp",
+                "rounds",
+                "worker_threads",
+                "shard_threads",
+                "link",
+                "no_pin",
+            )
         }
         print(f"kept in {keep('distribution', {**settings, 'rows': rows})}")
     return 0
+
+
+def _start_shard(arguments: argparse.Namespace, index: int, expert_tp: int) -> Connection:
+    return _start(
+        _shard,
+        arguments.shard_threads,
+        arguments.checkpoint,
+        index,
+        arguments.shards,
+        arguments.workers,
+        arguments.link,
+        not arguments.no_pin,
+        expert_tp,
+        policy="PASSIVE",
+    )
 
 
 def _decode(
@@ -122,12 +143,12 @@ def _decode(
     for pipe, _ in asked:
         pipe.send("decode")
     all_steps: list[Steps] = [pipe.recv() for pipe, _ in asked]
-    expert_s = max(after - before for after, before in zip(_busy_s(shards), before_s, strict=True))
+    spent_s = [after - before for after, before in zip(_busy_s(shards), before_s, strict=True)]
     for pipe, _ in asked:
         pipe.send("finish")
     for pipe, _ in asked:
         pipe.recv()
-    return sum(steps.num_tokens / steps.wall_s for steps in all_steps), all_steps[0], expert_s
+    return sum(steps.num_tokens / steps.wall_s for steps in all_steps), all_steps[0], max(spent_s, default=0.0)
 
 
 def _busy_s(shards: list[Connection]) -> list[float]:
@@ -168,6 +189,7 @@ def _shard(
     num_workers: int,
     kind: str,
     pin: bool,
+    expert_tp: int = 1,
 ) -> None:
     """One shard process: serves a link to each worker, and says how long it computed."""
     import torch
@@ -181,12 +203,13 @@ def _shard(
     from expertmesh.models.expert_slots import ExpertSlots
 
     torch.set_num_threads(threads)
-    cores = claim_cores(threads) if pin else None  # held as long as the process lives
+    # Held as long as the process lives; fleets that are timed in turns may have the same cores.
+    cores = claim_cores(threads, f"benchmark of {expert_tp}") if pin else None
     if cores is not None:
         use_cores(None)
         start_helpers(min(threads, other_cores(cores)))
     use_cores(cores)
-    weights, placement = _open(checkpoint, num_shards)
+    weights, placement = _open(checkpoint, num_shards, expert_tp=expert_tp)
     slots = ExpertSlots(weights, placement.shards[index].experts, torch.device("cpu"))
     rendezvous = RendezvousServer(HOST)
     pipe.send(rendezvous.port)
@@ -201,7 +224,15 @@ def _shard(
         pipe.send(server.counted.busy_s)
 
 
-def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], kind: str, number: int) -> None:
+def _engine(
+    pipe: Connection,
+    threads: int,
+    checkpoint: Path,
+    ports: list[int],
+    kind: str,
+    number: int,
+    expert_tp: int = 1,
+) -> None:
     """One engine process: runs batches that the pipe asks for, and answers with the Steps that decoded."""
     import torch
 
@@ -223,9 +254,9 @@ def _engine(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
     torch.set_num_threads(max(1, threads // 2))
     timers = {"head": _timed(PackedLinear, "__call__"), "sample": _timed(engine_module, "sample")}
     cpu = torch.device("cpu")
-    weights, placement = _open(checkpoint, max(1, len(ports)))
+    weights, placement = _open(checkpoint, max(1, len(ports)), expert_tp=expert_tp)
     architecture = weights.architecture
-    dispatcher = Dispatcher(architecture.moe_layers, architecture.num_experts, recovery_s=0)
+    dispatcher = Dispatcher(architecture.moe_layers, weights.num_slices, expert_tp=expert_tp, recovery_s=0)
     if ports:
         links = {
             slots.shard: open_link(kind, _address(port, WORKER_RANK, number), cpu)
@@ -312,16 +343,16 @@ def _seconds(dispatcher: Any, timers: dict[str, list[float]]) -> dict[str, float
     return compiled | {part: total_s[0] for part, total_s in timers.items()}
 
 
-def _open(checkpoint: Path, num_shards: int, dtype: str = "auto"):  # type: ignore[no-untyped-def]
+def _open(checkpoint: Path, num_shards: int, dtype: str = "auto", expert_tp: int = 1):  # type: ignore[no-untyped-def]
     from expertmesh.cluster.ids import ShardId
     from expertmesh.cluster.placement import initial_placement
     from expertmesh.models.architecture import open_architecture
     from expertmesh.models.loading import CheckpointWeights
 
-    weights = CheckpointWeights(open_architecture(checkpoint, dtype))
+    weights = CheckpointWeights(open_architecture(checkpoint, dtype), expert_tp)
     architecture = weights.architecture
     shards = [ShardId(f"shard-{i}") for i in range(num_shards)]
-    return weights, initial_placement(architecture.moe_layers, architecture.num_experts, shards, 1, epoch=1)
+    return weights, initial_placement(architecture.moe_layers, weights.num_slices, shards, 1, epoch=1)
 
 
 def _address(port: int, rank: int, number: int = 0):  # type: ignore[no-untyped-def]

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from expertmesh.cluster.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
@@ -11,6 +13,7 @@ class ModelInfo:
     decoder layers, rising, dense layers counted in num_layers. Each of them has num_experts routed experts, of which
     the router chooses top_k for a token. Token ids run from 0 to vocab_size - 1; prompt and output together have at
     most max_context tokens; eos_token_ids end a sequence. Without a tokenizer only token ids are accepted.
+    Each expert is cut across its width in expert_tp slices, which are placed, copied and computed as experts are.
     """
 
     name: str
@@ -24,12 +27,28 @@ class ModelInfo:
     max_context: int
     eos_token_ids: tuple[int, ...] = ()
     has_tokenizer: bool = False
+    expert_tp: int = 1
+
+    @property
+    def num_slices(self) -> int:
+        """What is placed of each layer: slice s of expert e has number e * expert_tp + s there."""
+        return self.num_experts * self.expert_tp
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:
-    """A checkpoint that can be served, and the bytes of its dense half and of one expert in the serving dtype."""
+    """A checkpoint that can be served, and the bytes of its dense half and of one expert in the serving dtype.
+
+    expert_width is that between the expert's matrices, in which it can be cut.
+    """
 
     info: ModelInfo
     dense_bytes: int
     expert_bytes: int
+    expert_width: int
+
+
+def require_divisible(expert_width: int, expert_tp: int) -> None:
+    """Raise InputError unless experts of this width can be cut in expert_tp equal slices."""
+    if expert_width % expert_tp:
+        raise InputError(f"expert_tp={expert_tp} does not divide the experts' width of {expert_width}")

@@ -27,6 +27,9 @@ class ServeSettings(BaseModel):
     shards: int = Field(default=2, ge=1, le=1024, description="expert shards")
     workers: int = Field(default=1, ge=1, le=1024, description="attention workers")
     replicas: int = Field(default=1, ge=1, description="shards that hold each expert, at most the number of shards")
+    expert_tp: int = Field(
+        default=1, ge=1, le=64, description="slices that each expert is cut in, each placed as an expert is"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where Ray has GPUs")
     deterministic: bool = Field(

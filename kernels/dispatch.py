@@ -51,6 +51,19 @@ class ShardRequest:
         return sum(part.numel() * part.element_size() for part in self.parts)
 
 
+def choose_slices(
+    ids_TK: npt.NDArray[np.int64], weights_TK: npt.NDArray[np.float32], expert_tp: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return choices of experts as choices of all their slices, [T, K * expert_tp], in the order of the choices.
+
+    Slice s of expert e has number e * expert_tp + s, and the expert's weight: the slices' outputs add up to its own.
+    """
+    if expert_tp == 1:
+        return ids_TK, weights_TK
+    slices_TKS = ids_TK[:, :, None] * expert_tp + np.arange(expert_tp)
+    return slices_TKS.reshape(len(ids_TK), -1), np.repeat(weights_TK, expert_tp, axis=1)
+
+
 def requests_for_shards(
     hidden_TH: Tensor,
     ids_TK: npt.NDArray[np.int64],

@@ -35,6 +35,7 @@ def inspect_checkpoint(
         info=describe_model(architecture, max_context),
         dense_bytes=weights.dense_bytes(),
         expert_bytes=weights.expert_bytes(),
+        expert_width=weights.expert_width(),
     )
 
 

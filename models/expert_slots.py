@@ -69,7 +69,7 @@ class ExpertSlots:
         """
         self.device = device
         architecture = weights.architecture
-        self._num_experts = architecture.num_experts
+        self._num_experts = weights.num_slices
         self._empty = {
             layer: no_weights(module, weights.expert_shapes(layer), architecture.dtype, device)
             for layer, module in architecture.experts_by_layer.items()

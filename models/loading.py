@@ -23,6 +23,7 @@ from expertmesh.cluster.errors import CorruptCheckpointError, InputError
 from expertmesh.cluster.ids import ExpertKey
 from expertmesh.models.architecture import Architecture, expert_count
 from expertmesh.models.cpu_linears import speed_up_linears
+from expertmesh.models.slicing import slicing_of
 from expertmesh.models.tensor_files import TensorFiles
 
 # How much of mapped files may stay with this process while experts are read.
@@ -40,13 +41,21 @@ class _Source:
 class CheckpointWeights:
     """The weights of one checkpoint. Opening reads headers only; each call reads what it returns."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, expert_tp: int = 1) -> None:
         """Open the files and sort their tensors into dense ones and those of experts.
+
+        Args:
+            architecture: of the checkpoint.
+            expert_tp: slices that each expert is cut in; what the other methods call an expert is then a slice, number
+                expert * expert_tp + slice of its layer.
 
         Raises:
             CheckpointError, CorruptCheckpointError: see `TensorFiles`; or an expert's tensor is missing.
+            InputError: experts cannot be cut so.
         """
         self.architecture = architecture
+        self.num_slices = architecture.num_experts * expert_tp
+        self._slicings = {layer: slicing_of(m, expert_tp) for layer, m in architecture.experts_by_layer.items()}
         self.files = TensorFiles(architecture.directory)
         self._unreleased_bytes = 0
         # Deep copies: transformers' converters collect tensors while they work.
@@ -56,6 +65,9 @@ class CheckpointWeights:
         self._dense_names: list[str] = []
         self._sort_names()
         self._check_experts()
+        self._slice_shapes = {
+            layer: self._slicings[layer].shapes(self._whole_shapes(layer)) for layer in self._slicings
+        }
 
     def load_dense(self, device: torch.device) -> PreTrainedModel:
         """Load the dense half into the architecture's model. The experts' parameters are removed, never materialised.
@@ -97,15 +109,18 @@ class CheckpointWeights:
             InputError: no such expert.
             CorruptCheckpointError: a tensor has a shape that does not fit, or cannot be read.
         """
-        if key.layer not in self._expert_parameters or not 0 <= key.expert < self.architecture.num_experts:
+        if key.layer not in self._expert_parameters or not 0 <= key.expert < self.num_slices:
             raise InputError(
-                f"{key}: the model has layers {self.architecture.moe_layers}, experts 0 to "
-                f"{self.architecture.num_experts - 1}"
+                f"{key}: the model has layers {self.architecture.moe_layers}, experts 0 to {self.num_slices - 1}"
             )
+        slicing = self._slicings[key.layer]
+        expert, index = divmod(key.expert, slicing.expert_tp)
         tensors = {
-            short: self._read_parameter(full, key.expert, shape)
+            short: self._read_parameter(full, expert, shape)
             for short, (full, shape) in self._expert_parameters[key.layer].items()
         }
+        if slicing.expert_tp > 1:
+            tensors = slicing.cut(tensors, index)
         self._unreleased_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._unreleased_bytes > _RELEASE_BYTES:
             self.release()
@@ -118,18 +133,26 @@ class CheckpointWeights:
 
     def expert_shapes(self, layer: int) -> dict[str, torch.Size]:
         """Return the shapes of the parameters of one expert of a layer, by name, without the expert dimension."""
-        return {short: shape[1:] for short, (_, shape) in self._expert_parameters[layer].items()}
+        return self._slice_shapes[layer]
 
     def expert_bytes(self) -> int:
         """Return the bytes of one expert of the first MoE layer, in the architecture's dtype."""
-        first = self._expert_parameters[self.architecture.moe_layers[0]]
-        return sum(shape[1:].numel() for _, shape in first.values()) * self.architecture.dtype.itemsize
+        shapes = self._slice_shapes[self.architecture.moe_layers[0]]
+        return sum(shape.numel() for shape in shapes.values()) * self.architecture.dtype.itemsize
+
+    def expert_width(self) -> int:
+        """Return the width of an expert of the first MoE layer, between its matrices."""
+        layer = self.architecture.moe_layers[0]
+        return self._slicings[layer].width(self._whole_shapes(layer))
 
     def dense_bytes(self) -> int:
         """Return the bytes of the dense half's parameters as they are served; tied ones once."""
         experts = {full for layer in self._expert_parameters.values() for full, _ in layer.values()}
         parameters = self.architecture.model.named_parameters()
         return sum(p.numel() * p.element_size() for name, p in parameters if name not in experts)
+
+    def _whole_shapes(self, layer: int) -> dict[str, torch.Size]:
+        return {short: shape[1:] for short, (_, shape) in self._expert_parameters[layer].items()}
 
     def _read_parameter(self, full_name: str, expert: int, shape: torch.Size) -> Tensor:
         source = self._sources[full_name]

@@ -97,12 +97,13 @@ class LocalFleet:
         deterministic: bool = False,
         link_kind: str = "gloo",
         layer_by_layer: bool = False,
+        expert_tp: int = 1,
     ) -> None:
         architecture = open_architecture(directory, dtype)
-        weights = CheckpointWeights(architecture)
+        weights = CheckpointWeights(architecture, expert_tp)
         names = [ShardId(f"shard-{i}") for i in range(shards)]
         self.placement: Placement = initial_placement(
-            architecture.moe_layers, architecture.num_experts, names, replicas, epoch=1
+            architecture.moe_layers, weights.num_slices, names, replicas, epoch=1
         )
         self.architecture = architecture
         self.weights = weights
@@ -118,7 +119,11 @@ class LocalFleet:
             self.links[name] = self._contexts.enter_context(link)
         self.model = weights.load_dense(CPU)
         self.dispatcher = Dispatcher(
-            architecture.moe_layers, architecture.num_experts, recovery_s=0.2, by_pair=deterministic
+            architecture.moe_layers,
+            weights.num_slices,
+            expert_tp=expert_tp,
+            recovery_s=0.2,
+            by_pair=deterministic,
         )
         self.dispatcher.set_fleet(Fleet(self.placement, self.links))
         carrier = None if layer_by_layer else self.dispatcher

@@ -45,7 +45,7 @@ class Autoscaling:
         self._operator = operator
         self._period_s = settings.period_s
         self._retry_delay_s = max(shards.cooldown_s, settings.workers.cooldown_s)
-        self._needed_slots = len(model.moe_layers) * model.num_experts * keeper.replicas
+        self._needed_slots = len(model.moe_layers) * model.num_slices * keeper.replicas
         self._watchdog = watchdog
         self._own_id = ""  # of the operation asked for last
         self._own_tiers: tuple[str, ...] = ()  # that it is to change

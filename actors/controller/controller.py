@@ -234,6 +234,8 @@ class Controller:
     def loads(self) -> dict[int, list[int]]:
         """Return the tokens of each expert since start, by layer."""
         load_LE = sum((c["load_LE"] for c in self._counters()), self._no_load())
+        # Every slice of an expert computes for the same tokens.
+        load_LE = load_LE[:, :: self._model.expert_tp]
         return {layer: load_LE[row].tolist() for row, layer in enumerate(self._model.moe_layers)}
 
     def stop(self) -> None:
@@ -265,7 +267,7 @@ class Controller:
             raise UnavailableError(f"a worker does not answer: {error}") from error
 
     def _no_load(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.zeros((len(self._model.moe_layers), self._model.num_experts), dtype=np.int64)
+        return np.zeros((len(self._model.moe_layers), self._model.num_slices), dtype=np.int64)
 
     def _balancedness(self, load: Load) -> float | None:
         placement = self._keeper.placement
@@ -286,12 +288,14 @@ class Controller:
 
     def _traffic(self) -> list[dict[str, int]]:
         counters = self._collector.latest()
+        back = "combine_bytes" if self._model.expert_tp == 1 else "reduce_bytes"
         return [
             {
                 "layer": layer,
                 "dispatch_bytes": sum(c["dispatch_bytes_L"][row] for c in counters),
-                "combine_bytes": sum(c["combine_bytes_L"][row] for c in counters),
+                "combine_bytes": 0,
                 "reduce_bytes": 0,
+                back: sum(c["combine_bytes_L"][row] for c in counters),
             }
             for row, layer in enumerate(self._model.moe_layers)
         ]
@@ -299,7 +303,9 @@ class Controller:
     def _plan_name(self) -> str:
         keeper = self._keeper
         replicas = min(keeper.replicas, max(1, len(keeper.shard_ids)))
-        return f"experts ep={len(keeper.shard_ids)} x {replicas} replicas, attention dp={len(keeper.worker_ids)}"
+        shards, expert_tp = len(keeper.shard_ids), self._model.expert_tp
+        experts = f"ep={shards}" if expert_tp == 1 else f"tp={expert_tp} over {shards} shards"
+        return f"experts {experts} x {replicas} replicas, attention dp={len(keeper.worker_ids)}"
 
     def _note(self, line: str) -> None:
         _log.info(line)

@@ -307,7 +307,7 @@ class Keeper:
             return None
         return Placement(
             epoch=1 + newest_epoch,
-            num_experts=self._model.num_experts,
+            num_experts=self._model.num_slices,
             layers=self._model.moe_layers,
             shards=slots,
         )
@@ -315,7 +315,7 @@ class Keeper:
     def _first(self) -> Placement:
         model, shards, nodes = self._model, self.shard_ids, self.shards.nodes
         replicas, epoch = min(self.replicas, len(shards)), 1 + self._newest_epoch()
-        return initial_placement(model.moe_layers, model.num_experts, shards, replicas, epoch=epoch, nodes=nodes)
+        return initial_placement(model.moe_layers, model.num_slices, shards, replicas, epoch=epoch, nodes=nodes)
 
     def _newest_epoch(self) -> int:
         known = (*self.workers.facts.values(), *self.shards.facts.values())

@@ -34,7 +34,7 @@ class LoadCollector:
         kept = self._kept(model)
         # Workers that a former controller has heard may have counted long ago: what it missed cannot be dated.
         self._may_be_old = kept is not None
-        self._windows = kept or LoadWindows(len(model.moe_layers), model.num_experts)
+        self._windows = kept or LoadWindows(len(model.moe_layers), model.num_slices)
         self._expert_s = _SlidingSum(self._windows.slow_s)
         self._lock = threading.Lock()
 
@@ -110,7 +110,7 @@ class LoadCollector:
         except (StateError, UnavailableError) as error:
             _log.warning("the load windows of a former life are lost: %s", error)
             return None
-        shape = (len(model.moe_layers), model.num_experts)
+        shape = (len(model.moe_layers), model.num_slices)
         return kept if kept is not None and (kept.num_layers, kept.num_experts) == shape else None
 
 

@@ -43,7 +43,7 @@ class FleetRecords:
         stored = self._placement()
         if stored is None:
             return None
-        fits = stored.layers == self._model.moe_layers and stored.num_experts == self._model.num_experts
+        fits = stored.layers == self._model.moe_layers and stored.num_experts == self._model.num_slices
         named = {slots.shard for slots in stored.shards}
         if fits and named <= set(shards) and stored.epoch >= newest_epoch:
             return stored

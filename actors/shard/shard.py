@@ -74,7 +74,8 @@ class Shard:
         """
         with self._changing:
             if self._server is None:
-                self._weights = CheckpointWeights(open_architecture(self._settings.model, self._settings.dtype))
+                architecture = open_architecture(self._settings.model, self._settings.dtype)
+                self._weights = CheckpointWeights(architecture, self._settings.expert_tp)
                 self._server = ShardServer(ExpertSlots(self._weights, (), self._device), epoch=0)
 
     def host(self, keys: Sequence[ExpertKey], sources: Mapping[ExpertKey, ShardPeer], *, urgent: bool) -> None:

@@ -1,6 +1,7 @@
 """Runs a layer's experts wherever they live: chooses replicas, sends one packet to each shard, combines the answers.
 
-Shape suffixes: T tokens, H hidden, K choices a token, L layers, E experts, S shards of the placement.
+Shape suffixes: T tokens, H hidden, K choices a token, L layers, E experts, S shards of the placement. Of experts that
+are cut in slices, K and E count slices, but for what the router chose.
 """
 
 import ctypes
@@ -24,7 +25,14 @@ from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketKind
 from expertmesh.kernels.cpu.exchange import State, can_exchange
 from expertmesh.kernels.cpu.stack import PARTS, Exchanged, Route
-from expertmesh.kernels.dispatch import ShardRequest, add_answers, count_tokens, requests_for_shards, sum_pairs
+from expertmesh.kernels.dispatch import (
+    ShardRequest,
+    add_answers,
+    choose_slices,
+    count_tokens,
+    requests_for_shards,
+    sum_pairs,
+)
 
 _log = logging.getLogger(__name__)
 OnLost = Callable[[ShardId, Link], None]
@@ -55,8 +63,9 @@ class Dispatcher:
     def __init__(
         self,
         layers: tuple[int, ...],
-        num_experts: int,
+        num_slices: int,
         *,
+        expert_tp: int = 1,
         recovery_s: float,
         on_lost: OnLost | None = None,
         by_pair: bool = False,
@@ -65,14 +74,15 @@ class Dispatcher:
 
         Args:
             layers: indices of the MoE layers.
-            num_experts: experts of each.
+            num_slices: what is placed of each: its experts, or the slices of its experts.
+            expert_tp: slices of each expert.
             recovery_s: how long a step waits for a newer fleet when an expert has no live replica.
             on_lost: told each link that broke, by the thread that found out.
             by_pair: have the shards answer with each pair's output, and sum a token's here in the order of its choices,
                 so that the sum does not depend on which shards computed. More bytes come back.
         """
         self._row_of_layer = {layer: row for row, layer in enumerate(layers)}
-        self._num_experts = num_experts
+        self._expert_tp = expert_tp
         self._recovery_s = recovery_s
         self._on_lost = on_lost
         self._by_pair = by_pair
@@ -84,11 +94,11 @@ class Dispatcher:
         # Read and written by compiled code too: the last packet's, and whether there is another fleet than its own.
         self._sequence = ctypes.c_uint64(0)
         self._has_other_fleet = ctypes.c_int32(0)
-        # Since the start: tokens of each expert, in all and of decoding alone.
-        self.decode_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
+        # Since the start: tokens of each expert (or slice), in all and of decoding alone.
+        self.decode_LE = np.zeros((len(layers), num_slices), dtype=np.int64)
         self._expert_s = 0.0
         self.spent_s = np.zeros(len(PARTS))  # what compiled code spent, by part
-        self.load_LE = np.zeros((len(layers), num_experts), dtype=np.int64)
+        self.load_LE = np.zeros((len(layers), num_slices), dtype=np.int64)
         self.dispatch_bytes_L = np.zeros(len(layers), dtype=np.int64)
         self.combine_bytes_L = np.zeros(len(layers), dtype=np.int64)
 
@@ -124,8 +134,8 @@ class Dispatcher:
         Raises:
             NoReplicaError: an expert has no live replica and no newer fleet came within recovery_s.
         """
-        ids_TK = topk_ids_TK.long().contiguous().cpu().numpy()
-        weights_TK = topk_weights_TK.float().cpu().numpy()
+        chosen = topk_ids_TK.long().contiguous().cpu().numpy(), topk_weights_TK.float().cpu().numpy()
+        ids_TK, weights_TK = choose_slices(*chosen, self._expert_tp)
         started_s = time.perf_counter()
         row = self._row_of_layer[layer]
         count_tokens(ids_TK, self._is_decode_T[: len(ids_TK)], self.load_LE[row], self.decode_LE[row])
@@ -136,7 +146,7 @@ class Dispatcher:
             out = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
         out_TH = self._run(layer, hidden_TH, ids_TK, weights_TK, out, None)
         if self._by_pair:
-            out_TH = sum_pairs(out_TH, topk_weights_TK)
+            out_TH = sum_pairs(out_TH, topk_weights_TK.repeat_interleave(self._expert_tp, dim=1))
         self._expert_s += time.perf_counter() - started_s
         return out_TH.to(hidden_TH.dtype)
 
@@ -161,6 +171,7 @@ class Dispatcher:
             sequence=self._sequence,
             changed=self._has_other_fleet,
             spent_s=self.spent_s,
+            expert_tp=self._expert_tp,
             owner=fleet,
         )
 

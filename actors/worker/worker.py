@@ -187,7 +187,8 @@ class Worker:
         self._dense_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
         self._dispatcher = Dispatcher(
             architecture.moe_layers,
-            architecture.num_experts,
+            architecture.num_experts * self._settings.expert_tp,
+            expert_tp=self._settings.expert_tp,
             recovery_s=self._settings.recovery_s,
             on_lost=self._link_broke,
             by_pair=self._settings.deterministic,

@@ -31,12 +31,12 @@ struct Stack {
   int64_t *dispatch_bytes_L, *combine_bytes_L;
   const uint8_t* is_decode_T;
   Step* step;
-  Exchange* shards;           // its out_TH is hidden_TH
+  Exchange* shards;           // its out_TH is hidden_TH; its choices are slices of the step's
   uint16_t* hidden_TH;        // what the next layer gets
   uint64_t* sequence;         // the last packet's
   const int32_t* changed;     // set by any thread
   double* spent;              // by Part
-  int64_t layers, at, experts;
+  int64_t layers, at, experts, expert_tp;
   int32_t isa, threads;
 };
 
@@ -51,6 +51,16 @@ bool find_shards(const int32_t* only_E, const Exchange& e) {
     least = shard_TK[at] < least ? shard_TK[at] : least;
   }
   return least >= 0;
+}
+
+// Writes all slices of each choice of the router where the exchange reads them: slice s of expert e is number e * expert_tp + s.
+void choose_slices(const Stack& s, Exchange& e) {
+  int64_t* ids_TK = const_cast<int64_t*>(e.ids_TK);
+  float* weights_TK = const_cast<float*>(e.weights_TK);
+  for (int64_t at = 0; at < e.tokens * e.choices; ++at) {
+    ids_TK[at] = s.step->ids[at / s.expert_tp] * s.expert_tp + at % s.expert_tp;
+    weights_TK[at] = s.step->weights[at / s.expert_tp];
+  }
 }
 
 bool has_changed(const Stack& s) { return __atomic_load_n(s.changed, __ATOMIC_ACQUIRE) != 0; }
@@ -69,6 +79,7 @@ extern "C" int stack_run(Stack* s) {
     const double dense_s = now_s();
     s->spent[kDense] += dense_s - mark_s;
     if (has_changed(*s)) return kExperts;
+    if (s->expert_tp > 1) choose_slices(*s, e);
     if (!find_shards(s->only_LE + row * s->experts, e) && !s->choose(s->at)) return kExperts;
     count_loads(e.ids_TK, s->is_decode_T, e.tokens, e.choices, s->load_LE + row * s->experts, s->decode_LE + row * s->experts);
     s->spent[kChoose] += now_s() - dense_s;

@@ -1,6 +1,7 @@
 """Decoder layers one after another in one compiled call, experts on their shards included: see stack.cpp.
 
-Shape suffixes: T tokens, H hidden, K choices a token, L rows of tables by MoE layer, E experts.
+Shape suffixes: T tokens, H hidden, K choices a token, L rows of tables by MoE layer, E experts. Of experts that are cut
+in slices, K and E count slices here, but for what the router writes.
 """
 
 import ctypes
@@ -43,7 +44,8 @@ class Route:
     expert has none.
     row_of_layer: a layer's row in the tables. load_LE, decode_LE, dispatch_bytes_L, combine_bytes_L: int64, counted up.
     is_decode_T: which tokens were generated. sequence: the last packet's. changed: 1 once another way is to be taken.
-    spent_s: by PARTS, counted up. owner: the carrier's own, kept as long as the way may be used.
+    spent_s: by PARTS, counted up. expert_tp: slices of an expert, see `dispatch.choose_slices`. owner: the carrier's
+    own, kept as long as the way may be used.
     """
 
     exchange: Exchange
@@ -58,6 +60,7 @@ class Route:
     sequence: ctypes.c_uint64
     changed: ctypes.c_int32
     spent_s: npt.NDArray[np.float64]
+    expert_tp: int
     owner: object
 
 
@@ -94,7 +97,7 @@ class _Record(ctypes.Structure):
         *((n, _ADDRESS) for n in ("layer_N", "number_N", "row_N", "only_LE", "load_LE", "decode_LE")),
         *((n, _ADDRESS) for n in ("dispatch_bytes_L", "combine_bytes_L", "is_decode_T", "step", "shards")),
         *((n, _ADDRESS) for n in ("hidden_TH", "sequence", "changed", "spent")),
-        *((n, ctypes.c_int64) for n in ("layers", "at", "experts")),
+        *((n, ctypes.c_int64) for n in ("layers", "at", "experts", "expert_tp")),
         *((n, ctypes.c_int32) for n in ("isa", "threads")),
     )
 
@@ -145,8 +148,8 @@ class StackStep:
         self.hidden_TH = hidden_TH.clone()
         self.residual_TH, self.normed_TH = torch.empty_like(self.hidden_TH), torch.empty_like(self.hidden_TH)
         self._stack, self._step = stack, step
-        self._ids_TK, self._weights_TK = step.ids_TK, step.weights_TK
-        self._shard_TK = torch.empty(step.ids_TK.shape, dtype=torch.int32)
+        self._chosen_ids_TK, self._chosen_weights_TK = step.ids_TK, step.weights_TK  # by the router
+        self._make_room(1)
         self._sum_TH = torch.empty(hidden_TH.shape)
 
     @property
@@ -157,6 +160,7 @@ class StackStep:
     def run(self, route: Route) -> Stop:
         """Go on from layer `at`; with EXPERTS and UNFINISHED `finish_with` has to be given that layer's experts."""
         assert len(route.is_decode_T) == self.hidden_TH.shape[0], "a route for a step of another number of tokens"
+        self._make_room(route.expert_tp)
         row_N = (ctypes.c_int64 * self.num_layers)(*(route.row_of_layer[number] for number in self._stack.numbers))
         step = self._step.record
         step.residual, step.normed = self.residual_TH.data_ptr(), self.normed_TH.data_ptr()
@@ -193,6 +197,7 @@ class StackStep:
             spent=route.spent_s.ctypes.data,
             at=self.at,
             experts=route.only_LE.shape[1],
+            expert_tp=route.expert_tp,
             isa=isa,
             threads=threads,
             **{
@@ -211,12 +216,23 @@ class StackStep:
 
     def run_experts(self, carrier: Carrier) -> Tensor:
         """Return the output of the experts of layer `at`, whose dense half has been run."""
-        return carrier.run(self._stack.numbers[self.at], self.normed_TH, self._ids_TK, self._weights_TK)
+        return carrier.run(self._stack.numbers[self.at], self.normed_TH, self._chosen_ids_TK, self._chosen_weights_TK)
 
     def resume(self, carrier: Carrier, route: Route) -> Tensor:
         """Return the output of the experts of layer `at`, whose exchange along a route is unfinished."""
         exchanged = Exchanged(self.normed_TH, self._ids_TK, self._weights_TK, self._shard_TK, self._sum_TH)
         return carrier.resume(route, self._stack.numbers[self.at], exchanged)
+
+    def _make_room(self, expert_tp: int) -> None:
+        """Have room for the choices as shards get them; with whole experts they are the router's."""
+        num_tokens, choices = self._chosen_ids_TK.shape
+        shape = (num_tokens, choices * expert_tp)
+        if hasattr(self, "_shard_TK") and self._shard_TK.shape == shape:
+            return
+        self._shard_TK = torch.empty(shape, dtype=torch.int32)
+        self._ids_TK, self._weights_TK = self._chosen_ids_TK, self._chosen_weights_TK
+        if expert_tp > 1:
+            self._ids_TK, self._weights_TK = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
 
     def finish_with(self, experts_TH: Tensor) -> None:
         """Add the output of the experts of layer `at`, and leave it behind."""

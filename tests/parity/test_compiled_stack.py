@@ -26,6 +26,15 @@ NUM_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts that slices of can be packed."""
+    directory: Path = tmp_path_factory.mktemp("wide")
+    sizes = {**BATCHED["qwen3_moe"], **SIZES, "num_hidden_layers": 4, "moe_intermediate_size": 64}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes)).bfloat16().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("qwen3_moe")
     config = AutoConfig.for_model("qwen3_moe", **{**BATCHED["qwen3_moe"], **SIZES, "num_hidden_layers": 4})
@@ -82,6 +91,28 @@ def test_the_tokens_and_the_counts_are_those_of_layers_one_by_one(
     assert counts[0] == counts[1]
     assert stops
     assert set(stops) == {Stop.FINISHED}
+
+
+def test_slices_of_experts_are_chosen_as_layer_by_layer(wide: Path, stops: list[Stop]) -> None:
+    found = []
+    for layer_by_layer in (True, False):
+        with fleet_of(wide, expert_tp=2, layer_by_layer=layer_by_layer) as fleet:
+            assert fleet.servers[ShardId("shard-0")].slots.are_packed
+            dispatcher, tokens = fleet.dispatcher, tokens_of(fleet)
+            tables = dispatcher.load_LE, dispatcher.decode_LE, dispatcher.dispatch_bytes_L, dispatcher.combine_bytes_L
+            found.append((tokens, [table.tolist() for table in tables]))
+            # Each shard has a slice of each expert: a token goes to both, once.
+            num_tokens = dispatcher.load_LE[0].sum() // (2 * 2)
+            assert dispatcher.combine_bytes_L[0] == num_tokens * 2 * 128 * 2
+    assert found[0] == found[1]
+    assert set(stops) == {Stop.FINISHED}
+
+
+def test_a_shard_with_slices_that_dies_leaves_what_its_replicas_do(wide: Path, stops: list[Stop]) -> None:
+    with fleet_of(wide, shards=3, replicas=2, expert_tp=2) as fleet:
+        got = tokens_of(fleet, 3, lambda: break_link(fleet.links[ShardId("shard-1")]))
+    assert all(len(tokens) == NUM_TOKENS for tokens in got.values())
+    assert stops[-1] is Stop.FINISHED
 
 
 def test_links_without_a_socket_go_the_other_way(

@@ -116,6 +116,14 @@ def test_a_shard_lost_on_the_way_changes_no_bit(
         assert not fleet.dispatcher.fleet.alive_S.all()  # type: ignore[union-attr]  # it has one
 
 
+def test_slices_on_any_shards_give_the_same_bits(qwen: Path) -> None:
+    """Other bits than whole experts: a sum over slices is rounded otherwise."""
+    with LocalFleet(qwen, shards=2, deterministic=True, expert_tp=2) as fleet:
+        by_itself = alone(fleet)
+    with LocalFleet(qwen, shards=3, replicas=2, deterministic=True, expert_tp=2, max_batch_tokens=23) as fleet:
+        assert streams(fleet, requests(), break_at=5) == by_itself
+
+
 def test_preempted_sequences_change_no_bit(qwen: Path, expected: tuple[str, dict[str, Stream]]) -> None:
     dtype, by_itself = expected
     with LocalFleet(qwen, dtype=dtype, deterministic=True, num_pages=19) as fleet:

@@ -27,6 +27,7 @@ FACTS = CheckpointFacts(
     ),
     dense_bytes=10,
     expert_bytes=20,
+    expert_width=30,
 )
 
 

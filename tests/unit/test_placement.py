@@ -169,6 +169,18 @@ def test_slots_are_in_proportion_to_capacity() -> None:
     assert [placement.num_slots(shard) for shard in (A, B, C)] == [16, 16, 32]
 
 
+@given(expert_tp=st.integers(2, 4), groups=st.integers(1, 4), num_experts=st.integers(1, 9), layers=st.integers(1, 5))
+def test_slices_of_an_expert_are_on_different_shards(
+    expert_tp: int, groups: int, num_experts: int, layers: int
+) -> None:
+    shards = shard_ids(expert_tp * groups)
+    placement = initial_placement(range(layers), num_experts * expert_tp, shards, 1)
+    for layer in range(layers):
+        for expert in range(num_experts):
+            slices = range(expert * expert_tp, (expert + 1) * expert_tp)
+            assert len({placement.replicas(ExpertKey(layer, index)) for index in slices}) == expert_tp
+
+
 def test_every_pair_of_shards_is_joined_by_shared_experts() -> None:
     placement = initial_placement([0], 64, shard_ids(8), 2)
     joined = np.eye(8, dtype=bool)

@@ -212,6 +212,7 @@ def deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, **set
 # 4 layers of 8 experts of 1 GiB: 32 GiB. A dense half of 2 GiB for each worker.
 FACTS = CheckpointFacts(
     expert_bytes=GIB,
+    expert_width=64,
     dense_bytes=2 * GIB,
     info=ModelInfo(
         name="m",

@@ -549,6 +549,7 @@ class ModelStatus(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     HAS_TOKENIZER_FIELD_NUMBER: _builtins.int
+    EXPERT_TP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name clients know it by."""
     architecture: _builtins.str
@@ -567,6 +568,8 @@ class ModelStatus(_message.Message):
     """Most tokens of prompt and output together."""
     has_tokenizer: _builtins.bool
     """Whether text prompts are accepted; else token ids only."""
+    expert_tp: _builtins.int
+    """Slices that each expert is cut in across its width; 1: experts are whole. Shards host slices, and slots count them."""
     @_builtins.property
     def moe_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the layers that have routed experts, rising; each below num_layers."""
@@ -589,10 +592,11 @@ class ModelStatus(_message.Message):
         max_context: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         has_tokenizer: _builtins.bool = ...,
+        expert_tp: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_tokenizer", b"has_tokenizer", "max_context", b"max_context", "moe_layers", b"moe_layers", "name", b"name", "num_experts", b"num_experts", "num_layers", b"num_layers", "top_k", b"top_k", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "expert_tp", b"expert_tp", "has_tokenizer", b"has_tokenizer", "max_context", b"max_context", "moe_layers", b"moe_layers", "name", b"name", "num_experts", b"num_experts", "num_layers", b"num_layers", "top_k", b"top_k", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -613,9 +617,9 @@ class LayerTraffic(_message.Message):
     dispatch_bytes: _builtins.int
     """Hidden states sent to shards."""
     combine_bytes: _builtins.int
-    """Expert outputs sent back."""
+    """Outputs of whole experts, sent back."""
     reduce_bytes: _builtins.int
-    """Partial sums exchanged between shards."""
+    """Outputs of slices of experts, sent back: partial sums."""
     def __init__(
         self,
         *,
