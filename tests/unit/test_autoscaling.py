@@ -99,7 +99,7 @@ class Fleet:
 class Loop:
     def __init__(self, fleet: Fleet, settings: AutoscaleSettings = SETTINGS) -> None:
         self.fleet, self.now_s = fleet, 0.0
-        model: Any = SimpleNamespace(moe_layers=(0, 1), num_experts=4)
+        model: Any = SimpleNamespace(moe_layers=(0, 1), num_slices=4)
         keeper: Any = fleet
         self.scaling = Autoscaling(keeper, keeper, settings, model, Watchdog())
         self.scaling.begin()
@@ -276,7 +276,7 @@ def test_the_speed_of_a_worker_is_remembered_while_none_works() -> None:
 
 def test_the_loop_tells_the_watchdog_and_ends() -> None:
     watchdog, fleet = Watchdog(), Fleet()
-    model: Any = SimpleNamespace(moe_layers=(0,), num_experts=4)
+    model: Any = SimpleNamespace(moe_layers=(0,), num_slices=4)
     keeper: Any = fleet
     scaling = Autoscaling(keeper, keeper, SETTINGS.model_copy(update={"period_s": 0.01}), model, watchdog)
     thread = threading.Thread(target=scaling.run)

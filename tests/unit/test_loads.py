@@ -12,7 +12,7 @@ from expertmesh.cluster.errors import StateError, UnavailableError
 from expertmesh.cluster.ids import WorkerId
 from expertmesh.cluster.load_windows import LoadWindows
 
-MODEL: Any = SimpleNamespace(moe_layers=(0, 2), num_experts=3)
+MODEL: Any = SimpleNamespace(moe_layers=(0, 2), num_slices=3)
 
 
 class Worker:
