@@ -15,7 +15,8 @@ class LinkTier(BaseModel):
     """How GPUs of a group reach each other. Latencies are of one message.
 
     A message between peers that cannot reach each other's memory is staged: copied to the host by its sender, fetched
-    by its receiver, each of which launches a copy for every peer and waits for it. So such messages do not overlap.
+    from there by its receiver. The sizes of an all-to-all follow from the routing, so the host launches a copy for every
+    peer and waits for it: such messages do not overlap. A ring's sizes are known, and one kernel runs all its steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -39,9 +40,9 @@ class LinkTier(BaseModel):
         return self.bytes_per_s * self.efficiency
 
     @property
-    def message_s(self) -> float:
-        """Seconds of a message but for its bytes."""
-        return self.latency_s + (0.0 if self.is_direct else self.staging_s + self.sync_s)
+    def step_s(self) -> float:
+        """Seconds of a step of a ring but for its bytes."""
+        return self.latency_s + (0.0 if self.is_direct else self.staging_s)
 
 
 class Hardware(BaseModel):
