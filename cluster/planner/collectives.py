@@ -56,22 +56,21 @@ def _messages_s(tier: LinkTier, num_peers: int) -> float:
     if not num_peers:
         return 0.0
     if not tier.is_direct:
-        return num_peers * (tier.latency_s + tier.staging_s + tier.sync_s)
+        return num_peers * tier.staged_message_s
     return tier.latency_s + (num_peers - 1) * tier.per_peer_s
 
 
 def all_reduce(hardware: Hardware, num_ranks: int, payload_bytes: float) -> LinkTime:
     """Return the time in which neighbouring ranks add up what each has: of the algorithm that is fastest.
 
-    One shot: each reads all others' at once. Ring. Tree: up and down. In the network: switches add up, each rank
-    sends and receives once. Over several tiers: reduce and scatter within a domain, all-reduce of the parts between
-    domains, gather within.
+    One shot: each reads all others' at once. Ring. In the network: switches add up, each rank sends and receives once.
+    Over several tiers: reduce and scatter within a domain, a ring or a tree of the parts between domains, gather within.
     """
     if num_ranks == 1:
         return NOTHING
     start = LinkTime(hardware.collective_s, 0.0)
     tier = hardware.tier_of(num_ranks)
-    ways = [_ring(tier, num_ranks, payload_bytes, rounds=2), _tree(tier, num_ranks, payload_bytes)]
+    ways = [_ring(tier, num_ranks, payload_bytes, rounds=2)]
     if tier.is_direct:
         all_others = (num_ranks - 1) * payload_bytes / tier.effective_bytes_per_s
         ways.append(LinkTime(tier.latency_s, all_others))
@@ -80,15 +79,9 @@ def all_reduce(hardware: Hardware, num_ranks: int, payload_bytes: float) -> Link
     inner = hardware.tiers[0]
     if tier is not inner and num_ranks % inner.domain_size == 0:
         within = _ring(inner, inner.domain_size, payload_bytes, rounds=2)
-        between = all_reduce_between(tier, num_ranks // inner.domain_size, payload_bytes / inner.domain_size)
-        ways.append(within.plus(between))
+        domains, part = num_ranks // inner.domain_size, payload_bytes / inner.domain_size
+        ways += [within.plus(_ring(tier, domains, part, rounds=2)), within.plus(_tree(tier, domains, part))]
     return start.plus(min(ways, key=lambda way: way.total_s))
-
-
-def all_reduce_between(tier: LinkTier, num_ranks: int, payload_bytes: float) -> LinkTime:
-    """Return the time of the part of an all-reduce that runs between domains."""
-    ring, tree = (_ring(tier, num_ranks, payload_bytes, rounds=2), _tree(tier, num_ranks, payload_bytes))
-    return min(ring, tree, key=lambda way: way.total_s)
 
 
 def all_gather(hardware: Hardware, num_ranks: int, payload_bytes: float) -> LinkTime:

@@ -15,8 +15,9 @@ class LinkTier(BaseModel):
     """How GPUs of a group reach each other. Latencies are of one message.
 
     A message between peers that cannot reach each other's memory is staged: copied to the host by its sender, fetched
-    from there by its receiver. The sizes of an all-to-all follow from the routing, so the host launches a copy for every
-    peer and waits for it: such messages do not overlap. A ring's sizes are known, and one kernel runs all its steps.
+    from there by its receiver. A ring's sizes are known, and one kernel runs all its steps, through memory of the host.
+    The sizes of an all-to-all follow from the routing, so the host launches a copy for every peer and waits for it: such
+    messages do not overlap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -28,8 +29,9 @@ class LinkTier(BaseModel):
     latency_s: float = Field(ge=0, description="of a message, and of a step of a ring")
     per_peer_s: float = Field(default=0.0, ge=0, description="what each further peer adds to an all-to-all")
     is_direct: bool = Field(default=True, description="peers read and write each other's memory")
-    staging_s: float = Field(default=0.0, ge=0, description="of each message where is_direct is false, copies by the host")
-    sync_s: float = Field(default=0.0, ge=0, description="of each message where is_direct is false, a launch and a wait")
+    staged_step_s: float = Field(default=0.0, ge=0, description="added to a ring's step where is_direct is false")
+    staging_s: float = Field(default=0.0, ge=0, description="added to an all-to-all's message where it is false: copies")
+    sync_s: float = Field(default=0.0, ge=0, description="added to it too: a launch and a wait")
     reduces_in_network: bool = Field(default=False, description="switches add up: NVLS, SHARP")
     in_network_latency_s: float = Field(default=0.0, ge=0, description="of an all-reduce that the network adds up")
     source: str = Field(description="where the numbers are from")
@@ -42,7 +44,12 @@ class LinkTier(BaseModel):
     @property
     def step_s(self) -> float:
         """Seconds of a step of a ring but for its bytes."""
-        return self.latency_s + (0.0 if self.is_direct else self.staging_s)
+        return self.latency_s + (0.0 if self.is_direct else self.staged_step_s)
+
+    @property
+    def staged_message_s(self) -> float:
+        """Seconds of a message of an all-to-all between peers that do not reach each other's memory."""
+        return self.latency_s + self.staging_s + self.sync_s
 
 
 class Hardware(BaseModel):

@@ -17,6 +17,35 @@ from expertmesh.cluster.planner.plans import Plan, enumerate_plans, why_not
 from expertmesh.cluster.planner.workload import Workload
 
 REPLICAS = (0, 1)  # slots for replicas that are tried, a group and layer
+MEMORY_FIELDS = (
+    "weight_bytes_per_gpu",
+    "attention_weight_bytes_per_gpu",
+    "expert_weight_bytes_per_gpu",
+    "kv_bytes_per_gpu",
+    "buffer_bytes_per_gpu",
+)
+COST_FIELDS = (
+    "tokens_per_expert",
+    "tokens_per_rank",
+    "active_experts_per_rank",
+    "imbalance",
+    "dispatch_bytes_per_layer",
+    "combine_bytes_per_layer",
+    "dispatch_dense_bound_bytes_per_layer",
+    "dispatch_rows_stay",
+    "dispatch_rows_by_tier",
+    "all_reduce_bytes_per_layer",
+    "dispatch_s",
+    "combine_s",
+    "all_reduce_s",
+    "expert_s",
+    "expert_bound_by",
+    "attention_s",
+    "parts_s",
+    "step_s",
+    "tokens_per_s",
+    "bound_by",
+)
 _ROUNDING = 1e-9  # steps this near to each other take the same time: the simpler plan is better
 
 
@@ -196,44 +225,46 @@ def _row(candidate: Candidate, workload: Workload, *, is_best: bool, best_s: flo
         "feasible": candidate.is_feasible,
         "why_not": candidate.why_not,
     }
+    row |= dict.fromkeys(MEMORY_FIELDS + COST_FIELDS)
     if memory:
-        row |= {
-            "weight_bytes_per_gpu": memory.weight_bytes,
-            "attention_weight_bytes_per_gpu": memory.attention_weight_bytes + memory.table_bytes,
-            "expert_weight_bytes_per_gpu": memory.expert_weight_bytes,
-            "kv_bytes_per_gpu": memory.kv_bytes,
-            "buffer_bytes_per_gpu": memory.buffer_bytes,
-        }
+        values = (
+            memory.weight_bytes,
+            memory.attention_weight_bytes + memory.table_bytes,
+            memory.expert_weight_bytes,
+            memory.kv_bytes,
+            memory.buffer_bytes,
+        )
+        row |= dict(zip(MEMORY_FIELDS, values, strict=True))
     if cost:
-        row |= _cost_row(plan, cost, workload)
+        row |= dict(zip(COST_FIELDS, _cost_values(plan, cost, workload), strict=True))
     row["verdict"] = _verdict(candidate, workload, is_best=is_best, best_s=best_s)
     return row
 
 
-def _cost_row(plan: Plan, cost: StepCost, workload: Workload) -> dict[str, Any]:
+def _cost_values(plan: Plan, cost: StepCost, workload: Workload) -> tuple[Any, ...]:
     layer = cost.layer
-    return {
-        "tokens_per_expert": layer.load.busiest_rows / max(layer.load.busiest_active_experts, 1e-9),
-        "tokens_per_rank": workload.microbatch_tokens(plan) / plan.stage_gpus,
-        "active_experts_per_rank": layer.load.busiest_active_experts,
-        "imbalance": layer.load.imbalance,
-        "dispatch_bytes_per_layer": layer.dispatch_bytes,
-        "combine_bytes_per_layer": layer.combine_bytes,
-        "dispatch_dense_bound_bytes_per_layer": layer.dense_bound_bytes,
-        "dispatch_rows_stay": layer.rows.stay * plan.stage_gpus,
-        "dispatch_rows_by_tier": [rows for rows in layer.rows.by_tier],
-        "all_reduce_bytes_per_layer": layer.all_reduce_bytes,
-        "dispatch_s": layer.dispatch.total_s,
-        "combine_s": layer.combine.total_s,
-        "all_reduce_s": layer.all_reduce.total_s,
-        "expert_s": layer.experts.total_s,
-        "expert_bound_by": layer.experts.bound_by,
-        "attention_s": layer.attention.total_s + layer.dense.total_s,
-        "parts_s": cost.parts_s,
-        "step_s": cost.step_s,
-        "tokens_per_s": workload.tokens_per_step / cost.step_s,
-        "bound_by": cost.bound_by,
-    }
+    return (
+        layer.load.busiest_rows / max(layer.load.busiest_active_experts, 1e-9),
+        workload.microbatch_tokens(plan) / plan.stage_gpus,
+        layer.load.busiest_active_experts,
+        layer.load.imbalance,
+        layer.dispatch_bytes,
+        layer.combine_bytes,
+        layer.dense_bound_bytes,
+        layer.rows.stay * plan.stage_gpus,
+        list(layer.rows.by_tier),
+        layer.all_reduce_bytes,
+        layer.dispatch.total_s,
+        layer.combine.total_s,
+        layer.all_reduce.total_s,
+        layer.experts.total_s,
+        layer.experts.bound_by,
+        layer.attention.total_s + layer.dense.total_s,
+        dict(cost.parts_s),
+        cost.step_s,
+        workload.tokens_per_step / cost.step_s,
+        cost.bound_by,
+    )
 
 
 def _verdict(candidate: Candidate, workload: Workload, *, is_best: bool, best_s: float) -> str:
