@@ -1,5 +1,6 @@
 """How `expertmesh plan` prints: the plans, why others cannot run, the recommended step by part; the validation table."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,10 +146,10 @@ def _print_refused(console: Console, candidates: Sequence[Candidate], *, show_al
     kinds: dict[str, list[Candidate]] = {}
     for one in refused:
         assert one.why_not is not None
-        kinds.setdefault(one.why_not.partition(" by ")[0].partition(":")[0], []).append(one)
-    for kind, members in kinds.items():
+        kinds.setdefault(re.sub(r"[0-9.]+", "N", one.why_not), []).append(one)
+    for members in kinds.values():
         console.print(
-            f"{len(members)} plans cannot run, {kind}: such as {members[0].plan}: {members[0].why_not}", highlight=False
+            f"{len(members)} plans cannot run, such as {members[0].plan}: {members[0].why_not}", highlight=False
         )
 
 

@@ -274,4 +274,4 @@ def _verdict(candidate: Candidate, workload: Workload, *, is_best: bool, best_s:
         return "recommended"
     if _misses(candidate, workload):
         return f"too slow: {_ms(candidate.step_s)} a step, wanted are {_ms(workload.slo_itl_s or 0.0)}"
-    return f"{candidate.step_s / best_s:.2f} times the shortest step"
+    return f"{candidate.step_s / best_s:.2f} x the shortest"
