@@ -17,12 +17,8 @@ from expertmesh.cluster.planner.workload import Workload
 
 
 def plan(
-    model: Annotated[
-        str | None, typer.Argument(help="Checkpoint directory, config.json, or card; see --list.")
-    ] = None,
-    hardware: Annotated[
-        str, typer.Option(help="YAML file, shipped machine (--list), or this-machine.")
-    ] = "hgx-h100",
+    model: Annotated[str | None, typer.Argument(help="Checkpoint directory, config.json, or card; see --list.")] = None,
+    hardware: Annotated[str, typer.Option(help="YAML file, shipped machine (--list), or this-machine.")] = "hgx-h100",
     gpus: Annotated[int | None, typer.Option(help="GPUs, in place of what the hardware says.")] = None,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, of all GPUs together.")] = 64,
     context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
@@ -86,7 +82,12 @@ def plan(
 
 
 def _workload(
-    tokens_per_step: int, context: int, phase: Literal["decode", "prefill"], skew: float, overlap: float, slo_ms: float | None
+    tokens_per_step: int,
+    context: int,
+    phase: Literal["decode", "prefill"],
+    skew: float,
+    overlap: float,
+    slo_ms: float | None,
 ) -> Workload:
     try:
         return Workload(

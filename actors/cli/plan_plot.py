@@ -11,7 +11,6 @@ except ImportError as error:
     raise ExpertMeshError("--plot needs matplotlib: pip install 'expertmesh[plot]'") from error
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "expertmesh"  # the same report makes the same file
 from matplotlib import pyplot as plt
 
 _SHOWN = 12
@@ -26,6 +25,7 @@ def draw(file: Path, report: Report) -> None:
     if file.suffix != ".svg":
         raise InputError(f"--plot {file}: an SVG is drawn; name it .svg")
     best = [one for one in report.candidates if one.is_feasible][:_SHOWN]
+    mpl.rcParams["svg.hashsalt"] = "expertmesh"  # the same report makes the same file
     figure, axes = plt.subplots(figsize=(11, 1.2 + 0.4 * max(len(best), 1)), layout="constrained")
     names = [str(one.plan) for one in best]
     starts = [0.0] * len(best)

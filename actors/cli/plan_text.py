@@ -1,4 +1,4 @@
-"""How `expertmesh plan` prints: the plans, why others cannot run, the recommended step by part; the validation table."""
+"""How `expertmesh plan` prints: plans, why others cannot run, the recommended step by part; the validation table."""
 
 import re
 from collections.abc import Sequence
@@ -39,12 +39,12 @@ def print_report(report: Report, *, show_all: bool) -> None:
     console = Console()
     shape, machine, workload = report.shape, report.hardware, report.workload
     console.print(
-        f"{shape.name}: {shape.total_params / 1e9:.1f} B parameters, {shape.active_params / 1e9:.1f} B of them compute a "
-        f"token, {shape.routed_params / shape.total_params:.0%} are routed experts"
+        f"{shape.name}: {shape.total_params / 1e9:.1f} B parameters, {shape.active_params / 1e9:.1f} B of them compute "
+        f"a token, {shape.routed_params / shape.total_params:.0%} are routed experts"
     )
     console.print(
-        f"{machine.num_gpus} GPUs of {machine.name}, {report.dtype}, {workload.phase} of {workload.tokens_per_step} tokens a "
-        f"step, context {workload.context}, skew {workload.skew:g}"
+        f"{machine.num_gpus} GPUs of {machine.name}, {report.dtype}, {workload.phase} of {workload.tokens_per_step} "
+        f"tokens a step, context {workload.context}, skew {workload.skew:g}"
     )
     rows = report.as_dict()["plans"]
     feasible = [row for row in rows if row["feasible"]]
@@ -159,8 +159,8 @@ def _print_parts(console: Console, row: dict[str, Any]) -> None:
     console.print(f"milliseconds of its step: {text}", highlight=False)
     if row["dispatch_bytes_per_layer"]:
         console.print(
-            f"dispatch of a layer: {row['dispatch_bytes_per_layer'] / 1e6:.3g} MB leave their rank, were each token sent to "
-            f"every rank {row['dispatch_dense_bound_bytes_per_layer'] / 1e6:.3g} MB; busiest rank {row['imbalance']:.2f} of "
-            "the mean",
+            f"dispatch of a layer: {row['dispatch_bytes_per_layer'] / 1e6:.3g} MB leave their rank; were each "
+            f"token sent everywhere, {row['dispatch_dense_bound_bytes_per_layer'] / 1e6:.3g} MB; busiest rank "
+            f"{row['imbalance']:.2f} of the mean",
             highlight=False,
         )

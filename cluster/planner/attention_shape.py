@@ -27,7 +27,7 @@ class LinearAttention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1); query_rank 0: queries are not compressed.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1); query_rank 0: queries are whole.
 
     Keys and values are one latent of kv_rank and a rotary key of rope_dim, which all heads share.
     """
@@ -72,7 +72,9 @@ class AttentionShape:
         """Count the parameters of all layers."""
         num_linear = self.linear.num_layers if self.linear else 0
         linear = num_linear * self.linear.layer_params(hidden_size) if self.linear else 0
-        return linear + (num_layers - num_linear) * (self._layer_params(hidden_size) + self._indexer_params(hidden_size))
+        return linear + (num_layers - num_linear) * (
+            self._layer_params(hidden_size) + self._indexer_params(hidden_size)
+        )
 
     def _layer_params(self, hidden_size: int) -> int:
         if self.latent:

@@ -75,7 +75,7 @@ class Fit:
 
 
 def fit_links(samples: Sequence[Sample], guess_bytes_per_s: Sequence[float]) -> Fit:
-    """Fit seconds = latency + messages + the largest of bytes / bandwidth over the tiers: least squares, relative errors.
+    """Fit seconds = latency + messages + the largest of bytes / bandwidth, by least squares of relative errors.
 
     Which tier binds a sample follows from the bandwidths; fitted ones are put in place of the guess until it stays.
 

@@ -1,4 +1,4 @@
-"""Time of collectives: latency of messages (alpha) and time of bytes (beta), apart, so that it shows which of them binds.
+"""Time of collectives: latency of messages (alpha) and time of bytes (beta), apart, so that it shows which binds.
 
 The models are those of Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH"
 (2005): a ring of n ranks takes n - 1 steps to gather or to reduce and scatter, 2 (n - 1) for both.
@@ -63,8 +63,8 @@ def _messages_s(tier: LinkTier, num_peers: int) -> float:
 def all_reduce(hardware: Hardware, num_ranks: int, payload_bytes: float) -> LinkTime:
     """Return the time in which neighbouring ranks add up what each has: of the algorithm that is fastest.
 
-    One shot: each reads all others' at once. Ring. In the network: switches add up, each rank sends and receives once.
-    Over several tiers: reduce and scatter within a domain, a ring or a tree of the parts between domains, gather within.
+    One shot: each reads all others' at once. Ring. In the network: switches add up, each rank sends and hears once.
+    Over several tiers: reduce and scatter within a domain, a ring or tree of the parts between domains, gather within.
     """
     if num_ranks == 1:
         return NOTHING

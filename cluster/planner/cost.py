@@ -30,7 +30,7 @@ class LayerCost:
     """One layer with experts, one part of the batch. Bytes are of all ranks of a stage together.
 
     all_reduce covers what is reduced, or gathered, within attention's slices and, where nothing is dispatched, after
-    the experts. all_reduce_bytes counts each payload once. dense_bound_bytes: dispatch, were each token sent everywhere.
+    the experts. all_reduce_bytes counts each payload once. dense_bound_bytes: were each token dispatched everywhere.
     """
 
     load: RankLoad
@@ -146,7 +146,9 @@ def layer_cost(
     payload = all_reduce_bytes(tokens, shape.hidden_size)
     reduces, reduced_bytes = _all_reduces(hardware, shape, plan, payload)
     router = shape.hidden_size * shape.num_experts
-    sliced = (shape.attention_params / shape.num_layers + shape.shared_params / max(shape.num_moe_layers, 1)) / plan.attention_tp
+    sliced = (
+        shape.attention_params / shape.num_layers + shape.shared_params / max(shape.num_moe_layers, 1)
+    ) / plan.attention_tp
     return LayerCost(
         load=load,
         rows=rows,

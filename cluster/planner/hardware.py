@@ -4,6 +4,7 @@ A tier joins groups of domain_size GPUs. Two GPUs talk over the innermost tier w
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,8 +17,8 @@ class LinkTier(BaseModel):
 
     A message between peers that cannot reach each other's memory is staged: copied to the host by its sender, fetched
     from there by its receiver. A ring's sizes are known, and one kernel runs all its steps, through memory of the host.
-    The sizes of an all-to-all follow from the routing, so the host launches a copy for every peer and waits for it: such
-    messages do not overlap.
+    The sizes of an all-to-all follow from the routing, so the host launches a copy for every peer and waits for it:
+    such messages do not overlap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -30,7 +31,9 @@ class LinkTier(BaseModel):
     per_peer_s: float = Field(default=0.0, ge=0, description="what each further peer adds to an all-to-all")
     is_direct: bool = Field(default=True, description="peers read and write each other's memory")
     staged_step_s: float = Field(default=0.0, ge=0, description="added to a ring's step where is_direct is false")
-    staging_s: float = Field(default=0.0, ge=0, description="added to an all-to-all's message where it is false: copies")
+    staging_s: float = Field(
+        default=0.0, ge=0, description="added to an all-to-all's message where it is false: copies"
+    )
     sync_s: float = Field(default=0.0, ge=0, description="added to it too: a launch and a wait")
     reduces_in_network: bool = Field(default=False, description="switches add up: NVLS, SHARP")
     in_network_latency_s: float = Field(default=0.0, ge=0, description="of an all-reduce that the network adds up")
@@ -79,7 +82,7 @@ class Hardware(BaseModel):
         if not self.flop_per_s or any(not value > 0 for value in self.flop_per_s.values()):
             raise ValueError(f"flop_per_s must hold positive numbers by format, got {self.flop_per_s}")
         sizes = [tier.domain_size for tier in self.tiers]
-        if any(outer <= inner for inner, outer in zip(sizes, sizes[1:], strict=False)):
+        if any(outer <= inner for inner, outer in pairwise(sizes)):
             raise ValueError(f"tiers must grow outwards, got domain_size {sizes}")
         if self.num_gpus > (sizes[-1] if sizes else 1):
             joined = f"the outermost of tiers joins {sizes[-1]}" if sizes else "tiers is empty"
@@ -98,7 +101,7 @@ class Hardware(BaseModel):
         return self.flop_per_s[arithmetic]
 
     def peers_by_tier(self, num_ranks: int) -> tuple[int, ...]:
-        """Return how many peers a rank reaches over each tier, the ranks of a group filling one domain after another."""
+        """Return how many peers a rank reaches over each tier, ranks filling one domain after another."""
         reached, peers = 1, []
         for tier in self.tiers:
             within = min(tier.domain_size, num_ranks)

@@ -40,7 +40,9 @@ def gpu_memory(shape: ModelShape, hardware: Hardware, plan: Plan, workload: Work
     slots = shape.num_experts / plan.ep + plan.replicas
     sliced = part * shape.sliced_params / plan.attention_tp * form.dense_weight_bytes
     whole = part * (shape.router_params + shape.norm_params) * form.table_bytes
-    tables = max(shape.embedding_params, shape.head_params) if plan.pp > 1 else shape.embedding_params + shape.head_params
+    tables = (
+        max(shape.embedding_params, shape.head_params) if plan.pp > 1 else shape.embedding_params + shape.head_params
+    )
     kept_by = 1 if shape.attention.latent else plan.attention_tp
     return GpuMemory(
         attention_weight_bytes=sliced + whole,

@@ -79,7 +79,7 @@ class ModelShape:
 
     @property
     def sliced_params(self) -> int:
-        """Parameters that attention's tensor parallelism slices, beside embedding and head: they stay with attention."""
+        """Parameters that attention's tensor parallelism slices, beside embedding and head."""
         return self.attention_params + self.shared_params + self.dense_ffn_params
 
     @property
@@ -92,8 +92,12 @@ class ModelShape:
     def active_params(self) -> int:
         """Parameters that compute a token: all but the experts not chosen and the embedding, which is looked up."""
         chosen = self.num_moe_layers * self.top_k * self.expert_params
-        return self.total_params - self.routed_params + chosen - self.embedding_params + (
-            self.embedding_params if self.is_head_tied else 0
+        return (
+            self.total_params
+            - self.routed_params
+            + chosen
+            - self.embedding_params
+            + (self.embedding_params if self.is_head_tied else 0)
         )
 
     @property

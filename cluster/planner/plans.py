@@ -40,7 +40,10 @@ class Plan:
         return self.ep == 1 and self.attention_dp == 1
 
     def __str__(self) -> str:
-        parts = [f"attention TP={self.attention_tp} x DP={self.attention_dp}", f"experts EP={self.ep} x TP={self.expert_tp}"]
+        parts = [
+            f"attention TP={self.attention_tp} x DP={self.attention_dp}",
+            f"experts EP={self.ep} x TP={self.expert_tp}",
+        ]
         parts += [f"PP={self.pp}"] * (self.pp > 1) + [f"{self.instances} instances"] * (self.instances > 1)
         parts += [f"{self.replicas} replica slots"] * (self.replicas > 0)
         return ", ".join(parts)

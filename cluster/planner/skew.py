@@ -52,8 +52,8 @@ def inclusion_probabilities(num_experts: int, top_k: int, skew: float) -> Floats
 def slowest_rank(num_experts: int, top_k: int, num_groups: int, tokens: int, skew: float, replicas: int) -> RankLoad:
     """Return the expected load of the busiest of num_groups groups.
 
-    Experts' rows are drawn as binomials of their probabilities (choices of one token not excluding each other), so small
-    batches are unbalanced even where routing is uniform. Without replicas experts lie on groups at random, as the
+    Experts' rows are drawn as binomials of their probabilities (choices of one token not excluding each other), so
+    small batches are unbalanced even where routing is uniform. Without replicas experts lie on groups at random, as the
     checkpoint's order is. With replicas the hottest are copied, split evenly, and all packed by load (the greedy
     heuristic of EPLB). The draws are seeded: the same question has the same answer.
 

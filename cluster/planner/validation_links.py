@@ -28,7 +28,13 @@ def volume_checks(shapes: Shapes, machines: Machines) -> Iterator[Check]:
     sent_to = expected_destinations(256, _TOP_K, 4)
     routed = sent_to * 64 * _HIDDEN * 2.0
     yield Check(
-        group=group, what="EP dispatch, dense bound", said=3.67, model=dispatch / 1e6, unit="MB", tolerance=0.01, source=WIKI
+        group=group,
+        what="EP dispatch, dense bound",
+        said=3.67,
+        model=dispatch / 1e6,
+        unit="MB",
+        tolerance=0.01,
+        source=WIKI,
     )
     yield Check(
         group=group,
@@ -64,19 +70,37 @@ def _time_checks(shapes: Shapes, machines: Machines) -> Iterator[Check]:
     one_way = pcie.tiers[0].bytes_per_s
     note = "as the source divides: all ranks' bytes by one GPU's rate"
     yield Check(
-        group=group, what="NVLink 5", said=5, model=8e6 / both_ways * 1e6, unit="us", tolerance=0.15, source=WIKI, note=note
+        group=group,
+        what="NVLink 5",
+        said=5,
+        model=8e6 / both_ways * 1e6,
+        unit="us",
+        tolerance=0.15,
+        source=WIKI,
+        note=note,
     )
     yield Check(
-        group=group, what="PCIe 4", said=250, model=8e6 / one_way * 1e6, unit="us", tolerance=0.01, source=WIKI, note=note
+        group=group,
+        what="PCIe 4",
+        said=250,
+        model=8e6 / one_way * 1e6,
+        unit="us",
+        tolerance=0.01,
+        source=WIKI,
+        note=note,
     )
     step_s = 100 * 8e6 / one_way
-    yield Check(group=group, what="100 layers, PCIe 4", said=25, model=step_s * 1e3, unit="ms", tolerance=0.01, source=WIKI)
+    yield Check(
+        group=group, what="100 layers, PCIe 4", said=25, model=step_s * 1e3, unit="ms", tolerance=0.01, source=WIKI
+    )
     yield Check(
         group=group, what="tokens/s at most, PCIe 4", said=40, model=1 / step_s, unit="/s", tolerance=0.01, source=WIKI
     )
     plan = Plan(attention_tp=1, attention_dp=4, ep=4, expert_tp=1)
     for name, machine in (("NVLink 5", nvlink), ("PCIe 4, staged", pcie)):
-        layer = layer_cost(shapes["deepseek-v3"], machine, plan, Workload(tokens_per_step=64, skew=0), find_format("bf16"))
+        layer = layer_cost(
+            shapes["deepseek-v3"], machine, plan, Workload(tokens_per_step=64, skew=0), find_format("bf16")
+        )
         times = layer.dispatch.plus(layer.combine)
         yield Check(
             group=group,

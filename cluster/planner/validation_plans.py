@@ -46,7 +46,14 @@ def workstation_checks(shapes: Shapes, machines: Machines) -> Iterator[Check]:
         group=group, what="TP=4", said=49, model=1 / tp.step_s, unit="tok/s", tolerance=0.5, source=WIKI, note=_most(tp)
     )
     yield Check(
-        group=group, what="EP=4", said=1.4, model=1 / ep.step_s, unit="tok/s", tolerance=0.3, source=WIKI, note=_most(ep)
+        group=group,
+        what="EP=4",
+        said=1.4,
+        model=1 / ep.step_s,
+        unit="tok/s",
+        tolerance=0.3,
+        source=WIKI,
+        note=_most(ep),
     )
     yield _implied_latency(group, shapes["example-478b"], machine, ep)
 
@@ -100,16 +107,20 @@ def expert_parallel_checks(shapes: Shapes, machines: Machines) -> Iterator[Check
             source=QWEN3,
             note=f"gb200-nvl72, bf16, Zipf 0.6: busiest rank {layer.load.imbalance:.2f} of the mean",
         )
+    wide = layers[32].experts
     yield Check(
         group=group,
         what="EP 32 bound by memory",
         said=1,
-        model=float(layers[32].experts.bound_by == "memory"),
+        model=float(wide.bound_by == "memory"),
         tolerance=0,
         source=QWEN3,
-        note=f"{layers[32].experts.memory_s * 1e6:.0f} us of reading, {layers[32].experts.compute_s * 1e6:.0f} of computing",
+        note=f"reading takes {wide.memory_s * 1e6:.0f} us, computing {wide.compute_s * 1e6:.0f}",
     )
-    for name, said, why in (("hgx-h100", 8, "NVLink ends at 8"), ("gb200-nvl72", 16, f"the knee: {KNEE:.0%} a doubling")):
+    for name, said, why in (
+        ("hgx-h100", 8, "NVLink ends at 8"),
+        ("gb200-nvl72", 16, f"the knee: {KNEE:.0%} a doubling"),
+    ):
         yield Check(
             group=group,
             what=f"sweet spot of EP, {name}",

@@ -11,8 +11,8 @@ from expertmesh.cluster.planner.plans import Plan
 class Workload(BaseModel):
     """A step of the whole deployment.
 
-    decode: each token is of another sequence, of `context` tokens so far. prefill: the tokens are of prompts of `context`
-    tokens each. skew is the exponent of Zipf's law by which experts are chosen: 0 is uniform.
+    decode: each token is of another sequence, of `context` tokens so far. prefill: the tokens are of prompts of
+    `context` tokens each. skew is the exponent of Zipf's law by which experts are chosen: 0 is uniform.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
