@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from expertmesh.cluster.planner.planner import Candidate, Report
-from expertmesh.cluster.planner.validation import Check
+from expertmesh.cluster.planner.validation_check import YES, Check
 
 _SHOWN = 15
+_PIPE_WIDTH = 220
+_WIDE = 170  # columns of a terminal that all of the table needs
 _COLUMNS = (
     "attention",
     "experts",
@@ -31,12 +33,13 @@ _COLUMNS = (
     "bound by",
     "verdict",
 )
+_ALWAYS = ("attention", "experts", "PP", "copies", "slots", "weights GB", "step ms", "tokens/s", "bound by")
 _TEXT_COLUMNS = ("attention", "experts", "bound by", "verdict")
 
 
 def print_report(report: Report, *, show_all: bool) -> None:
     """Print a report for people. Bytes are of a layer, of all ranks of a stage together."""
-    console = Console()
+    console = _console()
     shape, machine, workload = report.shape, report.hardware, report.workload
     console.print(
         f"{shape.name}: {shape.total_params / 1e9:.1f} B parameters, {shape.active_params / 1e9:.1f} B of them compute "
@@ -70,14 +73,14 @@ def print_checks(checks: Sequence[Check]) -> None:
             table.add_row(f"[bold]{group}[/bold]")
         table.add_row(
             check.what,
-            "-" if check.said is None else f"{check.said:.4g} {check.unit}",
-            f"{check.model:.4g} {check.unit}",
-            "-" if check.ratio is None else f"{check.ratio:.2f}",
-            "-" if check.tolerance is None else f"{check.tolerance:.0%}",
+            "-" if check.said is None else _value(check, check.said),
+            _value(check, check.model),
+            "-" if check.ratio is None or check.unit == YES else f"{check.ratio:.2f}",
+            f"{check.tolerance:.0%}" if check.tolerance else "-",
             _mark(check),
             check.note,
         )
-    console = Console()
+    console = _console()
     console.print(table)
     for source in dict.fromkeys(check.source for check in checks):
         console.print(f"source: {source}", highlight=False)
@@ -104,16 +107,29 @@ def checks_as_dicts(checks: Sequence[Check]) -> list[dict[str, Any]]:
     ]
 
 
+def _console() -> Console:
+    """Return one as wide as the terminal; what goes to a file or a pipe is not wrapped."""
+    console = Console()
+    return console if console.is_terminal or console.width > _PIPE_WIDTH else Console(width=_PIPE_WIDTH)
+
+
+def _value(check: Check, value: float) -> str:
+    if check.unit == YES:
+        return "yes" if value else "no"
+    return f"{value:.4g} {check.unit}"
+
+
 def _mark(check: Check) -> str:
     return {None: "", True: "met", False: "[red]MISSED[/red]"}[check.is_met]
 
 
 def _print_plans(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    shown = [column for column in _COLUMNS if console.width >= _WIDE or column in _ALWAYS]
     table = Table()
-    for column in _COLUMNS:
+    for column in shown:
         table.add_column(column, justify="left" if column in _TEXT_COLUMNS else "right")
     for row in rows:
-        table.add_row(
+        values = (
             f"TP{row['attention_tp']} DP{row['attention_dp']}",
             f"EP{row['ep']} TP{row['expert_tp']}",
             str(row["pp"]),
@@ -133,7 +149,11 @@ def _print_plans(console: Console, rows: Sequence[dict[str, Any]]) -> None:
             row["bound_by"],
             row["verdict"],
         )
+        named = dict(zip(_COLUMNS, values, strict=True))
+        table.add_row(*(named[column] for column in shown))
     console.print(table)
+    if len(shown) < len(_COLUMNS):
+        console.print(f"{len(_COLUMNS) - len(shown)} columns more in {_WIDE} characters' width, or with --json")
 
 
 def _print_refused(console: Console, candidates: Sequence[Candidate], *, show_all: bool) -> None:

@@ -116,12 +116,14 @@ class AttentionShape:
         seen = min(context, self.index_top_k) if self.index_top_k else context
         return (full * seen + self.num_window_layers * min(self.window, context)) / num_layers
 
-    @property
-    def flop_per_pair(self) -> int:
-        """Operations of one token attending to one, all heads: scores and weighted sum.
+    def flop_per_pair(self, *, on_latent: bool) -> int:
+        """Return the operations of one token attending to one, all heads: scores and weighted sum.
 
-        Latent attention is counted as decoding computes it, on the latent itself (the up-projections absorbed).
+        on_latent: latent attention as decoding computes it, on the latent itself (the up-projections absorbed); else as
+        prefill does, on each head's keys and values.
         """
-        if self.latent:
+        if not self.latent:
+            return 4 * self.num_heads * self.head_dim
+        if on_latent:
             return 2 * self.num_heads * (2 * self.latent.kv_rank + self.latent.rope_dim)
-        return 4 * self.num_heads * self.head_dim
+        return 2 * self.num_heads * (self.latent.nope_dim + self.latent.rope_dim + self.latent.value_dim)

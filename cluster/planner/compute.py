@@ -74,7 +74,15 @@ def dense_roofline(hardware: Hardware, form: Format, *, params: float, tokens: f
 
 
 def attention_roofline(
-    shape: ModelShape, hardware: Hardware, form: Format, *, tokens: float, sequences: float, attended: int, tp: int
+    shape: ModelShape,
+    hardware: Hardware,
+    form: Format,
+    *,
+    tokens: float,
+    sequences: float,
+    attended: int,
+    tp: int,
+    is_decode: bool = True,
 ) -> Roofline:
     """Return the time of one layer's scores and weighted sums on one GPU, averaged over the layers.
 
@@ -86,10 +94,11 @@ def attention_roofline(
         sequences: whose keys and values are read.
         attended: tokens before each.
         tp: ways that heads are sliced; a latent is read by all of them whole.
+        is_decode: latent attention runs on the latent itself.
     """
     attention = shape.attention
     seen = attention.attended_tokens(attended, shape.num_layers)
     kept = 1 if attention.latent else tp
     moved = sequences * seen * attention.kv_values_per_layer * form.kv_bytes / kept
-    flop = tokens * seen * attention.flop_per_pair / tp
+    flop = tokens * seen * attention.flop_per_pair(on_latent=is_decode) / tp
     return roofline(hardware, "bf16", flop, moved)

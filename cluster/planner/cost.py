@@ -177,6 +177,7 @@ def layer_cost(
             sequences=_sequences(workload, tokens),
             attended=workload.attended,
             tp=plan.attention_tp,
+            is_decode=workload.phase == "decode",
         ),
         dense=dense_roofline(
             hardware, form, params=sliced + router, tokens=tokens, weight_bytes=form.dense_weight_bytes

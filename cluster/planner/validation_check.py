@@ -12,7 +12,8 @@ Machines = Mapping[str, Hardware]
 DEEPEP = "DeepEP, docs/legacy.md: low-latency kernels, H800, 128 tokens a rank"
 WIKI = "Blackwell GPU wiki, interconnect/moe-parallelism"
 RTX6KPRO = "rtx6kpro wiki, hardware/pcie-bandwidth"
-QWEN3 = "the figures asked of Qwen3-235B, 6,000 tokens of prefill; no hardware, format or skew told"
+QWEN3 = "estimates for Qwen3-235B, 128 experts, a prefill of 6,000 tokens; hardware, format and skew are not told"
+YES = "yes"
 TENSORRT = "TensorRT-LLM, expert load balancing: 256 experts, 32 ranks, (max - mean) / mean"
 
 
@@ -21,7 +22,7 @@ class Check:
     """One line of the table.
 
     said None: the source gives no figure, the model's is shown beside. tolerance: largest relative deviation that is
-    meant by agreement, None where nothing is claimed. A yes is 1.
+    meant by agreement, None where nothing is claimed. unit YES: 1 is yes, 0 is no.
     """
 
     group: str

@@ -11,7 +11,7 @@ from expertmesh.cluster.planner.model_shape import ModelShape
 from expertmesh.cluster.planner.planner import Candidate, make_report
 from expertmesh.cluster.planner.plans import Plan
 from expertmesh.cluster.planner.skew import slowest_rank
-from expertmesh.cluster.planner.validation_check import QWEN3, TENSORRT, WIKI, Check, Machines, Shapes
+from expertmesh.cluster.planner.validation_check import QWEN3, TENSORRT, WIKI, YES, Check, Machines, Shapes
 from expertmesh.cluster.planner.workload import Workload
 
 TP4 = Plan(attention_tp=4, attention_dp=1, ep=1, expert_tp=4)
@@ -28,19 +28,28 @@ def workstation_checks(shapes: Shapes, machines: Machines) -> Iterator[Check]:
     report = make_report(shapes["example-478b"], machine, workload, "nvfp4")
     by_plan = {one.plan: one for one in report.candidates if one.is_feasible}
     best = report.candidates[0].plan
-    ranked = [one.plan for one in report.candidates if one.plan in by_plan and one.plan.attention_tp == 4]
+    order = list(by_plan)
+    ranked = [plan for plan in order if plan.attention_tp == 4]
     tp, ep = by_plan[TP4], by_plan[EP4]
     yield Check(
-        group=group, what="TP=4 recommended", said=1, model=float(best == TP4), tolerance=0, source=WIKI, note=str(best)
+        group=group,
+        what="TP=4 recommended",
+        said=1,
+        model=float(best == TP4),
+        unit=YES,
+        tolerance=0,
+        source=WIKI,
+        note=str(best),
     )
     yield Check(
         group=group,
         what="EP=4 last with attention TP=4",
         said=1,
         model=float([plan.ep for plan in ranked][-1] == 4),
+        unit=YES,
         tolerance=0,
         source=WIKI,
-        note="plans with attention DP=2 read more dense weights and are slower yet",
+        note=f"{order.index(EP4) + 1}th of all {len(order)} that fit: those with attention DP=2 read more yet",
     )
     yield Check(
         group=group, what="TP=4", said=49, model=1 / tp.step_s, unit="tok/s", tolerance=0.5, source=WIKI, note=_most(tp)
@@ -74,7 +83,7 @@ def _implied_latency(group: str, shape: ModelShape, machine: Hardware, ep: Candi
         model=(1 / 1.4 - ep.step_s) / messages * 1e6 + modelled * 1e6,
         unit="us",
         source="this model, solved for it",
-        note=f"modelled are {modelled * 1e6:.1f} us: no public latency explains it, the rest is software",
+        note=f"modelled are {modelled * 1e6:.1f} us; no published latency comes near",
     )
 
 
@@ -113,6 +122,7 @@ def expert_parallel_checks(shapes: Shapes, machines: Machines) -> Iterator[Check
         what="EP 32 bound by memory",
         said=1,
         model=float(wide.bound_by == "memory"),
+        unit=YES,
         tolerance=0,
         source=QWEN3,
         note=f"reading takes {wide.memory_s * 1e6:.0f} us, computing {wide.compute_s * 1e6:.0f}",
@@ -137,6 +147,7 @@ def expert_parallel_checks(shapes: Shapes, machines: Machines) -> Iterator[Check
         what="attention TP=4, experts EP=16, 4 copies on 72 GPUs can run",
         said=1,
         model=float(decode.recommended == 0),
+        unit=YES,
         tolerance=0,
         source=QWEN3,
         note=f"{decode.candidates[0].step_s * 1e3:.1f} ms a step of 4,096 tokens",
@@ -226,6 +237,7 @@ def _many_experts_checks(shape: ModelShape, machine: Hardware) -> Iterator[Check
         what="512 experts of 5 GB: no plan of TP alone can run, 32 x H200",
         said=1,
         model=float(not any(one.is_feasible for one in sliced)),
+        unit=YES,
         tolerance=0,
         source=WIKI,
         note="TP ends at 8 KV heads",
@@ -235,6 +247,7 @@ def _many_experts_checks(shape: ModelShape, machine: Hardware) -> Iterator[Check
         what="512 experts of 5 GB: EP recommended, 32 x H200",
         said=1,
         model=float(report.candidates[0].plan.ep > 1),
+        unit=YES,
         tolerance=0,
         source=WIKI,
         note=str(report.candidates[0].plan),

@@ -57,6 +57,16 @@ def test_a_card_on_a_shipped_machine(run: Run) -> None:
     assert "milliseconds of its step: " in out
 
 
+def test_a_narrow_terminal_has_fewer_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = run("mixtral-8x7b")[1]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    narrow = run("mixtral-8x7b")[1]
+    assert "all-reduce MB" in wide
+    assert "all-reduce MB" not in narrow
+    assert "columns more in" in narrow
+
+
 def test_all_prints_every_plan(run: Run) -> None:
     options = ("mixtral-8x7b", "--hardware", "hgx-h100")
     short, long = run(*options)[1], run(*options, "--all")[1]

@@ -81,6 +81,14 @@ def test_windows_and_linear_layers_keep_less() -> None:
     assert shipped_shape("glm-5").attention.attended_tokens(100_000, 78) == 2048
 
 
+def test_operations_of_attention() -> None:
+    """DeepSeek-V3: 128 heads over a latent of 512 + 64, or over keys of 192 and values of 128."""
+    latent, grouped = shipped_shape("deepseek-v3").attention, shipped_shape("mixtral-8x7b").attention
+    assert latent.flop_per_pair(on_latent=True) == 2 * 128 * (512 + 64 + 512)
+    assert latent.flop_per_pair(on_latent=False) == 2 * 128 * (192 + 128)
+    assert grouped.flop_per_pair(on_latent=True) == grouped.flop_per_pair(on_latent=False) == 4 * 32 * 128
+
+
 def test_dense_layers_are_told_in_three_ways() -> None:
     dense = {"intermediate_size": 48}
     assert small_shape(first_k_dense_replace=3, **dense).num_moe_layers == 1
