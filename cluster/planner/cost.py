@@ -83,10 +83,11 @@ def step_cost(
     num_dense = shape.num_layers - shape.num_moe_layers
     moe, layers = shape.num_moe_layers, shape.num_layers
     tokens = workload.attention_tokens(plan)
-    ffn = dense_roofline(
+    ffn = shape.num_matrices * shape.hidden_size * shape.dense_width
+    layer_without_experts = dense_roofline(
         hardware,
         form,
-        params=shape.num_matrices * shape.hidden_size * shape.dense_width / plan.attention_tp,
+        params=(shape.attention_params / layers + ffn) / plan.attention_tp,
         tokens=tokens,
         weight_bytes=form.dense_weight_bytes,
     )
@@ -107,7 +108,7 @@ def step_cost(
         f"experts, {layer.experts.bound_by}": moe * layer.experts.total_s,
         f"attention, {layer.attention.bound_by}": layers * layer.attention.total_s,
         f"dense weights, {layer.dense.bound_by}": (
-            layers * layer.dense.total_s + num_dense * ffn.total_s + head.total_s
+            moe * layer.dense.total_s + num_dense * layer_without_experts.total_s + head.total_s
         ),
         "kernel gaps": layers * hardware.kernels_per_layer * hardware.kernel_gap_s,
         "all-reduce latency": reduces.latency_s,
@@ -147,7 +148,7 @@ def layer_cost(
     reduces, reduced_bytes = _all_reduces(hardware, shape, plan, payload)
     router = shape.hidden_size * shape.num_experts
     sliced = (
-        shape.attention_params / shape.num_layers + shape.shared_params / max(shape.num_moe_layers, 1)
+        shape.attention_params / shape.num_layers + shape.shared_params / shape.num_moe_layers
     ) / plan.attention_tp
     return LayerCost(
         load=load,

@@ -130,6 +130,16 @@ def test_parts_add_up_to_the_step() -> None:
     assert cost.parts_s[cost.bound_by] == max(cost.parts_s.values())
 
 
+def test_dense_weights_are_read_once_a_step() -> None:
+    """One token on one GPU reads everything but the embedding and the experts not chosen, norms not counted."""
+    shape = small_shape(first_k_dense_replace=1, intermediate_size=48, n_shared_experts=1)
+    gpus = machine(flop_per_s={"bf16": 1e15})
+    alone = Plan(attention_tp=1, attention_dp=1, ep=1, expert_tp=1)
+    cost = step_cost(shape, gpus, alone, Workload(tokens_per_step=1), BF16)
+    read = shape.sliced_params + shape.router_params + shape.head_params
+    assert cost.parts_s["dense weights, memory"] == pytest.approx(2 * read / 1e11)
+
+
 def test_a_layer_of_ep_by_hand() -> None:
     gpus, shape = machine(tier(per_peer_s=0.0), all_to_all_s=5e-6), small_shape()
     layer = layer_cost(shape, gpus, SPREAD, Workload(tokens_per_step=400, skew=0), BF16)
