@@ -23,6 +23,7 @@ COMMANDS = {
     "ops": ("expertmesh.actors.cli.scale:ops", "Show the operations, or one of them."),
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
     "chaos": ("expertmesh.actors.cli.chaos:chaos", "Break a server on purpose, and show that no request is lost."),
+    "plan": ("expertmesh.actors.cli.plan:plan", "Weigh the ways to spread a model over some hardware."),
     "doctor": ("expertmesh.actors.cli.doctor:doctor", "Show what this machine has, and what is missing."),
 }
 
