@@ -69,7 +69,7 @@ class ExpertParallelLayer:
         """
         capacity = None
         if self.capacity_factor is not None:
-            capacity = expert_capacity(self.capacity_factor, ids_TK.shape[0], ids_TK.shape[1], self.num_experts)
+            capacity = expert_capacity(self.capacity_factor, ids_TK.numel(), self.num_experts)
         pair_P, position_P, dropped_E = _admit(ids_TK.flatten(), self.num_experts, capacity)
         token_P, expert_P = pair_P // ids_TK.shape[1], ids_TK.flatten()[pair_P]
         if self.splits == "exact":
@@ -109,13 +109,13 @@ class ExpertParallelLayer:
         return grouped_mlp_pairs(rows_NH, row_P=row_N, slot_P=slot_N, slots=self.slots, math=self.math)
 
 
-def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
-    """Return how many pairs of num_tokens tokens an expert takes: an even share times the factor, rounded up.
+def expert_capacity(capacity_factor: float, num_pairs: int, num_experts: int) -> int:
+    """Return how many of a rank's pairs an expert takes: an even share times the factor, rounded up.
 
-    The tokens are those of one rank in one call, so that no rank needs to hear of the others' before it sends: an
-    expert computes at most the sum of what the ranks may send it (GShard's capacity of a group, section 2.2 there).
+    The pairs are those of one rank's tokens in one call, so that no rank needs to hear of the others' before it sends:
+    an expert computes at most the sum of what the ranks may send it (GShard's capacity of a group, section 2.2 there).
     """
-    return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+    return math.ceil(capacity_factor * num_pairs / num_experts)
 
 
 def reference_layer(

@@ -97,6 +97,7 @@ class LocalFleet:
         deterministic: bool = False,
         link_kind: str = "gloo",
         layer_by_layer: bool = False,
+        capacity_factor: float | None = None,
     ) -> None:
         architecture = open_architecture(directory, dtype)
         weights = CheckpointWeights(architecture)
@@ -118,7 +119,11 @@ class LocalFleet:
             self.links[name] = self._contexts.enter_context(link)
         self.model = weights.load_dense(CPU)
         self.dispatcher = Dispatcher(
-            architecture.moe_layers, architecture.num_experts, recovery_s=0.2, by_pair=deterministic
+            architecture.moe_layers,
+            architecture.num_experts,
+            recovery_s=0.2,
+            by_pair=deterministic,
+            capacity_factor=capacity_factor,
         )
         self.dispatcher.set_fleet(Fleet(self.placement, self.links))
         carrier = None if layer_by_layer else self.dispatcher

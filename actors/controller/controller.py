@@ -225,6 +225,7 @@ class Controller:
             "shards": [_shown(f, ShardStatus) for f in self._shards.in_order()],
             "workers": [_shown(f, WorkerStatus) for f in self._workers.in_order()],
             "layer_traffic": self._traffic(),
+            **self._dropped(),
             "ready": not reason,
             "not_ready_reason": reason,
             "warnings": [*self._watchdog.stalled(time.monotonic()), *self._exposed()],
@@ -295,6 +296,17 @@ class Controller:
             }
             for row, layer in enumerate(self._model.moe_layers)
         ]
+
+    def _dropped(self) -> dict[str, Any]:
+        factor = self._settings.capacity_factor
+        if factor is None:
+            return {}
+        dropped_LE = self._collector.dropped_LE()
+        drops = [
+            {"layer": layer, "pairs": dropped_E.tolist()}
+            for layer, dropped_E in zip(self._model.moe_layers, dropped_LE, strict=True)
+        ]
+        return {"capacity_factor": factor, "dropped_pairs": int(dropped_LE.sum()), "drops": drops}
 
     def _plan_name(self) -> str:
         keeper = self._keeper

@@ -47,7 +47,7 @@ def expected(case: LayerCase) -> list[dict[str, Tensor]]:
     for inputs in inputs_of(case):
         capacity = None
         if case.capacity_factor is not None:
-            capacity = expert_capacity(case.capacity_factor, len(inputs.ids_TK), case.top_k, case.num_experts)
+            capacity = expert_capacity(case.capacity_factor, inputs.ids_TK.numel(), case.num_experts)
         hidden_TH, weights_TK = inputs.hidden_TH.requires_grad_(), inputs.weights_TK.requires_grad_()
         out_TH, dropped_E = reference_layer(
             hidden_TH, inputs.ids_TK, weights_TK, slots=slots, math=math_of(case), capacity=capacity
@@ -175,5 +175,5 @@ def test_what_does_not_fit_is_refused(ranks: tuple[int, Ranks], change: dict[str
 
 
 def test_capacity_is_an_even_share_times_the_factor_rounded_up() -> None:
-    assert [expert_capacity(factor, 10, 2, 8) for factor in (0.1, 0.4, 1.0, 1.25, 2.0)] == [1, 1, 3, 4, 5]
-    assert expert_capacity(1.0, 0, 2, 8) == 0
+    assert [expert_capacity(factor, 20, 8) for factor in (0.1, 0.4, 1.0, 1.25, 2.0)] == [1, 1, 3, 4, 5]
+    assert expert_capacity(1.0, 0, 8) == 0

@@ -145,6 +145,9 @@ def test_status_prints_tables(run: Run, url: str) -> None:
         assert text in out
     assert "3 shards and 1 workers wanted, 1.5 s ago" in out
     assert "shards go from 2 to 3: busy" in out
+    assert "7 pairs of a token and an expert, beyond a capacity factor of 1.25; most of L0E1 5, L1E3 2" in " ".join(
+        out.split()
+    )
 
 
 def test_messages_become_plain_values_with_numbers_and_zeros() -> None:
@@ -158,6 +161,7 @@ def test_messages_become_plain_values_with_numbers_and_zeros() -> None:
 
 def test_status_before_traffic_and_without_a_controller_can_be_shown(url: str) -> None:
     state = {**status.fetch(url), "balancedness": None, "shards": [], "layer_traffic": [], "autoscaler": None}
+    state |= {"capacity_factor": None, "drops": []}
     state["controller"] = {"pid": 0, "node": ""}
     from rich.console import Console
 
@@ -166,6 +170,7 @@ def test_status_before_traffic_and_without_a_controller_can_be_shown(url: str) -
         console.print(status.render(state))
     assert "no traffic yet" in capture.get()
     assert "away" in capture.get()
+    assert "capacity" not in capture.get()
 
 
 @pytest.mark.parametrize(
