@@ -232,10 +232,14 @@ class Controller:
             "autoscaler": self._autoscaling.status(time.monotonic()) if self._autoscaling else None,
         }
 
-    def loads(self) -> dict[int, list[int]]:
-        """Return the tokens of each expert since start, by layer."""
-        load_LE = sum((c["load_LE"] for c in self._counters()), self._no_load())
-        return {layer: load_LE[row].tolist() for row, layer in enumerate(self._model.moe_layers)}
+    def loads(self) -> list[dict[str, Any]]:
+        """Return the fields of LayerLoad of each layer: what was counted since start."""
+        counters = self._counters()
+        load_LE, decode_LE = (sum((c[kind] for c in counters), self._no_load()) for kind in ("load_LE", "decode_LE"))
+        return [
+            {"layer": layer, "tokens": load_LE[row].tolist(), "decode_tokens": int(decode_LE[row].sum())}
+            for row, layer in enumerate(self._model.moe_layers)
+        ]
 
     def stop(self) -> None:
         """End workers, shards and the embedded Redis, and free what was reserved for them."""

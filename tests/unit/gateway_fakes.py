@@ -26,6 +26,7 @@ MODEL = ModelInfo(
     moe_layers=(0, 1),
     num_experts=4,
     top_k=2,
+    hidden_size=8,
     vocab_size=257,
     max_context=512,
     eos_token_ids=(EOS_ID,),

@@ -1,6 +1,7 @@
 """The client commands against a real server over fake workers, and how errors look."""
 
 import asyncio
+import itertools
 import json
 import random
 import subprocess
@@ -21,6 +22,7 @@ from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.admin_pb2 import AutoscalerStatus, ShardStatus, StatusResponse
 from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker, fake_output, fake_text, save_tokenizer
 
+CALLS = itertools.count()
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -28,8 +30,11 @@ async def get_status() -> dict[str, object]:
     return STATUS
 
 
-async def get_loads() -> dict[int, list[int]]:
-    return {}
+async def get_loads() -> list[dict[str, object]]:
+    """Return what grows by a token of a prompt and two generated ones from one call to the next."""
+    called = next(CALLS)
+    loads = {"tokens": [3 * called, 2 * called, called, 0], "decode_tokens": 4 * called}
+    return [{"layer": layer, **loads} for layer in (0, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -553,6 +553,7 @@ class ModelStatus(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     HAS_TOKENIZER_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name clients know it by."""
     architecture: _builtins.str
@@ -571,6 +572,8 @@ class ModelStatus(_message.Message):
     """Most tokens of prompt and output together."""
     has_tokenizer: _builtins.bool
     """Whether text prompts are accepted; else token ids only."""
+    hidden_size: _builtins.int
+    """Numbers of a token's hidden state."""
     @_builtins.property
     def moe_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the layers that have routed experts, rising; each below num_layers."""
@@ -593,10 +596,11 @@ class ModelStatus(_message.Message):
         max_context: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         has_tokenizer: _builtins.bool = ...,
+        hidden_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_tokenizer", b"has_tokenizer", "max_context", b"max_context", "moe_layers", b"moe_layers", "name", b"name", "num_experts", b"num_experts", "num_layers", b"num_layers", "top_k", b"top_k", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_tokenizer", b"has_tokenizer", "hidden_size", b"hidden_size", "max_context", b"max_context", "moe_layers", b"moe_layers", "name", b"name", "num_experts", b"num_experts", "num_layers", b"num_layers", "top_k", b"top_k", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -787,8 +791,11 @@ class LayerLoad(_message.Message):
 
     LAYER_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_TOKENS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Index of the decoder layer in the model."""
+    decode_tokens: _builtins.int
+    """All of them that were routed for generated tokens, not for those of prompts."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens routed to each expert since start, in order of expert; as many as the model's num_experts."""
@@ -798,10 +805,11 @@ class LayerLoad(_message.Message):
         *,
         layer: _builtins.int = ...,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
+        decode_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens", b"decode_tokens", "layer", b"layer", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
