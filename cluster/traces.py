@@ -181,10 +181,15 @@ def _header(content: Any) -> TraceHeader:
     if not isinstance(content, dict) or content.keys() != names:
         raise InputError(f"a trace whose header has other fields than {sorted(names)}: {content!r}")
     for name, value in content.items():
-        kind = {"model": str, "layers": list}.get(name, int)
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(layer, int) for layer in value)):
+        if not _has_type_of(name, value):
             raise InputError(f"a trace whose header has {name}={value!r}")
     return TraceHeader(**{**content, "layers": tuple(content["layers"])})
+
+
+def _has_type_of(name: str, value: Any) -> bool:
+    if name == "layers":
+        return isinstance(value, list) and all(isinstance(layer, int) for layer in value)
+    return isinstance(value, str if name == "model" else int)
 
 
 def _require_fit(step: TraceStep, header: TraceHeader, last_s: float) -> None:

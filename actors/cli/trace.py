@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,7 +131,7 @@ def _header_like(like: Path, shape: dict[str, int | None]) -> TraceHeader:
     for name, value in shape.items():
         if value is not None:
             raise InputError(f"--{name.replace('_', '-')} {value} beside --like {like}, which says it")
-    return _open(like).header
+    return open_trace(like).header
 
 
 def _live_steps(
@@ -182,9 +183,17 @@ def _write(file: Path, header: TraceHeader, steps: Iterable[TraceStep]) -> None:
         raise InputError(f"{file}: {error.strerror}") from error
 
 
-def _open(file: Path) -> TraceReader:
+def open_trace(file: Path) -> TraceReader:
+    """Open a trace, mapped into memory: one of hours is large.
+
+    Raises:
+        InputError: it cannot be read, or is no trace.
+    """
     try:
-        return TraceReader(file.read_bytes())
+        with file.open("rb") as content:
+            is_empty = file.stat().st_size == 0
+            data = b"" if is_empty else memoryview(mmap(content.fileno(), 0, access=ACCESS_READ))
+        return TraceReader(data)
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error
     except InputError as error:
@@ -192,7 +201,7 @@ def _open(file: Path) -> TraceReader:
 
 
 def _tell(file: Path, as_json: bool) -> None:
-    reader = _open(file)
+    reader = open_trace(file)
     try:
         summary = summarise(reader)
     except InputError as error:

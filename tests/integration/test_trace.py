@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
+
 from expertmesh.cluster.traces import TraceHeader, TraceReader
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
@@ -38,7 +40,7 @@ def test_the_tokens_of_a_trace_are_those_that_were_computed(pocket: Server, tmp_
         TraceHeader(
             model=POCKET.name,
             layers=tuple(range(config["num_hidden_layers"])),
-            num_experts=config["num_experts"],
+            num_experts=config["num_local_experts"],
             top_k=config["num_experts_per_tok"],
             hidden_size=config["hidden_size"],
         )
@@ -46,4 +48,4 @@ def test_the_tokens_of_a_trace_are_those_that_were_computed(pocket: Server, tmp_
     steps = list(reader.steps())
     assert SECONDS - 1 <= len(steps) <= SECONDS
     pairs = (told["prefill_tokens"] + told["decode_tokens"]) * config["num_experts_per_tok"]
-    assert (sum(step.load_LE for step in steps).sum(axis=1) == pairs).all()
+    assert (np.sum([step.load_LE.sum(axis=1) for step in steps], axis=0) == pairs).all()

@@ -64,6 +64,7 @@ def test_topics_show_as_more_imbalance_within_intervals(run: Run, tmp_path: Path
         (("make", "no/where", *SHAPE), 2, "no/where: No such file or directory"),
         (("show", "nowhere"), 2, "nowhere: No such file or directory"),
         (("show", "damaged"), 2, "damaged: not a trace: 7 bytes that begin with b'some'"),
+        (("show", "empty"), 2, "empty: not a trace: 0 bytes"),
         (("show", "short"), 2, "short: a trace that was cut short"),
         (("record", "a", "--seconds", "0"), 2, "--seconds 0.0 and --period-s 1.0"),
         (("record", "a", "--seconds", "inf"), 2, "--seconds inf"),
@@ -76,6 +77,7 @@ def test_what_cannot_be_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("damaged").write_text("some...")
+    Path("empty").touch()
     assert run("trace", "make", "whole", *SHAPE)[0] == 0
     Path("short").write_bytes(Path("whole").read_bytes()[:-1])
     got, _, err = run("trace", *args)
