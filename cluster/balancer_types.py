@@ -47,8 +47,8 @@ class BalanceSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     min_replicas: int = Field(default=1, ge=1, description="shards that hold each expert; 2: also on two nodes")
-    # Measured when a layer with replicas left compiled code, a tenth of a step on CPUs (docs/performance.md); it only
-    # asks now which replica computes what, and less may do.
+    # Measured when a layer with replicas left compiled code, a tenth of a step on CPUs (docs/performance.md); it now
+    # only asks which replica computes what, and less may do.
     min_improvement: float = Field(default=0.05, ge=0, lt=1, description="least part of the expert time to be saved")
     max_moves: int = Field(default=4096, ge=0, description="copies of a plan, those that repair not counted")
     domain_bytes_per_s: float = Field(default=20e9, gt=0, description="between shards of a domain")

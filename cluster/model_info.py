@@ -11,8 +11,9 @@ class ModelInfo:
 
     architecture is the class name in transformers; dtype names the weights' number format. moe_layers are indices of
     decoder layers, rising, dense layers counted in num_layers. Each of them has num_experts routed experts, of which
-    the router chooses top_k for a token. Token ids run from 0 to vocab_size - 1; prompt and output together have at
-    most max_context tokens; eos_token_ids end a sequence. Without a tokenizer only token ids are accepted.
+    the router chooses top_k for a token, whose hidden state has hidden_size numbers. Token ids run from 0 to
+    vocab_size - 1; prompt and output together have at most max_context tokens; eos_token_ids end a sequence. Without a
+    tokenizer only token ids are accepted.
     Each expert is cut across its width in expert_tp slices, which are placed, copied and computed as experts are.
     """
 
@@ -23,6 +24,7 @@ class ModelInfo:
     moe_layers: tuple[int, ...]
     num_experts: int
     top_k: int
+    hidden_size: int
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...] = ()

@@ -52,6 +52,9 @@ class ServeSettings(BaseModel):
     dispatch: Literal["auto", "rendezvous", "quota", "concentrate"] = Field(
         default="auto", description="how tokens are given to an expert's replicas; auto: by the size of the batch"
     )
+    capacity_factor: float | None = Field(
+        default=None, gt=0, description="most tokens of a step for an expert, in even shares; None: no token is dropped"
+    )
     spare_slots: float = Field(
         default=0.125, ge=0, le=8, description="room for more replicas of hot experts, as a part of a shard's slots"
     )
@@ -89,6 +92,15 @@ class ServeSettings(BaseModel):
     def _deterministic_on_cpu(self) -> "ServeSettings":
         if self.deterministic and self.device == "cuda":
             raise ValueError("deterministic=true computes on CPUs, and device is cuda")
+        return self
+
+    @model_validator(mode="after")
+    def _deterministic_drops_nothing(self) -> "ServeSettings":
+        if self.deterministic and self.capacity_factor is not None:
+            raise ValueError(
+                f"deterministic=true is refused with capacity_factor={self.capacity_factor}: what is dropped of a "
+                "request depends on what else is in its steps"
+            )
         return self
 
     @model_validator(mode="after")

@@ -56,6 +56,7 @@ def describe_model(architecture: Architecture, max_context: int = 0) -> ModelInf
         moe_layers=architecture.moe_layers,
         num_experts=architecture.num_experts,
         top_k=next((int(getattr(config, name)) for name in _TOP_K_NAMES if getattr(config, name, None)), 0),
+        hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_context=max_context or architecture.max_context,
         eos_token_ids=architecture.eos_token_ids,

@@ -98,6 +98,7 @@ class LocalFleet:
         link_kind: str = "gloo",
         layer_by_layer: bool = False,
         expert_tp: int = 1,
+        capacity_factor: float | None = None,
     ) -> None:
         architecture = open_architecture(directory, dtype)
         weights = CheckpointWeights(architecture, expert_tp)
@@ -124,6 +125,7 @@ class LocalFleet:
             expert_tp=expert_tp,
             recovery_s=0.2,
             by_pair=deterministic,
+            capacity_factor=capacity_factor,
         )
         self.dispatcher.set_fleet(Fleet(self.placement, self.links))
         carrier = None if layer_by_layer else self.dispatcher

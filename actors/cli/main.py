@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from expertmesh.cluster.errors import CheckpointError, ExpertMeshError, InputError
 
-# name: (module:function, line of help). A module is imported only when its command runs, so that help is quick.
+# name: (module:function or group, line of help). A module is imported only when its command runs: help is quick.
 COMMANDS = {
     "serve": ("expertmesh.actors.cli.serve:serve", "Serve a checkpoint from expert shards on Ray."),
     "stop": ("expertmesh.actors.cli.stop:stop", "Stop a server that runs on this machine."),
@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
     "chaos": ("expertmesh.actors.cli.chaos:chaos", "Break a server on purpose, and show that no request is lost."),
     "plan": ("expertmesh.actors.cli.plan:plan", "Weigh the ways to spread a model over some hardware."),
+    "trace": ("expertmesh.actors.cli.trace:trace", "Record the routing of live traffic, make some up, show one."),
     "doctor": ("expertmesh.actors.cli.doctor:doctor", "Show what this machine has, and what is missing."),
 }
 
@@ -41,9 +42,11 @@ class LazyGroup(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """Import the function of a command and wrap it for the command line."""
+    """Import the function of a command, or its group of commands, and wrap it for the command line."""
     module_name, function_name = COMMANDS[name][0].split(":")
     function = getattr(importlib.import_module(module_name), function_name)
+    if isinstance(function, typer.Typer):
+        return typer.main.get_command(function)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name)(function)
     return typer.main.get_command(single)

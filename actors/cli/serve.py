@@ -37,6 +37,9 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits whatever the batch, the shards, the faults.")
     ] = False,
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="Drop tokens beyond so many even shares of an expert; none unless given.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these and more settings.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `expertmesh stop` ends it.")] = False,
 ) -> None:
@@ -54,6 +57,7 @@ def serve(
         "state": state,
         "dtype": dtype,
         "deterministic": deterministic or None,
+        "capacity_factor": capacity_factor,
     }
     bounds = {
         "min_shards": min_shards,

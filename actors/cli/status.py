@@ -12,10 +12,12 @@ from rich.text import Text
 
 from expertmesh.actors.cli.client import DEFAULT_URL, JsonOption, UrlOption, open_channel, to_dict
 from expertmesh.cluster.errors import InputError, UnavailableError
+from expertmesh.cluster.ids import ExpertKey
 from expertmesh.v1.admin_pb2 import GetStatusRequest
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 
 TIMEOUT_S = 10.0
+_SHOWN_EXPERTS = 5  # of those that tokens were dropped of
 
 
 def status(
@@ -94,6 +96,7 @@ def _head(state: dict[str, Any]) -> Table:
         + ("" if recent is None else f", {recent:.3f} over the last seconds"),
         "controller": f"pid {controller['pid']} on {short_node(controller['node'])}" if controller["pid"] else "away",
         **_autoscaler(state["autoscaler"]),
+        **_dropped(state),
     }
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
@@ -112,6 +115,21 @@ def _autoscaler(decision: dict[str, Any] | None) -> dict[str, str]:
     wanted = f"{decision['shards']} shards and {decision['workers']} workers wanted, {decision['age_s']:.1f} s ago"
     problem = [f"cannot be had now: {decision['problem']}"] if decision["problem"] else []
     return {"autoscaler": "\n".join([wanted, *decision["reasons"], *problem])}
+
+
+def _dropped(state: dict[str, Any]) -> dict[str, str]:
+    if state["capacity_factor"] is None:
+        return {}
+    experts = [
+        (pairs, ExpertKey(layer["layer"], expert))
+        for layer in state["drops"]
+        for expert, pairs in enumerate(layer["pairs"])
+        if pairs
+    ]
+    most = ", ".join(f"{key} {pairs}" for pairs, key in sorted(experts, reverse=True)[:_SHOWN_EXPERTS])
+    pairs = f"{state['dropped_pairs']} pairs of a token and an expert"
+    beyond = f", beyond a capacity factor of {state['capacity_factor']}"
+    return {"dropped": pairs + beyond + (f"; most of {most}" if most else "")}
 
 
 def _members(title: str, members: list[dict[str, Any]]) -> Table:

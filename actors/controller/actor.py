@@ -67,7 +67,7 @@ class ControllerActor:
         """See Controller.status."""
         return self._controller.status()
 
-    def loads(self) -> dict[int, list[int]]:
+    def loads(self) -> list[dict[str, Any]]:
         """See Controller.loads."""
         return self._controller.loads()
 

@@ -225,18 +225,23 @@ class Controller:
             "shards": [_shown(f, ShardStatus) for f in self._shards.in_order()],
             "workers": [_shown(f, WorkerStatus) for f in self._workers.in_order()],
             "layer_traffic": self._traffic(),
+            **self._dropped(),
             "ready": not reason,
             "not_ready_reason": reason,
             "warnings": [*self._watchdog.stalled(time.monotonic()), *self._exposed()],
             "autoscaler": self._autoscaling.status(time.monotonic()) if self._autoscaling else None,
         }
 
-    def loads(self) -> dict[int, list[int]]:
-        """Return the tokens of each expert since start, by layer."""
-        load_LE = sum((c["load_LE"] for c in self._counters()), self._no_load())
+    def loads(self) -> list[dict[str, Any]]:
+        """Return the fields of LayerLoad of each layer: what was counted since start."""
+        counters = self._counters()
+        load_LE, decode_LE = (sum((c[kind] for c in counters), self._no_load()) for kind in ("load_LE", "decode_LE"))
         # Every slice of an expert computes for the same tokens.
-        load_LE = load_LE[:, :: self._model.expert_tp]
-        return {layer: load_LE[row].tolist() for row, layer in enumerate(self._model.moe_layers)}
+        load_LE, decode_LE = (counted_LE[:, :: self._model.expert_tp] for counted_LE in (load_LE, decode_LE))
+        return [
+            {"layer": layer, "tokens": load_LE[row].tolist(), "decode_tokens": int(decode_LE[row].sum())}
+            for row, layer in enumerate(self._model.moe_layers)
+        ]
 
     def stop(self) -> None:
         """End workers, shards and the embedded Redis, and free what was reserved for them."""
@@ -299,6 +304,17 @@ class Controller:
             }
             for row, layer in enumerate(self._model.moe_layers)
         ]
+
+    def _dropped(self) -> dict[str, Any]:
+        factor = self._settings.capacity_factor
+        if factor is None:
+            return {}
+        dropped_LE = self._collector.dropped_LE()
+        drops = [
+            {"layer": layer, "pairs": dropped_E.tolist()}
+            for layer, dropped_E in zip(self._model.moe_layers, dropped_LE, strict=True)
+        ]
+        return {"capacity_factor": factor, "dropped_pairs": int(dropped_LE.sum()), "drops": drops}
 
     def _plan_name(self) -> str:
         keeper = self._keeper

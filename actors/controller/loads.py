@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from expertmesh.actors.controller.tiers import Tier, wait_for
 from expertmesh.actors.state import StateStore
@@ -27,6 +28,7 @@ class LoadCollector:
     """The load windows of one deployment. Any thread may call."""
 
     def __init__(self, model: ModelInfo, store: StateStore, workers: Tier[WorkerId]) -> None:
+        self._model = model
         self._store = store
         self._workers = workers
         self._last: dict[WorkerId, dict[str, Any]] = {}
@@ -63,6 +65,11 @@ class LoadCollector:
         """Return what each worker that is there counted when it last answered."""
         with self._lock:
             return [counters for worker, counters in self._last.items() if worker in self._workers.handles]
+
+    def dropped_LE(self) -> npt.NDArray[np.int64]:  # noqa: N802  # a shape suffix
+        """Return the pairs that those workers left out since they began; none without a capacity factor."""
+        counted = [counters["dropped_LE"] for counters in self.latest() if counters["dropped_LE"] is not None]
+        return sum(counted, np.zeros((len(self._model.moe_layers), self._model.num_experts), dtype=np.int64))
 
     def collect(self, now_s: float) -> None:
         """Ask each ready worker and add what is new.

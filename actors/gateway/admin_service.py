@@ -9,7 +9,7 @@ from expertmesh.actors.gateway.status_codes import Context, errors_to_status
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 
 Status = Mapping[str, object]
-Loads = Mapping[int, Sequence[int]]
+Loads = Sequence[Mapping[str, object]]
 OperationFields = Mapping[str, object]
 
 
@@ -48,7 +48,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
         Args:
             get_status: returns the fields of StatusResponse by name, nested ones as mappings and lists; None is absent.
-            get_loads: returns, by layer index, the tokens of each expert in order of expert.
+            get_loads: returns the fields of LayerLoad by name, in order of layer.
             operations: carries out the rest.
         """
         self._get_status = get_status
@@ -70,9 +70,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Return tokens per layer and expert since start."""
         response = admin_pb2.LoadsResponse()
         async with errors_to_status(context, "GetLoads"):
-            loads = await self._get_loads()
-            for layer in sorted(loads):
-                response.layers.add(layer=layer, tokens=loads[layer])
+            for fields in await self._get_loads():
+                json_format.ParseDict(dict(fields), response.layers.add())
         return response
 
     async def Scale(  # noqa: N802

@@ -122,8 +122,8 @@ class Gateway:
             "model": {name: list(value) if isinstance(value, tuple) else value for name, value in model.items()},
         }
 
-    async def _loads(self) -> dict[int, list[int]]:
-        loads: dict[int, list[int]] = await _call(self._controller.loads.remote())
+    async def _loads(self) -> list[dict[str, object]]:
+        loads: list[dict[str, object]] = await _call(self._controller.loads.remote())
         return loads
 
 

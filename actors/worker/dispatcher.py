@@ -20,6 +20,7 @@ from torch import Tensor
 from expertmesh.actors.links.base import Channel, Link
 from expertmesh.actors.wire import dispatch_header, read_combine
 from expertmesh.actors.worker.fleet import Fleet
+from expertmesh.cluster.capacity import kept_pairs
 from expertmesh.cluster.errors import LinkError, NoReplicaError, UnavailableError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.packets import PacketKind
@@ -69,6 +70,7 @@ class Dispatcher:
         recovery_s: float,
         on_lost: OnLost | None = None,
         by_pair: bool = False,
+        capacity_factor: float | None = None,
     ) -> None:
         """Make a dispatcher without a fleet.
 
@@ -80,12 +82,14 @@ class Dispatcher:
             on_lost: told each link that broke, by the thread that found out.
             by_pair: have the shards answer with each pair's output, and sum a token's here in the order of its choices,
                 so that the sum does not depend on which shards computed. More bytes come back.
+            capacity_factor: leave out what `cluster.capacity.kept_pairs` does; None: nothing.
         """
         self._row_of_layer = {layer: row for row, layer in enumerate(layers)}
-        self._expert_tp = expert_tp
+        self._num_experts, self._expert_tp = num_slices // expert_tp, expert_tp
         self._recovery_s = recovery_s
         self._on_lost = on_lost
         self._by_pair = by_pair
+        self._capacity_factor = capacity_factor
         self._fleet: Fleet | None = None
         self._changed = threading.Condition()
         # One key, for the token with which a runner learns the layers' shapes before the first step.
@@ -94,11 +98,12 @@ class Dispatcher:
         # Read and written by compiled code too: the last packet's, and whether there is another fleet than its own.
         self._sequence = ctypes.c_uint64(0)
         self._has_other_fleet = ctypes.c_int32(0)
-        # Since the start: tokens of each expert (or slice), in all and of decoding alone.
+        # Since the start: tokens that chose each expert (or slice), in all and of decoding alone.
         self.decode_LE = np.zeros((len(layers), num_slices), dtype=np.int64)
         self._expert_s = 0.0
         self.spent_s = np.zeros(len(PARTS))  # what compiled code spent, by part
         self.load_LE = np.zeros((len(layers), num_slices), dtype=np.int64)
+        self.dropped_LE = np.zeros((len(layers), self._num_experts), dtype=np.int64)  # left out, by whole experts
         self.dispatch_bytes_L = np.zeros(len(layers), dtype=np.int64)
         self.combine_bytes_L = np.zeros(len(layers), dtype=np.int64)
 
@@ -139,12 +144,13 @@ class Dispatcher:
         started_s = time.perf_counter()
         row = self._row_of_layer[layer]
         count_tokens(ids_TK, self._is_decode_T[: len(ids_TK)], self.load_LE[row], self.decode_LE[row])
+        kept_TK = None if self._capacity_factor is None else self._keep(row, *chosen, self._capacity_factor)
         # With by_pair [T, K, H], and every answer writes its own part of it.
         if self._by_pair:
             out = hidden_TH.new_empty((*ids_TK.shape, hidden_TH.shape[1]))
         else:
             out = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
-        out_TH = self._run(layer, hidden_TH, ids_TK, weights_TK, out, None)
+        out_TH = self._run(layer, hidden_TH, ids_TK, weights_TK, out, kept_TK)
         if self._by_pair:
             out_TH = sum_pairs(out_TH, topk_weights_TK.repeat_interleave(self._expert_tp, dim=1))
         self._expert_s += time.perf_counter() - started_s
@@ -154,7 +160,8 @@ class Dispatcher:
         """Return the way to the shards for compiled code; see `kernels.cpu.stack.Carrier`."""
         self._has_other_fleet.value = 0  # before the fleet is read: one that is set from now on is noticed
         fleet = self._fleet
-        channels = None if fleet is None or self._by_pair else fleet.channels()
+        goes_by_layer = self._by_pair or self._capacity_factor is not None
+        channels = None if fleet is None or goes_by_layer else fleet.channels()
         if fleet is None or channels is None:
             return None
         assert len(self._is_decode_T) == num_tokens, f"begin_step() told of {len(self._is_decode_T)} tokens"
@@ -191,7 +198,7 @@ class Dispatcher:
         first_sequence = self._sequence.value - len(fleet.shards) + 1
         kinds = self._outcome(fleet, batch, first_sequence, exchanged.sum_TH)
         todo_TK = self._left(fleet, batch, kinds)
-        out_TH = self._run(layer, exchanged.hidden_TH, ids_TK, weights_TK, exchanged.sum_TH, todo_TK)
+        out_TH = self._run(layer, exchanged.hidden_TH, ids_TK, weights_TK, exchanged.sum_TH, todo_TK, is_begun=True)
         self._expert_s += time.perf_counter() - started_s
         return out_TH.to(exchanged.hidden_TH.dtype)
 
@@ -203,8 +210,13 @@ class Dispatcher:
         weights_TK: npt.NDArray[np.float32],
         out: Tensor,
         todo_TK: npt.NDArray[np.bool_] | None,
+        *,
+        is_begun: bool = False,
     ) -> Tensor:
-        """Have a layer's pairs computed, those of todo_TK alone unless it is None; return out, or what it holds."""
+        """Have a layer's pairs computed, those of todo_TK alone unless it is None; return out, or what it holds.
+
+        is_begun: out holds some of the sum, to which the rest is added.
+        """
         keys_T = self._token_keys_T[: len(ids_TK)]
         assert len(keys_T) == len(ids_TK), f"begin_step() told of {len(keys_T)} tokens, layer {layer} has {len(ids_TK)}"
         while todo_TK is None or todo_TK.any():
@@ -220,15 +232,25 @@ class Dispatcher:
             if todo_TK is not None:
                 shard_TK = np.where(todo_TK, shard_TK, np.int32(-1))
             batch = _Batch(layer, hidden_TH, ids_TK, weights_TK, shard_TK)
-            channels = fleet.channels() if todo_TK is None and self._may_exchange(hidden_TH) else None
+            channels = fleet.channels() if not is_begun and self._may_exchange(hidden_TH) else None
             if channels is None:
                 kinds = self._ask(fleet, batch, out)
             else:
                 kinds, finished_TH = self._exchange(fleet, batch, channels, out)
                 if finished_TH is not None:
                     return finished_TH
-            todo_TK = self._left(fleet, batch, kinds)
+            todo_TK, is_begun = self._left(fleet, batch, kinds), True
         return out
+
+    def _keep(
+        self, row: int, ids_TK: npt.NDArray[np.int64], weights_TK: npt.NDArray[np.float32], capacity_factor: float
+    ) -> npt.NDArray[np.bool_] | None:
+        """Return which pairs (of slices) of a layer are kept, and count the others (of experts); None: all."""
+        kept_TK = kept_pairs(ids_TK, weights_TK, self._num_experts, capacity_factor)
+        if kept_TK.all():
+            return None
+        self.dropped_LE[row] += np.bincount(ids_TK[~kept_TK], minlength=self._num_experts)
+        return np.repeat(kept_TK, self._expert_tp, axis=1)
 
     def _left(self, fleet: Fleet, batch: _Batch, kinds: dict[int, PacketKind]) -> npt.NDArray[np.bool_]:
         """Return which pairs are still to be done; wait for a newer fleet if the placement was wrong."""

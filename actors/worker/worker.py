@@ -160,6 +160,7 @@ class Worker:
             "lost_shards": self._lost_shards(),
             "epoch": self._epoch(),
             "outstanding_tokens": engine.num_outstanding_tokens if engine else 0,
+            "dropped_pairs": int(self._dispatcher.dropped_LE.sum()) if self._dispatcher else 0,
             "counters": {
                 CLOCK: time.monotonic(),
                 "busy_s": engine.busy_s if engine else 0.0,
@@ -175,6 +176,7 @@ class Worker:
             "life": os.getpid(),
             "load_LE": self._dispatcher.load_LE.copy(),
             "decode_LE": self._dispatcher.decode_LE.copy(),
+            "dropped_LE": self._dispatcher.dropped_LE.copy() if self._settings.capacity_factor else None,
             "expert_s": self._dispatcher.expert_s,
             "dispatch_bytes_L": self._dispatcher.dispatch_bytes_L.tolist(),
             "combine_bytes_L": self._dispatcher.combine_bytes_L.tolist(),
@@ -192,6 +194,7 @@ class Worker:
             recovery_s=self._settings.recovery_s,
             on_lost=self._link_broke,
             by_pair=self._settings.deterministic,
+            capacity_factor=self._settings.capacity_factor,
         )
         hooks.attach_experts(architecture.experts_by_layer, self._dispatcher.run, self._dispatcher)
         self._architecture = architecture

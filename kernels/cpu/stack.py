@@ -149,6 +149,7 @@ class StackStep:
         self.residual_TH, self.normed_TH = torch.empty_like(self.hidden_TH), torch.empty_like(self.hidden_TH)
         self._stack, self._step = stack, step
         self._chosen_ids_TK, self._chosen_weights_TK = step.ids_TK, step.weights_TK  # by the router
+        self._shard_TK = torch.empty((0, 0), dtype=torch.int32)
         self._make_room(1)
         self._sum_TH = torch.empty(hidden_TH.shape)
 
@@ -227,7 +228,7 @@ class StackStep:
         """Have room for the choices as shards get them; with whole experts they are the router's."""
         num_tokens, choices = self._chosen_ids_TK.shape
         shape = (num_tokens, choices * expert_tp)
-        if hasattr(self, "_shard_TK") and self._shard_TK.shape == shape:
+        if self._shard_TK.shape == shape:
             return
         self._shard_TK = torch.empty(shape, dtype=torch.int32)
         self._ids_TK, self._weights_TK = self._chosen_ids_TK, self._chosen_weights_TK

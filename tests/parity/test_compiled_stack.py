@@ -115,6 +115,20 @@ def test_a_shard_with_slices_that_dies_leaves_what_its_replicas_do(wide: Path, s
     assert stops[-1] is Stop.FINISHED
 
 
+def test_with_a_capacity_factor_layers_go_one_by_one(
+    checkpoint: Path, expected: dict[str, list[int]], stops: list[Stop]
+) -> None:
+    dropped = []
+    for factor in (8.0, 0.5):
+        with fleet_of(checkpoint, capacity_factor=factor) as fleet:
+            got = tokens_of(fleet)
+            dropped.append(int(fleet.dispatcher.dropped_LE.sum()))
+            assert factor == 0.5 or got == expected
+    assert not stops
+    assert dropped[0] == 0
+    assert dropped[1] > 0
+
+
 def test_links_without_a_socket_go_the_other_way(
     checkpoint: Path, expected: dict[str, list[int]], stops: list[Stop]
 ) -> None:

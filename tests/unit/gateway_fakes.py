@@ -26,6 +26,7 @@ MODEL = ModelInfo(
     moe_layers=(0, 1),
     num_experts=4,
     top_k=2,
+    hidden_size=8,
     vocab_size=257,
     max_context=512,
     eos_token_ids=(EOS_ID,),
@@ -65,6 +66,7 @@ STATUS: dict[str, object] = {
             "num_pages": 64,
             "tokens_generated": 2**35,
             "address": "h",
+            "dropped_pairs": 7,
         }
     ],
     "grpc_address": "127.0.0.1:50051",
@@ -73,6 +75,9 @@ STATUS: dict[str, object] = {
     "ready": True,
     "not_ready_reason": "",
     "warnings": [],
+    "capacity_factor": 1.25,
+    "dropped_pairs": 7,
+    "drops": [{"layer": 0, "pairs": [0, 5, 0, 0]}, {"layer": 1, "pairs": [0, 0, 0, 2]}],
     "autoscaler": {"shards": 3, "workers": 1, "reasons": ["shards go from 2 to 3: busy"], "age_s": 1.5, "problem": ""},
 }
 

@@ -1,6 +1,7 @@
 """The client commands against a real server over fake workers, and how errors look."""
 
 import asyncio
+import itertools
 import json
 import random
 import subprocess
@@ -21,6 +22,7 @@ from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.admin_pb2 import AutoscalerStatus, ShardStatus, StatusResponse
 from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker, fake_output, fake_text, save_tokenizer
 
+CALLS = itertools.count()
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -28,8 +30,11 @@ async def get_status() -> dict[str, object]:
     return STATUS
 
 
-async def get_loads() -> dict[int, list[int]]:
-    return {}
+async def get_loads() -> list[dict[str, object]]:
+    """Return what grows by a token of a prompt and two generated ones from one call to the next."""
+    called = next(CALLS)
+    loads = {"tokens": [3 * called, 2 * called, called, 0], "decode_tokens": 4 * called}
+    return [{"layer": layer, **loads} for layer in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +150,9 @@ def test_status_prints_tables(run: Run, url: str) -> None:
         assert text in out
     assert "3 shards and 1 workers wanted, 1.5 s ago" in out
     assert "shards go from 2 to 3: busy" in out
+    assert "7 pairs of a token and an expert, beyond a capacity factor of 1.25; most of L0E1 5, L1E3 2" in " ".join(
+        out.split()
+    )
 
 
 def test_messages_become_plain_values_with_numbers_and_zeros() -> None:
@@ -158,6 +166,7 @@ def test_messages_become_plain_values_with_numbers_and_zeros() -> None:
 
 def test_status_before_traffic_and_without_a_controller_can_be_shown(url: str) -> None:
     state = {**status.fetch(url), "balancedness": None, "shards": [], "layer_traffic": [], "autoscaler": None}
+    state |= {"capacity_factor": None, "drops": []}
     state["controller"] = {"pid": 0, "node": ""}
     from rich.console import Console
 
@@ -166,6 +175,7 @@ def test_status_before_traffic_and_without_a_controller_can_be_shown(url: str) -
         console.print(status.render(state))
     assert "no traffic yet" in capture.get()
     assert "away" in capture.get()
+    assert "capacity" not in capture.get()
 
 
 @pytest.mark.parametrize(

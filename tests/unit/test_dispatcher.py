@@ -20,6 +20,7 @@ from torch import Tensor
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.worker.dispatcher import Dispatcher
 from expertmesh.actors.worker.fleet import Fleet
+from expertmesh.cluster.capacity import kept_pairs
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.errors import NoReplicaError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId
@@ -96,8 +97,12 @@ def memory_fleet(
     return Fleet(placement_of(experts_of_shard, weights=weights), links), list(shards.values())
 
 
-def dispatcher_of(fleet: Fleet, recovery_s: float = 0.1, *, by_pair: bool = False) -> Dispatcher:
-    dispatcher = Dispatcher((1, LAYER), NUM_EXPERTS, recovery_s=recovery_s, by_pair=by_pair)
+def dispatcher_of(
+    fleet: Fleet, recovery_s: float = 0.1, *, by_pair: bool = False, capacity_factor: float | None = None
+) -> Dispatcher:
+    dispatcher = Dispatcher(
+        (1, LAYER), NUM_EXPERTS, recovery_s=recovery_s, by_pair=by_pair, capacity_factor=capacity_factor
+    )
     dispatcher.set_fleet(fleet)
     return dispatcher
 
@@ -289,6 +294,52 @@ def test_what_is_done_needs_no_replica_in_a_newer_fleet() -> None:
     batch = Batch(30)
     batch.check(batch.run(dispatcher))
     publisher.join()
+
+
+def without_what_is_dropped(batch: Batch, factor: float) -> tuple[Batch, list[int]]:
+    """Return the batch with weights of 0 for what a capacity factor drops, and the dropped pairs by expert."""
+    kept_TK = kept_pairs(batch.ids_TK.numpy(), batch.weights_TK.numpy(), NUM_EXPERTS, factor)
+    lighter = Batch(len(batch.hidden_TH))
+    lighter.hidden_TH, lighter.ids_TK = batch.hidden_TH, batch.ids_TK
+    lighter.weights_TK = batch.weights_TK * torch.from_numpy(kept_TK)
+    return lighter, np.bincount(batch.ids_TK.numpy()[~kept_TK], minlength=NUM_EXPERTS).tolist()
+
+
+@pytest.mark.parametrize("fault", ["", "recv", "send"])
+def test_a_capacity_factor_drops_pairs_and_counts_them(fault: str) -> None:
+    """What is kept keeps its weight, and is sent again if a shard is lost; what is dropped never is."""
+    fleet, shards = even_fleet(2, 2)
+    shards[0].faults.append(fault)
+    dispatcher = dispatcher_of(fleet, capacity_factor=0.5)
+    batch = Batch(30)
+    lighter, dropped_E = without_what_is_dropped(batch, 0.5)
+    lighter.check(batch.run(dispatcher))
+    assert sum(dropped_E) > 30
+    assert dispatcher.dropped_LE.tolist() == [[0] * NUM_EXPERTS, dropped_E]
+    # The balancer is to see what was wanted, not what was done.
+    assert dispatcher.load_LE[1].tolist() == batch.load_of_experts()
+    sent = sum(len(dispatch.row_P) for shard in shards for dispatch in shard.asked)
+    assert sent >= 30 * 3 - sum(dropped_E)
+    assert fault or sent == 30 * 3 - sum(dropped_E)
+    batch.run(dispatcher)
+    assert dispatcher.dropped_LE[1].tolist() == [2 * count for count in dropped_E]
+
+
+def test_a_wide_capacity_factor_drops_nothing() -> None:
+    batch = Batch(30)
+    for factor in (None, NUM_EXPERTS / 3):
+        dispatcher = dispatcher_of(even_fleet(2, 1)[0], capacity_factor=factor)
+        batch.check(batch.run(dispatcher))
+        assert not dispatcher.dropped_LE.any()
+
+
+def test_tokens_that_lose_all_their_experts_get_zeros() -> None:
+    batch = Batch(30, top_k=1)
+    batch.ids_TK[:] = 5
+    batch.weights_TK[:, 0] = torch.arange(30)
+    out_TH = batch.run(dispatcher_of(even_fleet(2, 1)[0], capacity_factor=1.0))
+    assert not out_TH[:26].any()
+    assert out_TH[26:].any(dim=1).all()
 
 
 def test_a_failure_is_logged_with_the_shards_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -36,8 +36,11 @@ async def get_status() -> dict[str, object]:
     return STATUS
 
 
-async def get_loads() -> dict[int, list[int]]:
-    return {1: [0, 0, 0, 2**40], 0: [1, 2, 3, 4]}
+async def get_loads() -> list[dict[str, object]]:
+    return [
+        {"layer": 0, "tokens": [1, 2, 3, 4], "decode_tokens": 5},
+        {"layer": 1, "tokens": [0, 0, 0, 2**40], "decode_tokens": 2**39},
+    ]
 
 
 @dataclass
@@ -220,7 +223,10 @@ async def test_status_arrives_field_by_field() -> None:
 async def test_loads_arrive_in_order_of_layer() -> None:
     async with running() as up:
         loads = await up.admin.GetLoads(admin_pb2.GetLoadsRequest())
-    assert [(layer.layer, list(layer.tokens)) for layer in loads.layers] == [(0, [1, 2, 3, 4]), (1, [0, 0, 0, 2**40])]
+    assert [(layer.layer, list(layer.tokens), layer.decode_tokens) for layer in loads.layers] == [
+        (0, [1, 2, 3, 4], 5),
+        (1, [0, 0, 0, 2**40], 2**39),
+    ]
 
 
 async def test_a_controller_that_is_away_is_unavailable() -> None:

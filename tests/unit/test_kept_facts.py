@@ -20,6 +20,7 @@ FACTS = CheckpointFacts(
         moe_layers=(1, 2),
         num_experts=8,
         top_k=2,
+        hidden_size=8,
         vocab_size=128,
         max_context=64,
         eos_token_ids=(5,),

@@ -12,7 +12,7 @@ from expertmesh.cluster.errors import StateError, UnavailableError
 from expertmesh.cluster.ids import WorkerId
 from expertmesh.cluster.load_windows import LoadWindows
 
-MODEL: Any = SimpleNamespace(moe_layers=(0, 2), num_slices=3)
+MODEL: Any = SimpleNamespace(moe_layers=(0, 2), num_experts=3, num_slices=3)
 
 
 class Worker:
@@ -23,6 +23,7 @@ class Worker:
         self.total = np.zeros((2, 3), dtype=np.int64)
         self.decoded = np.zeros((2, 3), dtype=np.int64)
         self.expert_s = 0.0
+        self.dropped: np.ndarray[Any, Any] | None = None
         self.counters = SimpleNamespace(remote=self._answer)
         self.is_away = False
 
@@ -35,7 +36,7 @@ class Worker:
         if self.is_away:
             return None
         counts = {"load_LE": self.total.copy(), "decode_LE": self.decoded.copy()}
-        return {"life": self.life, **counts, "expert_s": self.expert_s}
+        return {"life": self.life, **counts, "expert_s": self.expert_s, "dropped_LE": self.dropped}
 
 
 class Store:
@@ -113,6 +114,16 @@ def test_a_worker_that_does_not_answer_holds_up_no_other_and_is_made_up_for() ->
     worker.is_away = False
     found.collect(101.0)
     assert counted(found, 101.0) == (8, 0)
+
+
+def test_what_the_workers_dropped_is_summed() -> None:
+    worker, other, without = Worker(), Worker(life=2), Worker(life=3)
+    found = collector(Store(), a=worker, b=other, c=without)
+    worker.dropped, other.dropped = np.eye(2, 3, dtype=np.int64), np.full((2, 3), 2)
+    assert not found.dropped_LE().any()
+    found.collect(100.0)
+    found.collect(101.0)
+    assert found.dropped_LE().tolist() == [[3, 2, 2], [2, 3, 2]]
 
 
 def test_an_answer_that_was_overtaken_changes_nothing() -> None:

@@ -222,6 +222,7 @@ FACTS = CheckpointFacts(
         moe_layers=(0, 1, 2, 3),
         num_experts=8,
         top_k=2,
+        hidden_size=8,
         vocab_size=8,
         max_context=8,
     ),

@@ -57,6 +57,10 @@ def test_settings_are_frozen() -> None:
         ("link_timeout_s", float("nan")),
         ("recovery_s", -0.1),
         ("recovery_s", float("inf")),
+        ("capacity_factor", 0),
+        ("capacity_factor", -1.5),
+        ("capacity_factor", float("nan")),
+        ("capacity_factor", float("inf")),
         ("member_cpus", -1),
         ("room_timeout_s", 0),
         ("start_timeout_s", 0),
@@ -96,6 +100,13 @@ def test_deterministic_is_for_cpus() -> None:
     assert read_settings(None, {"model": MODEL, "deterministic": True}).deterministic
     with pytest.raises(InputError, match="deterministic=true computes on CPUs, and device is cuda"):
         read_settings(None, {"model": MODEL, "deterministic": True, "device": "cuda"})
+
+
+def test_deterministic_drops_nothing() -> None:
+    assert read_settings(None, {"model": MODEL}).capacity_factor is None
+    assert read_settings(None, {"model": MODEL, "capacity_factor": 1.25}).capacity_factor == 1.25
+    with pytest.raises(InputError, match=r"deterministic=true is refused with capacity_factor=1.25: what is dropped"):
+        read_settings(None, {"model": MODEL, "deterministic": True, "capacity_factor": 1.25})
 
 
 def test_the_model_must_be_named(tmp_path: Path) -> None:

@@ -487,6 +487,7 @@ class WorkerStatus(_message.Message):
     NUM_PAGES_FIELD_NUMBER: _builtins.int
     TOKENS_GENERATED_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    DROPPED_PAIRS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its name in logs."""
     pid: _builtins.int
@@ -509,6 +510,8 @@ class WorkerStatus(_message.Message):
     """Tokens generated since it started."""
     address: _builtins.str
     """Address of its node."""
+    dropped_pairs: _builtins.int
+    """Pairs of a token and an expert that it left out since it started, beyond the capacity factor."""
     def __init__(
         self,
         *,
@@ -523,10 +526,11 @@ class WorkerStatus(_message.Message):
         num_pages: _builtins.int = ...,
         tokens_generated: _builtins.int = ...,
         address: _builtins.str = ...,
+        dropped_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "dense_bytes", b"dense_bytes", "free_pages", b"free_pages", "id", b"id", "node", b"node", "num_pages", b"num_pages", "pid", b"pid", "running", b"running", "state", b"state", "tokens_generated", b"tokens_generated", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "dense_bytes", b"dense_bytes", "dropped_pairs", b"dropped_pairs", "free_pages", b"free_pages", "id", b"id", "node", b"node", "num_pages", b"num_pages", "pid", b"pid", "running", b"running", "state", b"state", "tokens_generated", b"tokens_generated", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -549,6 +553,7 @@ class ModelStatus(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     HAS_TOKENIZER_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
     EXPERT_TP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name clients know it by."""
@@ -568,6 +573,8 @@ class ModelStatus(_message.Message):
     """Most tokens of prompt and output together."""
     has_tokenizer: _builtins.bool
     """Whether text prompts are accepted; else token ids only."""
+    hidden_size: _builtins.int
+    """Numbers of a token's hidden state."""
     expert_tp: _builtins.int
     """Slices that each expert is cut in across its width; 1: experts are whole. Shards host slices, and slots count them."""
     @_builtins.property
@@ -592,11 +599,12 @@ class ModelStatus(_message.Message):
         max_context: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         has_tokenizer: _builtins.bool = ...,
+        hidden_size: _builtins.int = ...,
         expert_tp: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "expert_tp", b"expert_tp", "has_tokenizer", b"has_tokenizer", "max_context", b"max_context", "moe_layers", b"moe_layers", "name", b"name", "num_experts", b"num_experts", "num_layers", b"num_layers", "top_k", b"top_k", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "expert_tp", b"expert_tp", "has_tokenizer", b"has_tokenizer", "hidden_size", b"hidden_size", "max_context", b"max_context", "moe_layers", b"moe_layers", "name", b"name", "num_experts", b"num_experts", "num_layers", b"num_layers", "top_k", b"top_k", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,6 +645,34 @@ class LayerTraffic(_message.Message):
 Global___LayerTraffic: _TypeAlias = LayerTraffic  # noqa: Y015
 
 @_typing.final
+class LayerDrops(_message.Message):
+    """Pairs of a token and an expert of one layer that were left out since start, over all workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Index of the decoder layer in the model."""
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In order of expert; as many as the model's num_experts."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        pairs: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "pairs", b"pairs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerDrops: _TypeAlias = LayerDrops  # noqa: Y015
+
+@_typing.final
 class StatusResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -654,6 +690,9 @@ class StatusResponse(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     RECENT_BALANCEDNESS_FIELD_NUMBER: _builtins.int
     AUTOSCALER_FIELD_NUMBER: _builtins.int
+    CAPACITY_FACTOR_FIELD_NUMBER: _builtins.int
+    DROPPED_PAIRS_FIELD_NUMBER: _builtins.int
+    DROPS_FIELD_NUMBER: _builtins.int
     plan: _builtins.str
     """The resolved plan in words: tiers, counts, devices."""
     epoch: _builtins.int
@@ -668,6 +707,10 @@ class StatusResponse(_message.Message):
     """Why not, in one sentence; empty when ready."""
     recent_balancedness: _builtins.float
     """The same as balancedness over the last seconds; absent without traffic in them."""
+    capacity_factor: _builtins.float
+    """Most tokens of a step for an expert, in even shares; absent: no token is dropped."""
+    dropped_pairs: _builtins.int
+    """Pairs of a token and an expert that were left out since start, over all workers."""
     @_builtins.property
     def controller(self) -> Global___ControllerStatus:
         """The process that decides placement and scale."""
@@ -696,6 +739,10 @@ class StatusResponse(_message.Message):
     def autoscaler(self) -> Global___AutoscalerStatus:
         """Absent: the numbers of shards and workers change only when asked, or nothing was decided yet."""
 
+    @_builtins.property
+    def drops(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerDrops]:
+        """The same by layer and expert, in order of layer; empty without a capacity factor."""
+
     def __init__(
         self,
         *,
@@ -713,21 +760,28 @@ class StatusResponse(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         recent_balancedness: _builtins.float | None = ...,
         autoscaler: Global___AutoscalerStatus | None = ...,
+        capacity_factor: _builtins.float | None = ...,
+        dropped_pairs: _builtins.int = ...,
+        drops: _abc.Iterable[Global___LayerDrops] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_autoscaler", b"_autoscaler", "_balancedness", b"_balancedness", "_recent_balancedness", b"_recent_balancedness", "autoscaler", b"autoscaler", "balancedness", b"balancedness", "controller", b"controller", "model", b"model", "recent_balancedness", b"recent_balancedness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_autoscaler", b"_autoscaler", "_balancedness", b"_balancedness", "_capacity_factor", b"_capacity_factor", "_recent_balancedness", b"_recent_balancedness", "autoscaler", b"autoscaler", "balancedness", b"balancedness", "capacity_factor", b"capacity_factor", "controller", b"controller", "model", b"model", "recent_balancedness", b"recent_balancedness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_autoscaler", b"_autoscaler", "_balancedness", b"_balancedness", "_recent_balancedness", b"_recent_balancedness", "autoscaler", b"autoscaler", "balancedness", b"balancedness", "controller", b"controller", "epoch", b"epoch", "grpc_address", b"grpc_address", "layer_traffic", b"layer_traffic", "model", b"model", "not_ready_reason", b"not_ready_reason", "plan", b"plan", "ready", b"ready", "recent_balancedness", b"recent_balancedness", "shards", b"shards", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_autoscaler", b"_autoscaler", "_balancedness", b"_balancedness", "_capacity_factor", b"_capacity_factor", "_recent_balancedness", b"_recent_balancedness", "autoscaler", b"autoscaler", "balancedness", b"balancedness", "capacity_factor", b"capacity_factor", "controller", b"controller", "dropped_pairs", b"dropped_pairs", "drops", b"drops", "epoch", b"epoch", "grpc_address", b"grpc_address", "layer_traffic", b"layer_traffic", "model", b"model", "not_ready_reason", b"not_ready_reason", "plan", b"plan", "ready", b"ready", "recent_balancedness", b"recent_balancedness", "shards", b"shards", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__autoscaler: _TypeAlias = _typing.Literal["autoscaler"]  # noqa: Y015
     _WhichOneofArgType__autoscaler: _TypeAlias = _typing.Literal["_autoscaler", b"_autoscaler"]  # noqa: Y015
     _WhichOneofReturnType__balancedness: _TypeAlias = _typing.Literal["balancedness"]  # noqa: Y015
     _WhichOneofArgType__balancedness: _TypeAlias = _typing.Literal["_balancedness", b"_balancedness"]  # noqa: Y015
+    _WhichOneofReturnType__capacity_factor: _TypeAlias = _typing.Literal["capacity_factor"]  # noqa: Y015
+    _WhichOneofArgType__capacity_factor: _TypeAlias = _typing.Literal["_capacity_factor", b"_capacity_factor"]  # noqa: Y015
     _WhichOneofReturnType__recent_balancedness: _TypeAlias = _typing.Literal["recent_balancedness"]  # noqa: Y015
     _WhichOneofArgType__recent_balancedness: _TypeAlias = _typing.Literal["_recent_balancedness", b"_recent_balancedness"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__autoscaler) -> _WhichOneofReturnType__autoscaler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__balancedness) -> _WhichOneofReturnType__balancedness | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__capacity_factor) -> _WhichOneofReturnType__capacity_factor | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__recent_balancedness) -> _WhichOneofReturnType__recent_balancedness | None: ...
 
@@ -741,8 +795,11 @@ class LayerLoad(_message.Message):
 
     LAYER_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_TOKENS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Index of the decoder layer in the model."""
+    decode_tokens: _builtins.int
+    """All of them that were routed for generated tokens, not for those of prompts."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens routed to each expert since start, in order of expert; as many as the model's num_experts."""
@@ -752,10 +809,11 @@ class LayerLoad(_message.Message):
         *,
         layer: _builtins.int = ...,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
+        decode_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens", b"decode_tokens", "layer", b"layer", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
