@@ -26,6 +26,8 @@ from expertmesh.models.config_file import read_config_file
 from expertmesh.models.kept_facts import facts_path, keep_facts, kept_facts
 
 _PROGRESS_PERIOD_S = 0.2
+# Of experts that kernels/cpu/expert_mlp packs.
+_PACKED_WIDTH = 32
 _DRAIN_S = 5.0
 
 
@@ -82,6 +84,11 @@ class Deployment:
             f"{info.architecture}, {info.dtype}: {len(info.moe_layers)} MoE layers of {info.num_experts} experts, "
             f"dense half {facts.dense_bytes / 2**20:.1f} MiB, an expert {facts.expert_bytes / 2**20:.2f} MiB"
         )
+        width = facts.expert_width // settings.expert_tp
+        if width % _PACKED_WIDTH and not facts.expert_width % _PACKED_WIDTH:
+            self._say(
+                f"slices of width {width}: on CPUs torch computes them, the kernel takes multiples of {_PACKED_WIDTH}"
+            )
         if self._ray_address is None:
             self._check_memory(facts)
         else:

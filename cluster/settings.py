@@ -110,6 +110,14 @@ class ServeSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _slices_fit(self) -> "ServeSettings":
+        if self.expert_tp > self.shards:
+            raise ValueError(
+                f"expert_tp={self.expert_tp} is above shards={self.shards}: slices of an expert would share a shard"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_autoscaler(self) -> "ServeSettings":
         if self.autoscale is None:
             return self

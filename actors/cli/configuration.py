@@ -47,7 +47,7 @@ def read_settings(
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"--config {config}: {error}") from error
     except ValidationError as error:
-        raise InputError(_complaint(error.errors()[0])) from error
+        raise InputError(complaint(error.errors()[0])) from error
 
 
 def _with_bounds(table: Any, bounds: dict[str, int]) -> Any:
@@ -62,7 +62,7 @@ def _with_bounds(table: Any, bounds: dict[str, int]) -> Any:
     return table
 
 
-def _complaint(error: Any) -> str:
+def complaint(error: Any) -> str:
     """Say in one line what pydantic found: an option by its name, a key of a nested table by its path."""
     message, path = error["msg"].removeprefix("Value error, "), error["loc"]
     if not path:

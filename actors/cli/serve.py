@@ -33,6 +33,9 @@ def serve(
     max_shards: Annotated[int | None, typer.Option(help="Most shards of --autoscale.")] = None,
     min_workers: Annotated[int | None, typer.Option(help="Fewest workers of --autoscale; 1 unless given.")] = None,
     max_workers: Annotated[int | None, typer.Option(help="Most workers of --autoscale.")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="How experts are spread: ep, tp, tpxep, auto, or a file of `plan --json`.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16; auto unless given.")] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits whatever the batch, the shards, the faults.")
@@ -69,6 +72,10 @@ def serve(
     if detach:
         _run_detached()
         return
+    if plan is not None:
+        from expertmesh.actors.cli.serving_plan import with_plan  # numpy and YAML for those who ask
+
+        settings = with_plan(settings, plan, lambda line: typer.echo(line, err=True))
     _run(settings, address)
 
 

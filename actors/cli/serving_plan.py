@@ -1,0 +1,81 @@
+"""`serve --plan`: what a kind of plan, a file or the planner says, put into the settings."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from expertmesh.actors.cli.configuration import complaint
+from expertmesh.actors.cli.plan_files import THIS_MACHINE, load_calibration, load_hardware, load_shape
+from expertmesh.cluster.errors import InputError
+from expertmesh.cluster.planner.calibration import calibrate
+from expertmesh.cluster.planner.fleet_cost import fleet_step_cost
+from expertmesh.cluster.serving_plan import KINDS, possible_slices, read_plan, slices_of
+from expertmesh.cluster.settings import ServeSettings
+
+AUTO = "auto"
+_TOKENS = 8  # sequences that decode at once, for which `auto` compares
+
+
+def with_plan(settings: ServeSettings, plan: str, say: Callable[[str], None]) -> ServeSettings:
+    """Return the settings with what a plan decides.
+
+    Args:
+        settings: of everything else; shards and workers stay unless the plan is a file.
+        plan: "auto", one of KINDS, or a file that `expertmesh plan --json` printed.
+        say: told what was chosen and why.
+
+    Raises:
+        InputError: no such plan, or one that is not served; with "auto", this machine was not measured.
+    """
+    if plan == AUTO:
+        return _with(settings, {"expert_tp": _fastest(settings, say)})
+    if plan in KINDS or not Path(plan).exists():
+        return _with(settings, {"expert_tp": slices_of(plan, settings.shards)})
+    found = read_plan(plan, _read(Path(plan)))
+    say(f"plan of {plan}: {found}")
+    members = {"shards": found.shards, "workers": found.workers}
+    return _with(settings, {**members, "replicas": found.replicas, "expert_tp": found.expert_tp})
+
+
+def _fastest(settings: ServeSettings, say: Callable[[str], None]) -> int:
+    """Return the number of slices with the shortest predicted step on this machine's measured cores and links."""
+    shape, hardware = load_shape(str(settings.model)), load_hardware(THIS_MACHINE)
+    calibration = load_calibration(THIS_MACHINE, None)
+    if calibration is not None:
+        hardware = calibrate(hardware, calibration)
+    steps_s = {
+        expert_tp: fleet_step_cost(
+            shape,
+            hardware,
+            num_workers=settings.workers,
+            num_shards=settings.shards,
+            expert_tp=expert_tp,
+            tokens=_TOKENS,
+        ).step_s
+        for expert_tp in possible_slices(settings.shards)
+        if shape.expert_width % expert_tp == 0
+    }
+    best = min(steps_s, key=lambda expert_tp: steps_s[expert_tp])
+    predicted = ", ".join(f"{seconds * 1e3:.3g} ms with expert_tp={number}" for number, seconds in steps_s.items())
+    say(f"plan auto: expert_tp={best}; a step of {_TOKENS} sequences is predicted to take {predicted}")
+    return best
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"plan {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"plan {path}: must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _with(settings: ServeSettings, changes: dict[str, int]) -> ServeSettings:
+    try:
+        return ServeSettings(**{**settings.model_dump(), **changes})
+    except ValidationError as error:
+        raise InputError(complaint(error.errors()[0])) from error
