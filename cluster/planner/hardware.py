@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from expertmesh.cluster.errors import InputError
+from expertmesh.cluster.planner.fleet_hardware import FleetConstants
 
 
 class LinkTier(BaseModel):
@@ -75,6 +76,7 @@ class Hardware(BaseModel):
     collective_s: float = Field(default=6.6e-6, ge=0, description="of a collective but for its steps")
     all_to_all_s: float = Field(default=6.6e-6, ge=0, description="of an all-to-all but for its messages and bytes")
     tiers: tuple[LinkTier, ...] = Field(default=(), description="from the innermost outwards")
+    fleet: FleetConstants = Field(default=FleetConstants(), description="of this project's workers and shards on it")
     sources: dict[str, str] = Field(default={}, description="where the other numbers are from, by field")
 
     @model_validator(mode="after")
