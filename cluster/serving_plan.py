@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertmesh.cluster.errors import InputError
+from expertmesh.cluster.planner.plans import divisors
 
 KINDS = ("ep", "tp", "tpxep")
 
@@ -28,11 +29,6 @@ class ServingPlan:
         return ", ".join([*parts, f"attention_dp={self.workers}"])
 
 
-def possible_slices(shards: int) -> tuple[int, ...]:
-    """Return in how many slices experts can be cut so that each group of shards has as many: the divisors, rising."""
-    return tuple(number for number in range(1, shards + 1) if shards % number == 0)
-
-
 def slices_of(kind: str, shards: int) -> int:
     """Return the slices of an expert under a kind of plan.
 
@@ -45,7 +41,7 @@ def slices_of(kind: str, shards: int) -> int:
         return shards
     if kind != "tpxep":
         raise InputError(f"plan {kind!r} is not one of auto, {', '.join(KINDS)}, nor a file")
-    between = [number for number in possible_slices(shards) if 1 < number < shards]
+    between = divisors(shards)[1:-1]
     if not between:
         raise InputError(f"plan tpxep needs shards that form equal groups of two or more, such as 4; shards={shards}")
     return between[0]
@@ -62,6 +58,8 @@ def read_plan(name: str, content: Mapping[str, Any]) -> ServingPlan:
         if not isinstance(plans, list) or not isinstance(recommended, int) or not 0 <= recommended < len(plans):
             raise InputError(f"plan {name}: recommended={recommended!r} is none of its plans")
         content = plans[recommended]
+        if not isinstance(content, Mapping):
+            raise InputError(f"plan {name}: plans[{recommended}] is {type(content).__name__}, not a plan")
     values = {field: _count(name, content, field) for field in ("attention_dp", "ep", "expert_tp")}
     others = {field: _count(name, content, field, 1) for field in ("attention_tp", "pp", "instances")}
     for field, why in (("attention_tp", "a worker is one process"), ("pp", "a worker has all layers")):
@@ -77,7 +75,7 @@ def read_plan(name: str, content: Mapping[str, Any]) -> ServingPlan:
 
 
 def _count(name: str, content: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = content.get(field, default) if isinstance(content, Mapping) else None
+    value = content.get(field, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"plan {name}: {field} must be a positive whole number, got {value!r}")
     return value

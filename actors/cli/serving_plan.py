@@ -11,8 +11,8 @@ from expertmesh.actors.cli.configuration import complaint
 from expertmesh.actors.cli.plan_files import THIS_MACHINE, load_calibration, load_hardware, load_shape
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.planner.calibration import calibrate
-from expertmesh.cluster.planner.fleet_cost import fleet_step_cost
-from expertmesh.cluster.serving_plan import KINDS, possible_slices, read_plan, slices_of
+from expertmesh.cluster.planner.fleet_cost import fleet_choices
+from expertmesh.cluster.serving_plan import KINDS, read_plan, slices_of
 from expertmesh.cluster.settings import ServeSettings
 
 AUTO = "auto"
@@ -46,20 +46,10 @@ def _fastest(settings: ServeSettings, say: Callable[[str], None]) -> int:
     calibration = load_calibration(THIS_MACHINE, None)
     if calibration is not None:
         hardware = calibrate(hardware, calibration)
-    steps_s = {
-        expert_tp: fleet_step_cost(
-            shape,
-            hardware,
-            num_workers=settings.workers,
-            num_shards=settings.shards,
-            expert_tp=expert_tp,
-            tokens=_TOKENS,
-        ).step_s
-        for expert_tp in possible_slices(settings.shards)
-        if shape.expert_width % expert_tp == 0
-    }
-    best = min(steps_s, key=lambda expert_tp: steps_s[expert_tp])
-    predicted = ", ".join(f"{seconds * 1e3:.3g} ms with expert_tp={number}" for number, seconds in steps_s.items())
+    workers, shards = settings.workers, settings.shards
+    choices = fleet_choices(shape, hardware, num_workers=workers, num_shards=shards, tokens=_TOKENS)
+    best = min(choices, key=lambda expert_tp: choices[expert_tp].step_s)
+    predicted = ", ".join(f"{cost.step_s * 1e3:.3g} ms with expert_tp={number}" for number, cost in choices.items())
     say(f"plan auto: expert_tp={best}; a step of {_TOKENS} sequences is predicted to take {predicted}")
     return best
 

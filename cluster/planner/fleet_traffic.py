@@ -133,7 +133,8 @@ def _chances(odds_E: Floats, top_k: int) -> Floats:
         others = float(before[expert, :top_k] @ after[top_k - 1 :: -1])
         chances_E[expert] = odds_E[expert] * others
         after[1:] += odds_E[expert] * after[:-1].copy()
-    return chances_E / before[num_experts, top_k]
+    chances_E /= before[num_experts, top_k]
+    return chances_E
 
 
 def _sums(odds_E: Floats, top_k: int) -> Floats:

@@ -4,6 +4,7 @@ E experts, S shards, K choices.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from expertmesh.cluster.planner.fleet_traffic import PAIR_BYTES, fleet_traffic, 
 from expertmesh.cluster.planner.traffic import hit_probability
 from expertmesh.kernels import dispatch
 
-COMMON = {"hidden_size": 64, "num_experts": 16, "top_k": 4, "value_bytes": 2.0}
+COMMON: dict[str, Any] = {"hidden_size": 64, "num_experts": 16, "top_k": 4, "value_bytes": 2.0}
 
 
 def test_a_pair_is_as_large_as_it_travels() -> None:
