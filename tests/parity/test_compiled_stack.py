@@ -184,7 +184,7 @@ def test_a_link_that_breaks_within_a_step_is_made_good_by_a_newer_fleet(
             again = contexts.enter_context(served_link(fleet.servers[shard], "again", kind="shared"))
             fleet.dispatcher.set_fleet(Fleet(fleet.placement, {**fleet.links, shard: again}))
 
-        fleet.dispatcher._on_lost = mend
+        fleet.dispatcher._asker._on_lost = mend
         got = tokens_of(fleet, 3, lambda: shut_down(fleet.links[lost]))
     assert got == expected
     assert Stop.UNFINISHED in stops
