@@ -41,11 +41,11 @@ TINY = Sizes(
     num_heads=2,
     num_kv_heads=2,
     head_size=32,
-    dense_rows=(1, 8),
+    dense_rows=(1, 32),
     attended=(4, 512),
     vocabulary=(64, 8192),
     sequences=(1, 4),
-    link_rows=(1, 512),
+    link_rows=(1, 4096),
     swept_bytes=1 << 20,
     rounds=3,
 )
