@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from expertmesh.actors.cli.client import JsonOption
-from expertmesh.actors.cli.measure import show_measured
 from expertmesh.actors.cli.network_reduction import find_network_reduction
 from expertmesh.actors.cli.status import format_bytes
 
@@ -33,6 +32,9 @@ def doctor(
 ) -> None:
     """Show what this machine has, and what is missing."""
     if is_measured:
+        # Here, not above: it imports scipy.
+        from expertmesh.actors.cli.measure import show_measured
+
         show_measured(as_json=as_json)
         return
     found = examine()
