@@ -204,7 +204,7 @@ def _shard(
 
     torch.set_num_threads(threads)
     # Held as long as the process lives; fleets that are timed in turns may have the same cores.
-    cores = claim_cores(threads, f"benchmark of {expert_tp}") if pin else None
+    cores = claim_cores(threads, f"benchmark of {num_shards} by {expert_tp}") if pin else None
     if cores is not None:
         use_cores(None)
         start_helpers(min(threads, other_cores(cores)))

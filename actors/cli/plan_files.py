@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from expertmesh.cluster.errors import InputError, UnknownNameError
-from expertmesh.cluster.planner.calibration import Calibration, read_calibration
+from expertmesh.cluster.planner.calibration import Calibration, calibrate, read_calibration
 from expertmesh.cluster.planner.config_reader import read_shape
 from expertmesh.cluster.planner.hardware import Hardware, read_hardware
 from expertmesh.cluster.planner.model_shape import ModelShape
@@ -91,6 +91,18 @@ def load_calibration(hardware: str, file: Path | None) -> Calibration | None:
         if hardware != THIS_MACHINE or not file.is_file():
             return None
     return read_calibration(str(file), _read_json(file))
+
+
+def this_machine() -> Hardware | None:
+    """Return this machine as it was measured, constants of the calibration in their places; None: it was not.
+
+    Raises:
+        InputError: a file of the measurement cannot be read, or a field is wrong.
+    """
+    if not measured_hardware().is_file():
+        return None
+    hardware, calibration = load_hardware(THIS_MACHINE), load_calibration(THIS_MACHINE, None)
+    return hardware if calibration is None else calibrate(hardware, calibration)
 
 
 def shipped_shapes() -> dict[str, ModelShape]:

@@ -166,7 +166,7 @@ def _dense_parts(
         shape, hardware, form, tokens=tokens, sequences=tokens, attended=context, tp=1, is_decode=True
     )
     beside = shape.attention_params + shape.shared_params + shape.dense_ffn_params
-    rows_s = tokens * fleet.row_s / cores
+    rows_s = tokens * shape.hidden_size * fleet.value_s / cores
     return {
         "dense products": products_s(beside, form.dense_weight_bytes)
         + moe * products_s(shape.hidden_size * shape.num_experts, form.table_bytes),

@@ -19,12 +19,16 @@ class FleetConstants(BaseModel):
         default=1.0,
         ge=0,
         le=1,
-        description="part of a product's shorter side, reading or computing, that the other hides",
+        description="part of a product's shorter side, reading or computing, that is hidden",
     )
     kv_efficiency: float = Field(
         default=1.0, gt=0, le=1, description="part of the reading rate that attention reaches over keys and values"
     )
-    row_s: float = Field(default=0.0, ge=0, description="of a row in a layer's dense half beside that, one core")
+    value_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="of a row's hidden value in a layer's dense half beside products and keys, one core",
+    )
     step_s: float = Field(default=0.0, ge=0, description="of a step beside its layers, head and rows")
     sequence_s: float = Field(default=0.0, ge=0, description="of each sequence in it: scheduling, events")
     score_s: float = Field(default=0.0, ge=0, description="of each of a sequence's scores: drawing a token, all cores")
