@@ -100,6 +100,18 @@ def read_rate(text: str) -> Rate:
         raise InputError(f"--{error}") from error
 
 
+def read_sweep(text: str) -> tuple[int, ...]:
+    """Read numbers of shards, and return them rising.
+
+    Raises:
+        InputError: something else.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--sweep {text}: it must be numbers of shards, like 16,32,64")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 class Traffic:
     """What is to be replayed, as often as it is asked for: layers of the model, seconds, intervals."""
 
@@ -138,7 +150,9 @@ def recorded(file: Path, shape: ModelShape, rate: Rate | None, duration_s: float
 
 
 def _repeated(file: Path, duration_s: float, *, keep_empty: bool) -> Iterator[Interval]:
-    return repeated(lambda: (i for i in trace_intervals(open_trace(file).steps()) if keep_empty or i.tokens), duration_s)
+    return repeated(
+        lambda: (i for i in trace_intervals(open_trace(file).steps()) if keep_empty or i.tokens), duration_s
+    )
 
 
 def made_up(

@@ -30,7 +30,7 @@ def copies(
 ) -> Copies:
     """Return what going to a placement takes: shards copy side by side, each one expert after the other.
 
-    As `balancer.rebalance` counts, from the sources that the mover takes. The GPUs of a shard copy their slices at once.
+    As `balancer.rebalance` counts, from the sources that the mover takes. GPUs of a shard copy their slices at once.
 
     Args:
         before: the placement in force.

@@ -183,9 +183,7 @@ class Fleet:
         racks = self._racks(shards)
         return repair(self.placement, shards, {}, replicas=self._settings.replicas, level=True, nodes=racks)
 
-    def _move_to(
-        self, target: Placement, now_s: float, kind: str, text: str, members: tuple[ShardId, ...]
-    ) -> None:
+    def _move_to(self, target: Placement, now_s: float, kind: str, text: str, members: tuple[ShardId, ...]) -> None:
         made = self._copies(target)
         self._move = _Move(now_s + made.seconds, target, made, kind, text, members)
         if not made.num_experts:

@@ -56,7 +56,7 @@ class Result:
     looks: dict[str, int]
 
     def step_percentiles(self, begin_s: float = 0.0, end_s: float = float("inf")) -> dict[str, float]:
-        """Return p50, p90, p99 and the longest of the steps that began in a time, seconds; nothing if there are none."""
+        """Return p50, p90, p99 and the longest of the steps that began within a time, in seconds; {} if none did."""
         at = np.asarray(self.begin_s)
         steps = np.asarray(self.step_s)[(at >= begin_s) & (at < end_s)]
         if not len(steps):
@@ -103,7 +103,5 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary, the events and the samples, by column."""
-        columns = {
-            name: [getattr(sample, name) for sample in self.samples] for name in Sample.__dataclass_fields__
-        }
+        columns = {name: [getattr(sample, name) for sample in self.samples] for name in Sample.__dataclass_fields__}
         return {**self.summary(), "events": [asdict(event) for event in self.events], "samples": columns}

@@ -51,7 +51,8 @@ class Routing:
     def sum_LS(self, values_N: Floats) -> Floats:  # noqa: N802  # a shape suffix
         """Add up values of pairs on their shards."""
         size = self._shape_LS[0] * self._shape_LS[1]
-        return np.bincount(self.row_N, values_N, minlength=size).reshape(self._shape_LS)
+        sums: Floats = np.bincount(self.row_N, values_N, minlength=size).astype(np.float64).reshape(self._shape_LS)
+        return sums
 
 
 class Mix:

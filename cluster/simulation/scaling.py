@@ -7,9 +7,7 @@ from expertmesh.cluster.simulation.settings import SimulationSettings
 from expertmesh.cluster.simulation.step_time import StepClock
 
 # Attention is computed by the shards' GPUs: a worker tier of its own is idle, and stays.
-_NO_WORKERS = WorkerInputs(
-    current=1, outstanding_tokens=0, tokens_per_s=0.0, free_page_fraction=1.0, num_waiting=0
-)
+_NO_WORKERS = WorkerInputs(current=1, outstanding_tokens=0, tokens_per_s=0.0, free_page_fraction=1.0, num_waiting=0)
 
 
 class Scaling:

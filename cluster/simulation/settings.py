@@ -19,12 +19,18 @@ class SimulationSettings(BaseModel):
     max_batch_tokens: int = Field(default=1024, ge=1, description="tokens of a step, of one copy of attention")
     replicas: int = Field(default=1, ge=1, description="shards that hold each expert, at most the number of shards")
     spare_slots: float = Field(default=0.125, ge=0, le=8, description="room for more replicas, as a part of the slots")
-    rebalance_period_s: float = Field(default=30.0, ge=0, description="between looks at which experts are hot; 0: never")
+    rebalance_period_s: float = Field(
+        default=30.0, ge=0, description="between looks at which experts are hot; 0: never"
+    )
     weights_period_s: float = Field(default=3.0, ge=0, description="between looks at how replicas share; 0: never")
     slow_s: float = Field(default=300.0, gt=5, description="seconds of load that replicas follow")
     rack_shards: int = Field(default=8, ge=1, description="shards that fail together: a rack, or a node")
-    notice_s: float = Field(default=0.2, ge=0, description="until a dead shard is noticed, in which the step stands still")
-    spread_after_s: float = Field(default=15.0, ge=0, description="how long a dead shard may be away before others help")
+    notice_s: float = Field(
+        default=0.2, ge=0, description="until a dead shard is noticed, in which the step stands still"
+    )
+    spread_after_s: float = Field(
+        default=15.0, ge=0, description="how long a dead shard may be away before others help"
+    )
     restart_s: float | None = Field(default=20.0, ge=0, description="until a dead shard is back, empty; None: never")
     start_s: float = Field(default=20.0, ge=0, description="until a new shard is ready, empty")
     copying: BalanceSettings = Field(default=BalanceSettings(), description="bandwidths of one shard's copies")

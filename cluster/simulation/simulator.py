@@ -90,7 +90,9 @@ class Queue:
 class _Run:
     """What changes while virtual time passes."""
 
-    def __init__(self, fleet: Fleet, clock: StepClock, settings: SimulationSettings, seed: int, sample_s: float) -> None:
+    def __init__(
+        self, fleet: Fleet, clock: StepClock, settings: SimulationSettings, seed: int, sample_s: float
+    ) -> None:
         self._fleet, self._clock, self._settings = fleet, clock, settings
         self._rng = np.random.default_rng(seed)
         self._sample_period_s = sample_s
@@ -130,7 +132,7 @@ class _Run:
         return self._settings.max_batch_tokens * self._clock.plan_of(self._fleet.num_live).attention_dp
 
     def _next_token_s(self, interval: Interval, before: int, now_s: float) -> float:
-        """Return when to look again after there was nothing to do: at the next pace, or when the next token has come."""
+        """Return when to look again if there was nothing to do: at the next pace, or when a token has come."""
         if self._settings.pace_s:
             return now_s + self._settings.pace_s
         if self._queue.offered == before + interval.tokens:

@@ -38,7 +38,8 @@ class StepClock:
     """Tells how long steps take.
 
     Raises:
-        InputError: the plan does not divide, takes more GPUs than there are, or has stages or instances.
+        InputError: the plan does not divide, takes more GPUs than there are, or has stages or instances; or the GPUs
+            have no arithmetic for the format.
     """
 
     def __init__(self, shape: ModelShape, hardware: Hardware, plan: Plan, workload: Workload, form: Format) -> None:
@@ -46,9 +47,35 @@ class StepClock:
             if getattr(plan, name) != 1:
                 raise InputError(f"plan: {name}={getattr(plan, name)}; one stage of one instance is simulated")
         check_plan(plan, shape, hardware, is_elastic=True)
+        for arithmetic in {form.expert, form.dense, "bf16"}:
+            hardware.flops(arithmetic)
         self.shape, self.hardware, self.plan, self.form = shape, hardware, plan, form
         self._workload = workload
         self._parts = lru_cache(maxsize=4096)(self._even_parts)
+
+    def require(self, num_shards: int, name: str) -> None:
+        """Refuse more shards than the hardware has GPUs for; the message names who asks.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        gpus = num_shards * self.plan.expert_tp
+        if num_shards < 1 or gpus > self.hardware.num_gpus:
+            have = f"num_gpus of hardware {self.hardware.name} is {self.hardware.num_gpus}"
+            raise InputError(f"{name}: {num_shards} shards take {gpus} GPUs, and {have}; --gpus says otherwise")
+
+    def resized(self, num_shards: int) -> "StepClock":
+        """Return the same with another number of shards.
+
+        Raises:
+            InputError: as of the constructor.
+        """
+        self.require(num_shards, "--sweep")
+        copies, rest = divmod(num_shards * self.plan.expert_tp, self.plan.attention_tp)
+        if rest:
+            raise InputError(f"--sweep: {num_shards} shards do not divide by attention_tp={self.plan.attention_tp}")
+        plan = replace(self.plan, ep=num_shards, attention_dp=copies)
+        return StepClock(self.shape, self.hardware, plan, self._workload, self.form)
 
     @property
     def expert_bytes(self) -> int:
