@@ -99,6 +99,7 @@ class _Run:
         self._next_s = settings.pace_s  # when the next step may begin
         self._queue = Queue()
         self._behind_s = 0.0
+        self._balancedness = 1.0  # of the last mix; without a load all is level
         self._begin_s: list[float] = []
         self._step_s: list[float] = []
         self._tokens: list[int] = []
@@ -116,15 +117,17 @@ class _Run:
             come = min(1.0, (now_s - interval.begin_s) / length_s + 1e-9)
             self._queue.offer(before + math.floor(interval.tokens * come + 1e-6), now_s)
             stall_s = self._fleet.advance(now_s)
-            self._sample(now_s, mix)
             tokens = self._queue.take(self._most_tokens)
             if not tokens:
                 self._next_s = self._next_token_s(interval, before, now_s + stall_s)
+                self._sample(now_s)
                 continue
             if mix is None or routing is not self._fleet.routing:
                 routing = self._fleet.routing
                 mix = Mix(routing, interval)
+                self._balancedness = mix.balancedness
             self._step(now_s, tokens, stall_s, mix, interval)
+            self._sample(now_s)
         self._queue.offer(before + interval.tokens, interval.end_s)
 
     @property
@@ -154,15 +157,15 @@ class _Run:
         self._tokens.append(tokens)
         self._next_s = max(now_s + took_s, now_s + self._settings.pace_s)
 
-    def _sample(self, now_s: float, mix: Mix | None) -> None:
+    def _sample(self, now_s: float) -> None:
         since_s, steps, offered, taken = self._sampled
         passed_s = now_s - since_s
-        if passed_s < self._sample_period_s - _SLACK_S or mix is None:
+        if passed_s < self._sample_period_s - _SLACK_S:
             return
         self._samples.append(
             Sample(
                 time_s=now_s,
-                balancedness=mix.balancedness,
+                balancedness=self._balancedness,
                 queue_tokens=self._queue.waiting,
                 offered_per_s=(self._queue.offered - offered) / passed_s,
                 served_per_s=(self._queue.taken - taken) / passed_s,
