@@ -74,6 +74,8 @@ def simulate(
         raise InputError(f"--duration-s is {duration_s:g}; it must be above 0, and at most 31 days")
     if seed < 0:
         raise InputError(f"--seed is {seed}, and cannot be negative")
+    if plot is not None:
+        simulate_files.require_plot(plot)
     machine = plan_files.load_hardware(hardware, gpus)
     measured = plan_files.load_calibration(hardware, calibration)
     machine = machine if measured is None else calibrate(machine, measured)

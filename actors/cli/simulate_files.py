@@ -112,6 +112,16 @@ def read_sweep(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+def require_plot(file: Path) -> None:
+    """Refuse a plot's file that is named neither .png nor .svg.
+
+    Raises:
+        InputError: it is not.
+    """
+    if file.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {file}: a PNG or an SVG is drawn; name it .png or .svg")
+
+
 class Traffic:
     """What is to be replayed, as often as it is asked for: layers of the model, seconds, intervals."""
 

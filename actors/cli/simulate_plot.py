@@ -25,9 +25,8 @@ def draw(file: Path, result: Result) -> None:
     """Write a PNG or an SVG, by the file's name.
 
     Raises:
-        InputError: another name, or it cannot be written.
+        InputError: it cannot be written.
     """
-    _require_name(file)
     figure, (steps, balance, moves, load) = plt.subplots(4, 1, sharex=True, figsize=(10, 9), layout="constrained")
     at_s = [sample.time_s for sample in result.samples]
     steps.plot(at_s, [sample.step_s * 1e3 for sample in result.samples], linewidth=0.8)
@@ -61,7 +60,6 @@ def draw_sweep(file: Path, points: Sequence[Point]) -> None:
     Raises:
         InputError: as of `draw`.
     """
-    _require_name(file)
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     shards = [one.shards for one in points]
     axes.plot(shards, [one.step_p50_s * 1e3 for one in points], marker="o", label="step p50")
@@ -78,11 +76,6 @@ def draw_sweep(file: Path, points: Sequence[Point]) -> None:
     efficiency.set_ylabel("tokens/s a GPU", color="tab:green")
     efficiency.set_ylim(bottom=0)
     _write(file, figure)
-
-
-def _require_name(file: Path) -> None:
-    if file.suffix not in (".png", ".svg"):
-        raise InputError(f"--plot {file}: a PNG or an SVG is drawn; name it .png or .svg")
 
 
 def _write(file: Path, figure: Any) -> None:
