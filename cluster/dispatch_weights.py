@@ -61,8 +61,8 @@ def level_weights(
     if alive.shape != (num_shards,):
         raise InputError(f"which of {num_shards} shards are alive was given as shape {alive.shape}")
     live_LER = np.append(alive, False)[shard_LER]  # the last entry is for the padding, -1
-    share_LER = _shares(weight_LER, live_LER)
-    share_LER[load == 0] = _shares(live_LER[load == 0], live_LER[load == 0])
+    share_LER = live_shares(weight_LER, live_LER)
+    share_LER[load == 0] = live_shares(live_LER[load == 0], live_LER[load == 0])
     for layer, load_E in enumerate(load):
         divisible_E = (live_LER[layer].sum(axis=-1) > 1) & (load_E > 0)
         if divisible_E.any():
@@ -118,7 +118,7 @@ def _checked(what: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> npt.ND
     return array
 
 
-def _shares(weight_ER: npt.NDArray[np.generic], live_ER: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+def live_shares(weight_ER: npt.NDArray[np.generic], live_ER: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     """Divide each expert among its live replicas by weight, evenly if those weigh nothing; all 0 without a live one."""
     weight = np.where(live_ER, weight_ER.astype(np.float64), 0)
     weight = np.where(weight.sum(axis=-1, keepdims=True) > 0, weight, live_ER)

@@ -24,6 +24,10 @@ COMMANDS = {
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
     "chaos": ("expertmesh.actors.cli.chaos:chaos", "Break a server on purpose, and show that no request is lost."),
     "plan": ("expertmesh.actors.cli.plan:plan", "Weigh the ways to spread a model over some hardware."),
+    "simulate": (
+        "expertmesh.actors.cli.simulate:simulate",
+        "Run a fleet in virtual time, on recorded or made-up routing.",
+    ),
     "trace": ("expertmesh.actors.cli.trace:trace", "Record the routing of live traffic, make some up, show one."),
     "doctor": ("expertmesh.actors.cli.doctor:doctor", "Show what this machine has, and what is missing."),
 }

@@ -8,9 +8,14 @@ memory_efficiency).
 import math
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from expertmesh.cluster.planner.dtypes import Format
 from expertmesh.cluster.planner.hardware import Hardware
 from expertmesh.cluster.planner.model_shape import ModelShape
+
+Floats = npt.NDArray[np.floating]
 
 
 class Roofline(NamedTuple):
@@ -58,13 +63,25 @@ def expert_roofline(
     """
     if not rows:
         return Roofline(0.0, 0.0)
+    seconds = expert_rooflines(
+        shape, hardware, form, rows=np.array([rows]), active_experts=np.array([active_experts]), expert_tp=expert_tp
+    )
+    return Roofline(*(float(one[0]) for one in seconds))
+
+
+def expert_rooflines(
+    shape: ModelShape, hardware: Hardware, form: Format, *, rows: Floats, active_experts: Floats, expert_tp: int
+) -> tuple[Floats, Floats]:
+    """Return the seconds of operations and of memory as `expert_roofline` does, of many ranks or layers at once."""
     params = shape.expert_params / expert_tp
     # A product of few rows reads weights anyway: padding costs time only where there are enough rows to compute long.
-    filled = tile_efficiency(rows / max(active_experts, 1.0), hardware.row_tile)
-    filled *= tile_efficiency(shape.expert_width / expert_tp, hardware.column_tile)
-    activations = rows * (2 * shape.hidden_size + 2 * shape.expert_width / expert_tp) * 2.0
-    moved = active_experts * params * form.expert_weight_bytes + activations
-    return roofline(hardware, form.expert, 2 * rows * params / filled, moved)
+    products = np.maximum(active_experts, 1.0)
+    padded = np.ceil(rows / (products * hardware.row_tile)) * (products * hardware.row_tile)
+    flop = padded * (2 * params / tile_efficiency(shape.expert_width / expert_tp, hardware.column_tile))
+    activation_bytes = (2 * shape.hidden_size + 2 * shape.expert_width / expert_tp) * 2.0
+    moved = active_experts * (params * form.expert_weight_bytes) + rows * activation_bytes
+    unit = roofline(hardware, form.expert, 1.0, 1.0)
+    return flop * unit.compute_s, moved * unit.memory_s
 
 
 def dense_roofline(hardware: Hardware, form: Format, *, params: float, tokens: float, weight_bytes: float) -> Roofline:

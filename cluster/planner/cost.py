@@ -6,6 +6,7 @@ Communication is hidden by computing as far as Workload.overlap says. Nothing he
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from expertmesh.cluster.planner.collectives import NOTHING, LinkTime, all_gather, all_reduce, all_to_all, send
 from expertmesh.cluster.planner.compute import Roofline, attention_roofline, dense_roofline, expert_roofline
@@ -59,6 +60,44 @@ class StepCost:
     def bound_by(self) -> str:
         """Return the part that takes longest."""
         return max(self.parts_s, key=lambda part: self.parts_s[part])
+
+    def even_parts(self) -> "EvenParts":
+        """Return this step apart from what depends on how busy the busiest rank is; pp must be 1.
+
+        The step must be of ranks that are all as busy as the mean.
+        """
+        routed_s = self.parts_s["dispatch and combine bytes"]
+        links_s = sum(self.parts_s[part] for part in _LINK_PARTS) - routed_s
+        experts_s = sum(seconds for part, seconds in self.parts_s.items() if part.startswith("experts"))
+        return EvenParts(sum(self.parts_s.values()) - experts_s - links_s - routed_s, links_s, routed_s)
+
+
+class EvenParts(NamedTuple):
+    """Seconds of a step by what they depend on: neither experts nor links, links but for routed rows, those rows."""
+
+    computing_s: float
+    links_s: float
+    routed_s: float
+
+    def step_s(self, expert_s: float, imbalance: float, overlap: float) -> float:
+        """Return the step's time as `step_cost` has it, where ranks are unevenly busy.
+
+        Args:
+            expert_s: of the busiest rank of each layer, all layers together.
+            imbalance: rows of the busiest rank over the mean, the mean over the layers with experts.
+            overlap: part of the computing that hides communication.
+        """
+        links_s = self.links_s + imbalance * self.routed_s
+        computing_s = self.computing_s + expert_s
+        return links_s + computing_s - min(links_s, overlap * computing_s)
+
+
+_LINK_PARTS = (
+    "all-reduce latency",
+    "all-reduce bytes",
+    "dispatch and combine latency",
+    "dispatch and combine bytes",
+)
 
 
 def step_cost(

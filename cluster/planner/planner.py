@@ -142,13 +142,13 @@ def make_report(
     )
 
 
-def check_plan(plan: Plan, shape: ModelShape, hardware: Hardware) -> None:
-    """Refuse a plan that the model's sizes or the number of GPUs do not allow.
+def check_plan(plan: Plan, shape: ModelShape, hardware: Hardware, *, is_elastic: bool = False) -> None:
+    """Refuse a plan that the model's sizes or the number of GPUs do not allow; is_elastic as of `why_not`.
 
     Raises:
         InputError: says which number does not divide, or how many GPUs are missing.
     """
-    refused = why_not(plan, shape)
+    refused = why_not(plan, shape, is_elastic=is_elastic)
     if refused is None and plan.num_gpus > hardware.num_gpus:
         refused = f"it takes {plan.num_gpus} GPUs, and num_gpus of hardware {hardware.name} is {hardware.num_gpus}"
     if refused is not None:

@@ -49,8 +49,11 @@ class Plan:
         return ", ".join(parts)
 
 
-def why_not(plan: Plan, shape: ModelShape) -> str | None:
-    """Return why a model's sizes do not allow a plan, None if they do."""
+def why_not(plan: Plan, shape: ModelShape, *, is_elastic: bool = False) -> str | None:
+    """Return why a model's sizes do not allow a plan, None if they do.
+
+    is_elastic: experts are placed one by one, as the fleet does it, so that ep need not divide them.
+    """
     attention = shape.attention
     if plan.ep * plan.expert_tp != plan.stage_gpus:
         experts = f"ep={plan.ep} x expert_tp={plan.expert_tp}"
@@ -61,7 +64,7 @@ def why_not(plan: Plan, shape: ModelShape) -> str | None:
         return f"heads not divisible: {attention.num_heads} by attention_tp={plan.attention_tp}"
     if not attention.latent and attention.num_kv_heads % plan.attention_tp:
         return f"KV heads not divisible: {attention.num_kv_heads} by attention_tp={plan.attention_tp}"
-    if shape.num_experts % plan.ep:
+    if shape.num_experts % plan.ep and not is_elastic:
         return f"experts not divisible: {shape.num_experts} by ep={plan.ep}"
     if shape.expert_width % plan.expert_tp:
         return f"width of an expert not divisible: {shape.expert_width} by expert_tp={plan.expert_tp}"

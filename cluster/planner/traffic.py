@@ -12,11 +12,18 @@ from expertmesh.cluster.planner.plans import Plan
 
 @lru_cache(maxsize=4096)
 def hit_probability(num_experts: int, top_k: int, num_groups: int) -> float:
-    """Return the probability that a token has an expert in a given one of equal groups: top_k of num_experts at random.
+    """Return the probability that a token has an expert in a group, of top_k of num_experts at random.
 
-    1 - C(E - E/G, k) / C(E, k): one minus the probability that all k choices fall outside (hypergeometric).
+    1 - C(E - E/G, k) / C(E, k): one minus the probability that all k choices fall outside (hypergeometric). Where the
+    groups do not divide the experts, some have one more: the mean over the groups.
     """
-    inside = num_experts // num_groups
+    inside, num_larger = divmod(num_experts, num_groups)
+    larger = num_larger / num_groups
+    smaller_hit = _hit(num_experts, top_k, inside)
+    return smaller_hit if not larger else (1 - larger) * smaller_hit + larger * _hit(num_experts, top_k, inside + 1)
+
+
+def _hit(num_experts: int, top_k: int, inside: int) -> float:
     missed = math.prod((num_experts - inside - i) / (num_experts - i) for i in range(top_k))
     return 1 - max(0.0, missed)
 
