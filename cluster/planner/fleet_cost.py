@@ -95,7 +95,8 @@ def fleet_step_cost(
         "link bytes": moe * transfer_s,
     }
     if hardware.fleet.shares_cores:
-        work_s = sum(dense_s.values()) * worker_cores + moe * (expert_work_s + transfer_s)
+        one_core_s = dense_s["step"]  # an interpreter's
+        work_s = one_core_s + (sum(dense_s.values()) - one_core_s) * worker_cores + moe * (expert_work_s + transfer_s)
         busy_s = num_workers * work_s / hardware.num_gpus if num_workers > 1 else 0.0
     else:
         busy_s = num_workers * moe * busiest_s
