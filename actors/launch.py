@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from expertmesh.actors.controller.actor import start_controller
 from expertmesh.actors.gateway.deployment import deploy_gateway
-from expertmesh.actors.runtime import GATEWAY_APP, join_ray, start_local_ray, yield_to_actors
+from expertmesh.actors.runtime import GATEWAY_APP, join_ray, metrics_address, start_local_ray, yield_to_actors
 from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.model_info import CheckpointFacts, require_divisible
@@ -61,6 +61,7 @@ class Deployment:
         self._gateway: Any = None
         self._is_deployed = False
         self.grpc_address = ""
+        self.metrics_address = ""  # of our own Ray alone
 
     def start(self) -> None:
         """Bring everything up.
@@ -73,6 +74,7 @@ class Deployment:
         """
         settings = self._settings
         _require_free_port(settings.grpc_host, settings.grpc_port)
+        _check_metrics_port(settings.metrics_port, self._ray_address)
         if settings.state:
             connect(settings.state).close()
         self._say(f"checking {settings.model}")
@@ -91,6 +93,7 @@ class Deployment:
             )
         if self._ray_address is None:
             self._check_memory(facts)
+            self.metrics_address = metrics_address()
         else:
             join_ray(self._ray_address)
         self._on_ray()
@@ -106,6 +109,8 @@ class Deployment:
         if self._ray_address is None:
             yield_to_actors()
         self.grpc_address = self._gateway.address.remote().result(timeout_s=60)
+        if self.metrics_address:
+            self._say(f"metrics on http://{self.metrics_address}/metrics")
         self._say(f"serving on {self.grpc_address}")
 
     def _start_ray_and_inspect(self) -> CheckpointFacts:
@@ -118,7 +123,7 @@ class Deployment:
             inspection = pool.submit(_inspect, settings) if known is None else None
             if self._ray_address is None:
                 self._say("starting Ray on this machine")
-                start_local_ray(self._directory / "ray")
+                start_local_ray(self._directory / "ray", settings.metrics_port)
             facts = known if inspection is None else inspection.result()
         if isinstance(facts, ExpertMeshError):
             raise facts
@@ -208,6 +213,13 @@ def _inspect(settings: ServeSettings) -> CheckpointFacts | ExpertMeshError:
         )
     except ExpertMeshError as error:
         return error
+
+
+def _check_metrics_port(port: int, ray_address: str | None) -> None:
+    if port and ray_address:
+        raise InputError(f"metrics_port={port} is for a Ray that is started here; that at {ray_address} has its own")
+    if port:
+        _require_free_port("", port)  # Ray listens on all interfaces
 
 
 def _require_free_port(host: str, port: int) -> None:

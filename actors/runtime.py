@@ -45,11 +45,12 @@ def log_to_stderr() -> None:
     logging.getLogger("expertmesh").setLevel(logging.INFO)
 
 
-def start_local_ray(temp_dir: Path) -> None:
+def start_local_ray(temp_dir: Path, metrics_port: int = 0) -> None:
     """Start a Ray of our own on loopback; it ends with this process.
 
     Args:
         temp_dir: short path for Ray's files and sockets.
+        metrics_port: on which Prometheus finds its metrics; 0 takes a free one.
     """
     ray.init(
         address="local",
@@ -59,6 +60,7 @@ def start_local_ray(temp_dir: Path) -> None:
         logging_level="ERROR",
         _node_ip_address="127.0.0.1",
         _temp_dir=str(temp_dir),
+        _metrics_export_port=metrics_port or None,
         _system_config={
             # No record of each call to an actor: nobody reads it here, and Ray keeps 100,000 of them in memory.
             "task_events_report_interval_ms": 0,
@@ -73,6 +75,12 @@ def start_local_ray(temp_dir: Path) -> None:
         },
     )
     yield_to_actors()
+
+
+def metrics_address() -> str:
+    """Return host:port of the metrics of the Ray that this process started."""
+    (node,) = ray.nodes()
+    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
 
 
 def yield_to_actors() -> None:

@@ -65,6 +65,9 @@ class ServeSettings(BaseModel):
         default=3.0, ge=0, description="seconds between two looks at how replicas share their tokens; 0: never"
     )
 
+    hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="of a Ray that is started; 0 takes a free one")
+
     autoscale: AutoscaleSettings | None = Field(default=None, description="None: the numbers change only when asked")
     member_cpus: float = Field(
         default=0, ge=0, description="cores that a CPU member reserves in Ray; 0: a quarter of an equal share"

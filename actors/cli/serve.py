@@ -12,6 +12,7 @@ import typer
 
 from expertmesh.actors.cli import running
 from expertmesh.actors.cli.configuration import read_settings
+from expertmesh.actors.metrics_target import metrics_target
 from expertmesh.actors.ray_env import calm_local_serve, require_auth_mode, secure_local_ray
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.settings import ServeSettings
@@ -101,7 +102,10 @@ def _run(settings: ServeSettings, address: str | None) -> None:
     _raise_on_signals()
     try:
         deployment.start()
-        with running.registered(deployment.grpc_address, settings.model):
+        with (
+            running.registered(deployment.grpc_address, settings.model),
+            metrics_target(running.state_home(), deployment.metrics_address),
+        ):
             sys.stdout.write(f"ready {deployment.grpc_address}\n")
             sys.stdout.flush()
             while True:

@@ -19,12 +19,23 @@ from expertmesh.cluster.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 _COLLECT_PERIOD_S = 1.0
+# Ray sends a process's metrics to its node's agent each 10 s.
+_REPORT_PERIOD_S = 5.0
 
 
 class Balancing:
     """Loads in, proposals out. One thread runs `run`; any may call `plan`."""
 
-    def __init__(self, keeper: Keeper, collector: LoadCollector, settings: ServeSettings, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        keeper: Keeper,
+        collector: LoadCollector,
+        settings: ServeSettings,
+        watchdog: Watchdog,
+        report: Callable[[], None],
+    ) -> None:
+        """Watch a fleet; report: called now and then on the loops' thread, hands on what is known."""
+        self._report = report
         self._keeper = keeper
         self._collector = collector
         self._settings = settings
@@ -37,7 +48,7 @@ class Balancing:
     def run(self) -> None:
         """Collect and propose until `stop`."""
         settings = self._settings
-        loops = {"load windows": (_COLLECT_PERIOD_S, self._collect)}
+        loops = {"load windows": (_COLLECT_PERIOD_S, self._collect), "metrics": (_REPORT_PERIOD_S, self._report)}
         if settings.weights_period_s:
             loops["dispatch weights"] = (settings.weights_period_s, lambda: self._look(self._follower.level))
         if settings.rebalance_period_s:

@@ -22,6 +22,7 @@ from expertmesh.actors.controller.autoscaling import Autoscaling
 from expertmesh.actors.controller.balancing import Balancing
 from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.loads import LoadCollector
+from expertmesh.actors.controller.metrics import FleetMeter
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.tiers import Tier
@@ -72,7 +73,9 @@ class Controller:
         records = FleetRecords(store, model)
         self._keeper = Keeper(settings, model, records, self._shards, self._workers, self._note, self._watchdog)
         self._collector = LoadCollector(model, store, self._workers)
-        self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog)
+        self._meter = FleetMeter(model, hot_experts=settings.hot_experts)
+        self._keeper.on_moved = self._meter.placement_changed
+        self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog, self._report)
         self._operator = Operator(self._keeper, store, room_timeout_s=settings.room_timeout_s)
         self._autoscaling = (
             Autoscaling(self._keeper, self._operator, settings.autoscale, model, self._watchdog)
@@ -255,6 +258,20 @@ class Controller:
             self._shards.dismiss(shard)
         if self._redis is not None:
             self._redis.close()
+
+    def _report(self) -> None:
+        """Hand on the metrics. On the thread of the balancing loops."""
+        now_s = time.time()
+        self._meter.report_loops(self._watchdog, time.monotonic())
+        self._meter.report(
+            shards=self._shards.in_order(),
+            workers=self._workers.in_order(),
+            counters=self._collector.latest(),
+            placement=self._keeper.placement,
+            is_ready=not self._not_ready_reason(),
+            slow=self._collector.slow(now_s),
+            recent=self._collector.fast(now_s),
+        )
 
     def _require_started(self) -> None:
         if not self._started:

@@ -57,6 +57,8 @@ class Keeper:
         self.shard_ids: list[ShardId] = []
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
+        # Told how many seconds each change of placement took.
+        self.on_moved: Callable[[float], None] = lambda _: None
         self._proposal: tuple[Placement, str] | None = None
         self._alarm = threading.Event()
         self._lost = threading.Event()
@@ -277,7 +279,7 @@ class Keeper:
             ExpertMeshError: a shard could not take experts, or one was lost meanwhile; the old placement stays in
                 force.
         """
-        hosting = self._hosting
+        hosting, began_s = self._hosting, time.monotonic()
         try:
             self._mover.bring(self.placement, target, hosting, give_up=None if urgent else self._lost)
         except ExpertMeshError:
@@ -288,6 +290,7 @@ class Keeper:
         self._save()
         self._mover.publish(target)
         self._mover.settle(target, [slots.shard for slots in target.shards])
+        self.on_moved(time.monotonic() - began_s)
         self.ask(_ALARM_TIMEOUT_S)
 
     def _is_member(self, member: ShardId | WorkerId) -> bool:

@@ -16,6 +16,7 @@ from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.actors.gateway.worker_client import WorkerClient
+from expertmesh.actors.metrics import Metrics
 from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, on_this_node
 from expertmesh.actors.token_stream import StreamAddress, TokenStreamClient
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
@@ -66,6 +67,7 @@ class Gateway:
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._model = model
         self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
+        self._metrics = Metrics()
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
@@ -90,6 +92,7 @@ class Gateway:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_VIEW_PERIOD_S)
+            self._engine.report(self._metrics)
             try:
                 async with asyncio.timeout(_VIEW_TIMEOUT_S):
                     await self._look()

@@ -6,10 +6,12 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
+from expertmesh.actors.gateway.metrics import RequestMeter
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLost
 from expertmesh.actors.gateway.worker_pool import WorkerPool
+from expertmesh.actors.metrics import Metrics
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent
 from expertmesh.models.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ class Engine:
     ) -> None:
         """Start with no workers; see WorkerPool and Journal for the arguments."""
         self._tokenizer = tokenizer
+        self.meter = RequestMeter()
         self._journal = Journal(max_requests=max_requests, rng=rng)
         self.pool = WorkerPool(self._journal, rng=rng, call_timeout_s=call_timeout_s)
 
@@ -48,6 +51,10 @@ class Engine:
     def num_live_requests(self) -> int:
         """Requests that have not ended."""
         return len(self._journal)
+
+    def report(self, metrics: Metrics) -> None:
+        """Hand on what was counted since the last call."""
+        self.meter.report(metrics, num_live=self.num_live_requests, num_failovers=self.pool.num_failovers)
 
     async def generate(self, request: ValidRequest) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; those of different samples interleave.
@@ -59,20 +66,25 @@ class Engine:
             CapacityError: the gateway or all workers are full.
             ExpertMeshError: a worker could not go on.
         """
-        live = self._journal.open(request)
-        texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
-        try:
-            await self.pool.place(live)
-            while live.unfinished:
-                item = await live.inbox.get()
-                if isinstance(item, WorkerLost):
-                    if item.link is live.link:
-                        await self.pool.place(live)
-                    continue
-                for sample, events in _by_sample(live, item):
-                    yield self._absorb(live, sample, texts[sample.index], events)
-        finally:
-            self.pool.release(live)
+        with self.meter.request() as times:
+            live = self._journal.open(request)
+            texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
+            try:
+                await self.pool.place(live)
+                while live.unfinished:
+                    item = await live.inbox.get()
+                    if isinstance(item, WorkerLost):
+                        if item.link is live.link:
+                            await self.pool.place(live)
+                        continue
+                    for sample, events in _by_sample(live, item):
+                        piece = self._absorb(live, sample, texts[sample.index], events)
+                        if piece.tokens:
+                            times.tokens_came(sample.index)
+                        yield piece
+            finally:
+                times.is_complete = not live.unfinished
+                self.pool.release(live)
 
     def _absorb(self, live: LiveRequest, sample: LiveSample, text: TextStream, events: list[TokenEvent]) -> Piece:
         """Enter a sample's events into the journal and turn them into a piece."""

@@ -79,7 +79,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
 
         seed = self._rng.getrandbits(63)
-        return await asyncio.to_thread(validate) if len(request.text) > LONG_PROMPT_CHARS else validate()
+        with self._engine.meter.refusals():
+            return await asyncio.to_thread(validate) if len(request.text) > LONG_PROMPT_CHARS else validate()
 
 
 def _response(valid: ValidRequest, piece: Piece) -> GenerateResponse:

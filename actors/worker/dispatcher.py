@@ -67,6 +67,7 @@ class Dispatcher:
         # Since the start: tokens that chose each expert (or slice), in all and of decoding alone.
         self.decode_LE = np.zeros((len(layers), num_slices), dtype=np.int64)
         self._expert_s = 0.0
+        self.num_retries = 0  # layers of a step of which a part was asked for again
         self.spent_s = np.zeros(len(PARTS))  # what compiled code spent, by part
         self.load_LE = np.zeros((len(layers), num_slices), dtype=np.int64)
         self.dropped_LE = np.zeros((len(layers), self._num_experts), dtype=np.int64)  # left out, by whole experts
@@ -223,7 +224,9 @@ class Dispatcher:
             epoch = fleet.placement.epoch
             fault = f"layer {batch.layer}: a shard does not host what epoch {epoch} says"
             self._await_fleet(fleet, UnavailableError(fault))
-        return (batch.shard_TK >= 0) & ~np.isin(batch.shard_TK, done)
+        left_TK = (batch.shard_TK >= 0) & ~np.isin(batch.shard_TK, done)
+        self.num_retries += int(left_TK.any())
+        return left_TK
 
     def _await_fleet(self, old: Fleet, reason: UnavailableError) -> None:
         """Wait for a fleet other than `old`; raise the reason when none comes."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertmesh.actors.worker.queue_times import QueueTimes
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, SequenceRequest, TokenEvent, TokenLogprob
@@ -62,6 +63,7 @@ class Engine:
         self._begin_step = begin_step
         self._on_events = on_events
         self._live: dict[str, _Live] = {}
+        self._queue_times = QueueTimes()
         self._lock = threading.Condition()
         self._stopping = False
         self.num_steps = 0
@@ -105,6 +107,7 @@ class Engine:
                     live = _live(request)
                     self._scheduler.add(request)
                     self._live[request.sequence_id] = live
+                    self._queue_times.arrived(request.sequence_id, time.monotonic())
                     taken.append(request.sequence_id)
             except (InputError, ValueError) as error:
                 for sequence_id in taken:
@@ -118,6 +121,11 @@ class Engine:
             for sequence_id in sequence_ids:
                 if sequence_id in self._live:
                     self._drop(sequence_id)
+
+    def take_queue_times(self) -> list[float]:
+        """Return how many seconds each sequence waited that has begun since the last call."""
+        with self._lock:
+            return self._queue_times.take()
 
     def stop(self) -> None:
         """Let `run_forever` return after the step under way."""
@@ -141,7 +149,8 @@ class Engine:
             if plan is None:
                 return
             contexts = [self._live[chunk.sequence_id] for chunk in plan.chunks]
-        started_s = time.monotonic()
+            started_s = time.monotonic()
+            self._queue_times.begun((chunk.sequence_id for chunk in plan.chunks), started_s)
         try:
             with torch.inference_mode():
                 self._begin_step(*_tokens(plan.chunks, contexts))
@@ -238,6 +247,7 @@ class Engine:
 
     def _forget(self, sequence_id: str) -> None:
         del self._live[sequence_id]
+        self._queue_times.gone(sequence_id)
         self._runner.forget(sequence_id)
 
 

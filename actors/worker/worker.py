@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from expertmesh.actors.cores import take_part, yield_soon
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
+from expertmesh.actors.metrics import Metrics
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address, node_id
 from expertmesh.actors.token_stream import StreamAddress, TokenStreamServer
 from expertmesh.actors.worker.dispatcher import Dispatcher
@@ -70,6 +71,8 @@ class Worker:
         self._architecture: Architecture | None = None
         self._dense_bytes = 0
         self._num_pages = 0
+        self._num_lost_links = 0
+        self._metrics = Metrics()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stream: TokenStreamServer | None = None
         # A controller that comes back asks again for what its former life may have asked for a moment ago.
@@ -145,6 +148,7 @@ class Worker:
     async def describe(self) -> dict[str, Any]:
         """Return what `status` shows of a worker."""
         engine = self._engine
+        self._metrics.observe("expertmesh_queue_seconds", engine.take_queue_times() if engine else ())
         return {
             "id": self._id,
             "pid": os.getpid(),
@@ -166,6 +170,8 @@ class Worker:
                 "busy_s": engine.busy_s if engine else 0.0,
                 "expert_s": self._dispatcher.expert_s if self._dispatcher else 0.0,
                 "num_tokens": engine.num_tokens if engine else 0,
+                "num_retries": self._dispatcher.num_retries if self._dispatcher else 0,
+                "num_lost_links": self._num_lost_links,
             },
         }
 
@@ -173,6 +179,7 @@ class Worker:
         """Return what was counted since this process began: see Dispatcher. "life" tells processes apart."""
         assert self._dispatcher is not None, "counters() before load()"
         return {
+            "id": self._id,
             "life": os.getpid(),
             "load_LE": self._dispatcher.load_LE.copy(),
             "decode_LE": self._dispatcher.decode_LE.copy(),
@@ -223,6 +230,7 @@ class Worker:
 
     def _report_lost(self, shard: ShardId) -> None:
         """Tell the controller, if it is there; it looks by itself now and then."""
+        self._num_lost_links += 1
         try:
             ray.get_actor(CONTROLLER, NAMESPACE).report_lost.remote(self._id, shard)
         except (ValueError, RayError) as error:

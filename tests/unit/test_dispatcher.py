@@ -129,6 +129,7 @@ def test_the_result_is_that_of_a_local_computation(num_shards: int, replicas: in
         batch = Batch(num_tokens, seed=seed)
         batch.check(batch.run(dispatcher))
     assert sum(len(shard.asked) > 0 for shard in shards) == num_shards
+    assert dispatcher.num_retries == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -206,6 +207,7 @@ def test_the_pairs_of_a_lost_shard_go_to_the_replica(fault: str, num_tokens: int
     # It is asked no more, and what was sent twice is counted once.
     batch.check(batch.run(dispatcher))
     assert (len(a.asked), len(b.asked)) == (num_asked, 2)
+    assert dispatcher.num_retries == 1
     assert dispatcher.load_LE[1].tolist() == [2 * load for load in batch.load_of_experts()]
 
 

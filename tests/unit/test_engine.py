@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.actors.worker.engine import Engine
+from expertmesh.actors.worker.queue_times import QueueTimes
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.errors import CapacityError, InputError, NoReplicaError
 from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
@@ -462,3 +463,29 @@ def test_a_fleet_reuses_a_prefix_and_gives_the_same_tokens(mixtral: Path) -> Non
     with LocalFleet(mixtral) as fresh:
         assert longer == fresh.run([greedy("longer", prompt + first, 6)])["longer"]
     assert second == first
+
+
+def test_the_time_in_the_queue_is_told_once_for_each_sequence() -> None:
+    bench = Bench(max_sequences=1)
+    bench.engine.submit([request_of("first"), request_of("second"), request_of("gone")])
+    bench.engine.cancel(["gone"])
+    bench.engine.step()
+    (first_s,) = bench.engine.take_queue_times()
+    assert bench.engine.take_queue_times() == []
+    bench.finish()
+    (second_s,) = bench.engine.take_queue_times()
+    assert 0 <= first_s < second_s
+
+
+def test_a_wait_ends_with_the_first_step() -> None:
+    times = QueueTimes()
+    times.arrived("a", 100.0)
+    times.arrived("b", 101.0)
+    times.arrived("c", 101.5)
+    times.begun(["a"], 102.0)
+    times.gone("c")
+    times.begun(["a", "b", "c"], 105.0)
+    assert times.take() == [2.0, 4.0]
+    times.arrived("a", 110.0)  # an id that is taken again
+    times.begun(["a"], 110.5)
+    assert times.take() == [0.5]

@@ -203,6 +203,19 @@ def test_a_host_that_is_not_ours_is_refused() -> None:
         launch._require_free_port("nowhere.invalid", 1)
 
 
+def test_a_metrics_port_is_free_and_of_a_ray_of_our_own() -> None:
+    launch._check_metrics_port(0, "ray.example:6379")
+    with pytest.raises(InputError, match=r"metrics_port=8080 is for a Ray that is started here; that at ray\.example:"):
+        launch._check_metrics_port(8080, "ray.example:6379")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on :{port}: Address already in use"):
+            launch._check_metrics_port(port, None)
+    launch._check_metrics_port(port, None)
+
+
 def deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, **settings: object) -> launch.Deployment:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))

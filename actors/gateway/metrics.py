@@ -1,0 +1,93 @@
+"""What a gateway counts of its requests: how they ended, and how long their tokens took.
+
+On a token's way are only a look at the clock and an append; `report` hands it on, from a loop that runs anyway.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from expertmesh.actors.metrics import Metrics
+from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
+
+# The gRPC statuses that status_codes.py gives, shown from the start, so that the first of each is a growth.
+CODES = ("OK", "CANCELLED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
+_CODE_OF = (
+    (InputError, "INVALID_ARGUMENT"),
+    (CapacityError, "RESOURCE_EXHAUSTED"),
+    (UnavailableError, "UNAVAILABLE"),
+    ((asyncio.CancelledError, GeneratorExit), "CANCELLED"),
+)
+
+
+class RequestTimes:
+    """The times of one request's tokens. is_complete: all its samples have ended, whatever the client does now."""
+
+    def __init__(self, meter: "RequestMeter") -> None:
+        self.is_complete = False
+        self._meter = meter
+        self._began_s = meter.clock()
+        self._last_s: dict[int, float] = {}
+
+    def tokens_came(self, sample: int) -> None:
+        """Note that new tokens of a sample came now."""
+        now_s, last_s = self._meter.clock(), self._last_s.get(sample)
+        if last_s is not None:
+            self._meter.gaps_s.append(now_s - last_s)
+        elif not self._last_s:
+            self._meter.first_s.append(now_s - self._began_s)
+        self._last_s[sample] = now_s
+
+
+class RequestMeter:
+    """The counts of one gateway. Use it inside one event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Count nothing yet; clock gives seconds that do not step back."""
+        self.clock = clock
+        self.ended = dict.fromkeys(CODES, 0)
+        self.first_s: list[float] = []
+        self.gaps_s: list[float] = []
+
+    @contextmanager
+    def request(self) -> Iterator[RequestTimes]:
+        """Count how the block ends as how a request ended. A client that goes away once all has come is served."""
+        times = RequestTimes(self)
+        try:
+            yield times
+        except BaseException as error:
+            self.ended["OK" if times.is_complete else code_of(error)] += 1
+            raise
+        self.ended["OK"] += 1
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Count a request that is refused inside, before it is one."""
+        try:
+            yield
+        except BaseException as error:
+            self.ended[code_of(error)] += 1
+            raise
+
+    def report(self, metrics: Metrics, *, num_live: int, num_failovers: int) -> None:
+        """Hand on what is new.
+
+        Args:
+            metrics: of this process.
+            num_live: requests that have not ended.
+            num_failovers: requests that went on at another worker, since the start.
+        """
+        first_s, self.first_s = self.first_s, []
+        gaps_s, self.gaps_s = self.gaps_s, []
+        metrics.observe("expertmesh_time_to_first_token_seconds", first_s)
+        metrics.observe("expertmesh_inter_token_seconds", gaps_s)
+        for code, count in self.ended.items():
+            metrics.count("expertmesh_requests_total", count, code=code)
+        metrics.count("expertmesh_request_failovers_total", num_failovers)
+        metrics.set("expertmesh_live_requests", num_live)
+
+
+def code_of(error: BaseException) -> str:
+    """Return the name of the gRPC status that a client gets for an error; see status_codes.errors_to_status."""
+    return next((code for kind, code in _CODE_OF if isinstance(error, kind)), "INTERNAL")
