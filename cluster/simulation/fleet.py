@@ -153,7 +153,7 @@ class Fleet:
         return stall_s
 
     def _bring_back(self, now_s: float) -> None:
-        settings = self._settings
+        settings, back = self._settings, list[ShardId]()
         for shard, died_s in list(self._dead_since_s.items()):
             if settings.restart_s is None:
                 if now_s >= died_s + settings.spread_after_s:
@@ -161,7 +161,9 @@ class Fleet:
                     self.members = tuple(member for member in self.members if member != shard)
             elif now_s >= died_s + settings.restart_s:
                 del self._dead_since_s[shard]
-                self.events.append(Event(time_s=now_s, kind="back", text=f"{shard} is back, empty"))
+                back.append(shard)
+        if back:
+            self.events.append(Event(time_s=now_s, kind="back", text=f"back, empty: {', '.join(back)}"))
 
     def _round(self, now_s: float) -> None:
         """Spread the experts over those who live; else go on with what the autoscaler asked for."""
