@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from expertmesh.actors.controller.actor import start_controller
 from expertmesh.actors.gateway.deployment import deploy_gateway
+from expertmesh.actors.port_claim import PortClaim, require_http, url_host
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, metrics_address, start_local_ray, yield_to_actors
 from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
@@ -29,6 +30,8 @@ _PROGRESS_PERIOD_S = 0.2
 # Of experts that kernels/cpu/expert_mlp packs.
 _PACKED_WIDTH = 32
 _DRAIN_S = 5.0
+# Serve's proxy learns of the gateway's path within a look of its controller.
+_HTTP_TIMEOUT_S = 20.0
 
 
 class Deployment:
@@ -60,8 +63,10 @@ class Deployment:
         self._controller: Any = None
         self._gateway: Any = None
         self._is_deployed = False
+        self._http_port: PortClaim | None = None
         self.grpc_address = ""
         self.metrics_address = ""  # of our own Ray alone
+        self.http_url = ""
 
     def start(self) -> None:
         """Bring everything up.
@@ -75,6 +80,8 @@ class Deployment:
         settings = self._settings
         _require_free_port(settings.grpc_host, settings.grpc_port)
         _check_metrics_port(settings.metrics_port, self._ray_address)
+        if settings.http:
+            self._http_port = PortClaim(settings.http_host, settings.http_port)
         if settings.state:
             connect(settings.state).close()
         self._say(f"checking {settings.model}")
@@ -102,7 +109,8 @@ class Deployment:
         with ThreadPoolExecutor(1) as thread:
             # Its process waits much and computes little; until the controller is ready it answers that it is not.
             self._is_deployed = True
-            deployment = thread.submit(deploy_gateway, settings, info)
+            http_port = None if self._http_port is None else self._http_port.port
+            deployment = thread.submit(deploy_gateway, settings, info, http_port)
             self._follow(starting)
             self._say("starting the gateway")
             self._gateway = deployment.result()
@@ -111,7 +119,10 @@ class Deployment:
         self.grpc_address = self._gateway.address.remote().result(timeout_s=60)
         if self.metrics_address:
             self._say(f"metrics on http://{self.metrics_address}/metrics")
-        self._say(f"serving on {self.grpc_address}")
+        if http_port is not None:
+            self.http_url = f"http://{url_host(settings.http_host)}:{http_port}"
+            require_http(self.http_url, _HTTP_TIMEOUT_S)
+        self._say(" and ".join(filter(None, ("serving on " + self.grpc_address, self.http_url))))
 
     def _start_ray_and_inspect(self) -> CheckpointFacts:
         """Start Ray unless there is one, and return the checkpoint's facts; both take seconds."""
@@ -144,6 +155,8 @@ class Deployment:
                 self._stop_controller()
         finally:
             ray.shutdown()
+            if self._http_port is not None:
+                self._http_port.release()
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _stop_controller(self) -> None:

@@ -88,7 +88,8 @@ def yield_to_actors() -> None:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             command = " ".join(process.cmdline())
-            if "raylet/raylet" not in command and (not command.startswith("ray::") or "ServeController" in command):
+            is_of_serve = "ServeController" in command or "ProxyActor" in command
+            if "raylet/raylet" not in command and (not command.startswith("ray::") or is_of_serve):
                 step_back(process.pid)
 
 

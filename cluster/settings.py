@@ -38,6 +38,9 @@ class ServeSettings(BaseModel):
     )
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="0 takes a free one")
+    http: bool = Field(default=True, description="whether OpenAI's HTTP is served beside gRPC")
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
     state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
 
     page_size: int = Field(default=16, ge=1, le=1024, description="tokens a KV page")

@@ -65,8 +65,8 @@ class Tokenizer:
         self._backend = backend
         self._byte_ids = self._find_byte_ids()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of the text, with the special tokens that the tokenizer adds by default.
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of the text, with the special tokens that the tokenizer adds unless told not to.
 
         Raises:
             InputError: The text holds half of a surrogate pair, which no encoding has.
@@ -75,7 +75,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"text is not valid Unicode: {error}") from error
-        return self._backend.encode(text)
+        return self._backend.encode(text, add_special_tokens)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids: special tokens and ids outside the vocabulary left out, no spaces cleaned up."""
@@ -84,6 +84,15 @@ class Tokenizer:
     def has_text(self, token_id: int) -> bool:
         """Say whether decode() does not leave this token out."""
         return token_id not in self._backend.special_ids and self._backend.name(token_id) is not None
+
+    def token_text(self, token_id: int) -> str:
+        """Return what a token adds to a text, or its name in the vocabulary if that is not whole characters."""
+        # Decoded behind itself: some decoders drop the space before the first token of a text.
+        alone = self.decode([token_id])
+        text = self.decode([token_id, token_id])[len(alone) :]
+        if self.has_text(token_id) and _REPLACEMENT not in text:
+            return text
+        return self._backend.name(token_id) or ""
 
     @property
     def byte_ids(self) -> frozenset[int]:

@@ -19,12 +19,12 @@ _log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """A tokenizer: text to ids with the special tokens it adds by default, ids to text without special tokens."""
+    """A tokenizer: text to ids, ids to text without special tokens."""
 
     special_ids: frozenset[int]
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text, with the special tokens that the tokenizer adds unless told not to."""
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; special tokens and ids outside the vocabulary are left out, no spaces cleaned up."""
@@ -44,9 +44,9 @@ class LibraryBackend:
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """See Backend."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -72,9 +72,9 @@ class TransformersBackend:
         self._tokenizer = tokenizer
         self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """See Backend."""
-        ids: list[int] = self._tokenizer.encode(text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
     def decode(self, ids: list[int]) -> str:

@@ -22,7 +22,17 @@ def child_server(model: Path, options: list[str]) -> Iterator[str]:
     Raises:
         UnavailableError: it ended before it was ready; its own error is on stderr.
     """
-    command = [sys.executable, "-m", "expertmesh.actors.cli.main", "serve", str(model), "--grpc-port", "0", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "expertmesh.actors.cli.main",
+        "serve",
+        str(model),
+        "--grpc-port",
+        "0",
+        "--no-http",
+        *options,
+    ]
     # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops the server in order.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     before = signal.signal(signal.SIGTERM, _interrupt)

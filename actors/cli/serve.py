@@ -27,6 +27,9 @@ def serve(
     replicas: Annotated[int | None, typer.Option(help="Shards that hold each expert; 1 unless given.")] = None,
     grpc_host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 unless given.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of gRPC, 0: a free one; 50051 unless given.")] = None,
+    http_host: Annotated[str | None, typer.Option(help="Address that HTTP listens on; 127.0.0.1 unless given.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of HTTP, 0: a free one; 8000 unless given.")] = None,
+    http: Annotated[bool | None, typer.Option(help="Serve OpenAI's HTTP beside gRPC; yes unless told not to.")] = None,
     state: Annotated[str | None, typer.Option(help="redis://..; an embedded server unless given.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; start one here unless given.")] = None,
     autoscale: Annotated[bool | None, typer.Option(help="Let the load decide how many there are.")] = None,
@@ -58,6 +61,9 @@ def serve(
         "replicas": replicas,
         "grpc_host": grpc_host,
         "grpc_port": grpc_port,
+        "http_host": http_host,
+        "http_port": http_port,
+        "http": http,
         "state": state,
         "dtype": dtype,
         "deterministic": deterministic or None,
@@ -106,7 +112,7 @@ def _run(settings: ServeSettings, address: str | None) -> None:
             running.registered(deployment.grpc_address, settings.model),
             metrics_target(running.state_home(), deployment.metrics_address),
         ):
-            sys.stdout.write(f"ready {deployment.grpc_address}\n")
+            sys.stdout.write(" ".join(["ready", deployment.grpc_address, deployment.http_url]).rstrip() + "\n")
             sys.stdout.flush()
             while True:
                 signal.pause()

@@ -3,17 +3,22 @@
 import asyncio
 import logging
 import random
+import time
 import uuid
 from typing import Any
 
 import ray
+from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from expertmesh.actors.cores import step_back
 from expertmesh.actors.gateway.admin_service import AdminService
+from expertmesh.actors.gateway.chat_template import open_chat_template
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
+from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.actors.gateway.worker_client import WorkerClient
 from expertmesh.actors.metrics import Metrics
@@ -27,6 +32,7 @@ from expertmesh.models.tokenizer import open_tokenizer
 
 _log = logging.getLogger(__name__)
 _VIEW_PERIOD_S = 0.5
+_IDLE_PERIOD_S = 0.05
 # The controller answers in milliseconds; one that hangs is as good as away.
 _VIEW_TIMEOUT_S = 2.0
 
@@ -66,6 +72,8 @@ class Gateway:
         self._id = f"gateway-{uuid.uuid4().hex[:8]}"
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._model = model
+        template = open_chat_template(settings.model)
+        self._reader = RequestReader(model=model, tokenizer=tokenizer, template=template, rng=random.Random())
         self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
         self._metrics = Metrics()
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
@@ -78,6 +86,12 @@ class Gateway:
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())
 
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it; asked for where HTTP is served
+        server = self._server
+        return build_app(
+            OpenAIFront(engine=self._engine, reader=self._reader, is_ready=lambda: server.is_serving, now_s=time.time)
+        )
+
     async def address(self) -> str:
         """Look at the fleet, and return host:port of the gRPC server."""
         await self._look()
@@ -86,8 +100,14 @@ class Gateway:
     async def shut_down(self, grace_s: float) -> None:
         """Take no new requests and give the running ones grace_s seconds."""
         self._watch_task.cancel()
-        await self._server.stop(grace_s)
+        await asyncio.gather(self._server.stop(grace_s), self._until_idle(grace_s))
         await self._engine.pool.close()
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        """Wait for requests that came over HTTP, which the gRPC server does not know of."""
+        end_s = time.monotonic() + timeout_s
+        while self._engine.num_live_requests and time.monotonic() < end_s:  # noqa: ASYNC110 - each may be the last
+            await asyncio.sleep(_IDLE_PERIOD_S)
 
     async def _watch(self) -> None:
         while True:
@@ -183,18 +203,24 @@ async def _call(reference: Any) -> Any:
         raise UnavailableError(f"{type(error).__name__}: {error}") from error
 
 
-def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
+def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | None) -> Any:
     """Run the gateway on Ray Serve, on this node: its address was checked here, clients look for it here.
+
+    Args:
+        settings: what to serve and how.
+        model: the model served.
+        http_port: that Serve's proxies listen on; None: there are none.
 
     Raises:
         UnavailableError: it did not come up.
     """
     deployment = serve.deployment(
-        Gateway,
+        Gateway if http_port is None else serve.ingress()(Gateway),
         name="gateway",
         num_replicas=1,
         max_replicas_per_node=1,
-        max_ongoing_requests=1000,
+        # Above what the engine takes: it refuses what is too much, Serve would let it wait.
+        max_ongoing_requests=10_000,
         ray_actor_options={
             "num_cpus": 0,
             "label_selector": on_this_node(),
@@ -206,8 +232,14 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo) -> Any:
     )
     # Serve reports each of its own steps; what matters of them is said by ours.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    serve.start(
+        # Of every node: on the head and here, where the gateway is.
+        proxy_location="Disabled" if http_port is None else "EveryNode",
+        http_options=None if http_port is None else {"host": settings.http_host, "port": http_port},
+        logging_config={"log_level": "ERROR"},
+    )
+    prefix = None if http_port is None else "/"
     try:
-        return serve.run(deployment.bind(settings, model), name=GATEWAY_APP, route_prefix=None)
+        return serve.run(deployment.bind(settings, model), name=GATEWAY_APP, route_prefix=prefix)
     except RuntimeError as error:
         raise UnavailableError(f"the gateway did not come up: {error}") from error

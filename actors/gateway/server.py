@@ -25,6 +25,7 @@ class GatewayServer:
         """Hold a started server; use `start_server`."""
         self._server = server
         self._health = health_service
+        self.is_serving = False
         self.host = host
         self.port = port
 
@@ -35,12 +36,14 @@ class GatewayServer:
 
     async def set_serving(self, serving: bool) -> None:
         """Set what the health service answers, for the whole server and for Inference."""
+        self.is_serving = serving
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in HEALTH_NAMES:
             await self._health.set(name, status)
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Take no new calls, give the running ones `grace_s` seconds to end, then cancel them."""
+        self.is_serving = False
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 

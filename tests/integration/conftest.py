@@ -28,6 +28,7 @@ class Server:
     address: str
     process: subprocess.Popen[str]
     log: Path
+    http_url: str = ""
 
     def channel(self) -> grpc.Channel:
         return grpc.insecure_channel(self.address)
@@ -63,7 +64,8 @@ def serving(
         "XDG_STATE_HOME": str(home / "state"),
         "XDG_CACHE_HOME": cache,
     }
-    command = [*within, *CLI, "serve", str(model), "--grpc-port", "0", *options]
+    http = [] if "--http-port" in options else ["--no-http"]
+    command = [*within, *CLI, "serve", str(model), "--grpc-port", "0", *http, *options]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
     tree: list[psutil.Process] = []
@@ -72,7 +74,8 @@ def serving(
         line = process.stdout.readline()
         assert line.startswith("ready "), log.read_text()
         tree = psutil.Process(process.pid).children(recursive=True)
-        yield Server(line.split()[1], process, log)
+        _, address, *urls = line.split()
+        yield Server(address, process, log, "".join(urls))
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)

@@ -80,7 +80,7 @@ def test_alone_together_and_under_faults_the_bits_are_the_same(tmp_path: Path) -
 
 def test_a_family_that_cannot_be_deterministic_is_refused_at_once(tmp_path: Path) -> None:
     write_checkpoint("qwen3_next", tmp_path / "model")
-    command = [*CLI, "serve", str(tmp_path / "model"), "--grpc-port", "0", "--deterministic"]
+    command = [*CLI, "serve", str(tmp_path / "model"), "--grpc-port", "0", "--no-http", "--deterministic"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert result.returncode == 2
     assert "keeps transformers' own cache (linear, state-space or indexed attention)" in result.stderr.splitlines()[-1]

@@ -42,7 +42,7 @@ def test_a_checkpoint_without_tokenizer_is_served_by_token_ids(tiny: Path, tmp_p
 
 
 def test_detached_server_is_found_and_stopped(tiny: Path, tmp_path: Path) -> None:
-    started = _run(tmp_path, "serve", str(tiny), "--grpc-port", "0", "--detach")
+    started = _run(tmp_path, "serve", str(tiny), "--grpc-port", "0", "--no-http", "--detach")
     assert started.returncode == 0, started.stderr
     address = started.stdout.split()[1]
     pid = int(started.stdout.split("pid ")[1].split(",")[0])
@@ -63,7 +63,7 @@ def test_detached_server_is_found_and_stopped(tiny: Path, tmp_path: Path) -> Non
 def test_interrupted_start_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     env = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [*CLI, "serve", str(tiny), "--grpc-port", "0"],
+        [*CLI, "serve", str(tiny), "--grpc-port", "0", "--no-http"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -101,7 +101,7 @@ def test_what_cannot_be_served_is_one_clear_line(arguments: list[str], message: 
     (truncated / "config.json").write_bytes((POCKET / "config.json").read_bytes())
     (truncated / "model.safetensors").write_bytes((POCKET / "model.safetensors").read_bytes()[:100_000])
     filled = [a.format(pocket=POCKET, truncated=truncated) for a in arguments]
-    result = _run(tmp_path, "serve", "--grpc-port", "0", *filled)
+    result = _run(tmp_path, "serve", "--grpc-port", "0", "--no-http", *filled)
     assert result.returncode in (1, 2)
     line = _last_line(result)
     assert line.startswith("error: ")

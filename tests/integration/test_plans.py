@@ -105,7 +105,7 @@ def test_groups_of_shards_and_a_file(tmp_path: Path, expected: tuple[list[int], 
 )
 def test_plans_that_do_not_fit_are_refused(options: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
     env = {**os.environ, "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
-    command = [*CLI, "serve", str(POCKET), "--grpc-port", "0", *options]
+    command = [*CLI, "serve", str(POCKET), "--grpc-port", "0", "--no-http", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
     assert done.returncode == 2
     assert complaint in done.stderr.splitlines()[-1]

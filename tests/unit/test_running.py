@@ -18,7 +18,7 @@ import pytest
 from expertmesh.actors import launch
 from expertmesh.actors.cli import main, running
 from expertmesh.actors.cli.stop import stop
-from expertmesh.cluster.errors import CapacityError, InputError, StateError, UnavailableError
+from expertmesh.cluster.errors import CapacityError, CheckpointError, InputError, StateError, UnavailableError
 from expertmesh.cluster.model_info import CheckpointFacts, ModelInfo
 from expertmesh.cluster.settings import ServeSettings
 
@@ -220,6 +220,20 @@ def deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, **set
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     return launch.Deployment(ServeSettings.model_validate({"model": MODEL, **settings}), None, print)
+
+
+def test_an_http_port_in_use_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        unstarted = deployment(monkeypatch, tmp_path, GIB, grpc_port=0, http_port=port)
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}: "):
+            unstarted.start()
+        unstarted.stop()
+        # Whoever wants no HTTP does not mind, and fails over the model alone.
+        without = deployment(monkeypatch, tmp_path, GIB, grpc_port=0, http_port=port, http=False)
+        with pytest.raises(CheckpointError, match="no such directory"):
+            without.start()
+        without.stop()
 
 
 # 4 layers of 8 experts of 1 GiB: 32 GiB. A dense half of 2 GiB for each worker.

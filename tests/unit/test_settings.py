@@ -22,6 +22,7 @@ def test_the_defaults_serve_on_loopback() -> None:
     settings = ServeSettings(model=MODEL)
     assert (settings.shards, settings.workers, settings.replicas) == (2, 1, 1)
     assert (settings.grpc_host, settings.grpc_port) == ("127.0.0.1", 50051)
+    assert (settings.http, settings.http_host, settings.http_port) == (True, "127.0.0.1", 8000)
 
 
 def test_settings_are_frozen() -> None:
@@ -44,6 +45,8 @@ def test_settings_are_frozen() -> None:
         ("device", "tpu"),
         ("grpc_port", -1),
         ("grpc_port", 65536),
+        ("http_port", -1),
+        ("http_port", 65536),
         ("page_size", 0),
         ("page_size", 1025),
         ("kv_tokens", -1),

@@ -231,7 +231,22 @@ def test_the_special_tokens_of_the_template_are_added(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(save(backend, tmp_path))
     assert tokenizer is not None
     assert tokenizer.encode("cat")[0] == 0
+    assert tokenizer.encode("cat", add_special_tokens=False) == tokenizer.encode("cat")[1:]
     assert tokenizer.decode(tokenizer.encode("cat")) == "cat"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokens_text_is_what_it_adds_to_a_text(opened: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = opened[kind]
+    ids = tokenizer.encode("the cat sat on the mat")
+    assert "".join(tokenizer.token_text(token_id) for token_id in ids).strip() == tokenizer.decode(ids)
+
+
+def test_a_token_without_whole_characters_or_text_goes_by_its_name(opened: dict[str, Tokenizer]) -> None:
+    assert opened["byte_level"].token_text(0) == "<|end|>"
+    assert opened["byte_level"].token_text(byte_tokens(opened["byte_level"], b"\xe4")[0]) == "\u00e4"
+    assert opened["byte_fallback"].token_text(byte_tokens(opened["byte_fallback"], b"\xe4")[0]) == "<0xE4>"
+    assert opened["byte_level"].token_text(10**6) == ""
 
 
 def test_names_of_bytes_that_are_plain_text_are_no_bytes(opened: dict[str, Tokenizer], tmp_path: Path) -> None:
