@@ -22,7 +22,11 @@ class ExpertMeshError(Exception):
 
 
 class InputError(ExpertMeshError):
-    """The request or command is wrong."""
+    """The request or command is wrong. field names what is wrong in it, empty where that is no single field."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownNameError(InputError):

@@ -72,6 +72,7 @@ class Gateway:
             port=settings.grpc_port,
             inference=InferenceService(self._engine, model, tokenizer, random.Random()),
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
+            settings=settings.grpc,
         )
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())

@@ -6,7 +6,8 @@ from contextlib import aclosing
 
 from expertmesh.actors.gateway.engine import Engine, Piece
 from expertmesh.actors.gateway.status_codes import Context, errors_to_status
-from expertmesh.actors.gateway.validation import ValidRequest, validate_request
+from expertmesh.actors.gateway.validation import ValidRequest, require_in_vocabulary, validate_request
+from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import FinishReason, TokenEvent
 from expertmesh.models.tokenizer import Tokenizer
@@ -68,6 +69,44 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             for output, parts in zip(response.outputs, texts, strict=True):
                 output.text = "".join(parts)
         return response
+
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """Return the tokens of a text."""
+        response = inference_pb2.TokenizeResponse()
+        async with errors_to_status(context, "Tokenize"):
+            tokenizer = self._require_tokenizer("text")
+            is_long = len(request.text) > LONG_PROMPT_CHARS
+            encode = tokenizer.encode
+            response.token_ids.extend(
+                await asyncio.to_thread(encode, request.text) if is_long else encode(request.text)
+            )
+        return response
+
+    async def Detokenize(  # noqa: N802
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        """Return the text of tokens."""
+        response = inference_pb2.DetokenizeResponse()
+        async with errors_to_status(context, "Detokenize"):
+            tokenizer, ids = self._require_tokenizer("token_ids"), request.token_ids
+            require_in_vocabulary(ids, "token id", self._model, field="token_ids")
+            is_long = len(ids) > LONG_PROMPT_CHARS
+            response.text = await asyncio.to_thread(tokenizer.decode, ids) if is_long else tokenizer.decode(ids)
+        return response
+
+    async def GetModel(  # noqa: N802
+        self, request: inference_pb2.GetModelRequest, context: Context
+    ) -> inference_pb2.Model:
+        """Return what a client must know of the model."""
+        names = inference_pb2.Model.DESCRIPTOR.fields_by_name
+        return inference_pb2.Model(**{name: getattr(self._model, name) for name in names})
+
+    def _require_tokenizer(self, field: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InputError(f"{self._model.name} has no tokenizer", field=field)
+        return self._tokenizer
 
     def _request_id(self, request: GenerateRequest) -> str:
         return request.request_id if request.HasField("request_id") else f"{self._rng.getrandbits(128):032x}"
