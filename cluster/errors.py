@@ -11,6 +11,7 @@ ExpertMeshError
 │   ├── LinkError              a link broke or its deadline passed
 │   └── NoReplicaError         an expert has no live replica
 ├── ConflictError              another operation is under way
+├── NotFoundError              what is asked for is not there, or no longer
 └── StateError                 the state store holds something that cannot be used
 
 Each takes one message, so each survives pickling through Ray.
@@ -63,6 +64,10 @@ class NoReplicaError(UnavailableError):
 
 class ConflictError(ExpertMeshError):
     """It cannot be begun while something else is under way; the message names that."""
+
+
+class NotFoundError(ExpertMeshError):
+    """What is asked for is not there, or no longer."""
 
 
 class StateError(ExpertMeshError):

@@ -35,6 +35,12 @@ class GrpcSettings(BaseModel):
     min_ping_s: float = Field(
         default=10.0, ge=0.1, description="least time between pings of a client; who pings faster is cut off"
     )
+    resume_s: float = Field(
+        default=30.0, gt=0, description="how long a stream with an idempotency key is kept: unread, and after its end"
+    )
+    max_ended_streams: int = Field(
+        default=256, ge=0, description="most such streams kept after their end; the oldest are forgotten first"
+    )
 
 
 class ServeSettings(BaseModel):

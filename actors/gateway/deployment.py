@@ -67,10 +67,11 @@ class Gateway:
         self._model = model
         self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
+        self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
             port=settings.grpc_port,
-            inference=InferenceService(self._engine, model, tokenizer, random.Random()),
+            inference=self._inference,
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
             settings=settings.grpc,
         )
@@ -86,6 +87,7 @@ class Gateway:
         """Take no new requests and give the running ones grace_s seconds."""
         self._watch_task.cancel()
         await self._server.stop(grace_s)
+        await self._inference.close()
         await self._engine.pool.close()
 
     async def _watch(self) -> None:

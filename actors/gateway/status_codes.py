@@ -10,7 +10,14 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from expertmesh.cluster.errors import CapacityError, ConflictError, ExpertMeshError, InputError, UnavailableError
+from expertmesh.cluster.errors import (
+    CapacityError,
+    ConflictError,
+    ExpertMeshError,
+    InputError,
+    NotFoundError,
+    UnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +33,12 @@ async def errors_to_status(context: Context, call: str) -> AsyncIterator[None]:
     """Abort the call with the status code of the error raised inside, with details as google.rpc messages.
 
     InputError is INVALID_ARGUMENT with a BadRequest that names the field, CapacityError RESOURCE_EXHAUSTED with
-    RetryInfo, ConflictError FAILED_PRECONDITION, UnavailableError UNAVAILABLE.
+    RetryInfo, ConflictError FAILED_PRECONDITION, NotFoundError NOT_FOUND, UnavailableError UNAVAILABLE.
     All else is INTERNAL: the client is told `call` (a request id, say) to look for, the log has the traceback.
     """
     try:
         yield
-    except (InputError, CapacityError, ConflictError, UnavailableError) as error:
+    except (InputError, CapacityError, ConflictError, NotFoundError, UnavailableError) as error:
         code, trailers = status_of(error)
         await context.abort(code, str(error), trailers)
     except Exception:
@@ -54,6 +61,8 @@ def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str,
         return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(RETRY_DELAY_MS)), details)
     if isinstance(error, ConflictError):
         return grpc.StatusCode.FAILED_PRECONDITION, ()
+    if isinstance(error, NotFoundError):
+        return grpc.StatusCode.NOT_FOUND, ()
     assert isinstance(error, UnavailableError), error
     return grpc.StatusCode.UNAVAILABLE, ()
 

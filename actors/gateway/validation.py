@@ -14,7 +14,7 @@ DEFAULT_MAX_TOKENS = 128
 MAX_SAMPLES = 64
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
-MAX_REQUEST_ID_CHARS = 128
+MAX_NAME_CHARS = 128
 MAX_SEED = (1 << 63) - 1
 
 
@@ -43,11 +43,9 @@ def validate_request(
     Raises:
         InputError: the message names the field, its value and the limit.
     """
-    _require(
-        0 < len(request_id) <= MAX_REQUEST_ID_CHARS and request_id.isprintable(),
-        "request_id",
-        f"request_id has {len(request_id)} characters; it must have 1 to {MAX_REQUEST_ID_CHARS}, all printable",
-    )
+    _require_name(request_id, "request_id")
+    if request.HasField("idempotency_key"):
+        _require_name(request.idempotency_key, "idempotency_key")
     num_samples = request.n if request.HasField("n") else 1
     _require(1 <= num_samples <= MAX_SAMPLES, "n", f"n is {num_samples}; it must be from 1 to {MAX_SAMPLES}")
     stop = _stop_strings(request, tokenizer)
@@ -78,6 +76,14 @@ def sample_seed(seed: int, index: int) -> int:
 def _require(holds: bool, field: str, message: str) -> None:
     if not holds:
         raise InputError(message, field=field)
+
+
+def _require_name(name: str, field: str) -> None:
+    _require(
+        0 < len(name) <= MAX_NAME_CHARS and name.isprintable(),
+        field,
+        f"{field} has {len(name)} characters; it must have 1 to {MAX_NAME_CHARS}, all printable",
+    )
 
 
 def _stop_strings(request: GenerateRequest, tokenizer: Tokenizer | None) -> tuple[str, ...]:

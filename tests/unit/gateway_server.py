@@ -59,7 +59,7 @@ async def running(
 ) -> AsyncIterator[Running]:
     rng = random.Random(4)
     engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
-    inference = InferenceService(engine, MODEL, tokenizer, rng)
+    inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
         host="127.0.0.1",
         port=0,
@@ -73,6 +73,7 @@ async def running(
             yield Running(server, engine, channel)
     finally:
         await server.stop(grace_s=0)
+        await inference.close()
         await engine.pool.close()
 
 

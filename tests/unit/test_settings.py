@@ -84,7 +84,14 @@ def test_the_ends_of_a_range_are_allowed(name: str, value: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_message_bytes", 100), ("keepalive_s", 0), ("keepalive_timeout_s", 0.5), ("min_ping_s", 0), ("no_such", 1)],
+    [
+        ("max_message_bytes", 100),
+        ("keepalive_s", 0),
+        ("keepalive_timeout_s", 0.5),
+        ("min_ping_s", 0),
+        ("resume_s", 0),
+        ("no_such", 1),
+    ],
 )
 def test_a_limit_of_grpc_out_of_range_is_refused_by_its_path(tmp_path: Path, name: str, value: float) -> None:
     config = write(tmp_path, f"[grpc]\n{name} = {value}\n")

@@ -52,6 +52,16 @@ class InferenceStub:
                 request_serializer=expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_inference__pb2.GenerateOnceResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/expertmesh.v1.Inference/Resume',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/expertmesh.v1.Inference/Cancel',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/expertmesh.v1.Inference/Tokenize',
                 request_serializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -94,6 +104,22 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
+        each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
+        is cancelled. NOT_FOUND as for Resume.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Returns the tokens that a text prompt is. Without a tokenizer it is INVALID_ARGUMENT, as is Detokenize.
         """
@@ -127,6 +153,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateOnce,
                     request_deserializer=expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_inference__pb2.GenerateOnceResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.CancelRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -206,6 +242,60 @@ class Inference:
             '/expertmesh.v1.Inference/GenerateOnce',
             expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             expertmesh_dot_v1_dot_inference__pb2.GenerateOnceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.Inference/Resume',
+            expertmesh_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Inference/Cancel',
+            expertmesh_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,14 @@ class InferenceStub:
     """Streams each sample's tokens as they are drawn. Messages of different samples interleave; those of one are in order."""
     GenerateOnce: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateOnceResponse]
     """Waits for all samples to end and returns them in one message."""
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
+    """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
+    each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
+    """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
+    is cancelled. NOT_FOUND as for Resume.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Returns the tokens that a text prompt is. Without a tokenizer it is INVALID_ARGUMENT, as is Detokenize."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -69,6 +77,14 @@ class InferenceAsyncStub(InferenceStub):
     """Streams each sample's tokens as they are drawn. Messages of different samples interleave; those of one are in order."""
     GenerateOnce: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateOnceResponse]  # type: ignore[assignment]
     """Waits for all samples to end and returns them in one message."""
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
+    each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
+    """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
+    is cancelled. NOT_FOUND as for Resume.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Returns the tokens that a text prompt is. Without a tokenizer it is INVALID_ARGUMENT, as is Detokenize."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -102,6 +118,26 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GenerateOnceResponse, _abc.Awaitable[_inference_pb2.GenerateOnceResponse]]:
         """Waits for all samples to end and returns them in one message."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
+        """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
+        each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _inference_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
+        """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
+        is cancelled. NOT_FOUND as for Resume.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(
