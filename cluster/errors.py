@@ -11,6 +11,7 @@ ExpertMeshError
 │   ├── LinkError              a link broke or its deadline passed
 │   └── NoReplicaError         an expert has no live replica
 ├── ConflictError              another operation is under way
+├── NotFoundError              what is asked for is not there, or no longer
 └── StateError                 the state store holds something that cannot be used
 
 Each takes one message, so each survives pickling through Ray.
@@ -22,7 +23,11 @@ class ExpertMeshError(Exception):
 
 
 class InputError(ExpertMeshError):
-    """The request or command is wrong."""
+    """The request or command is wrong. field names what is wrong in it, empty where that is no single field."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownNameError(InputError):
@@ -59,6 +64,10 @@ class NoReplicaError(UnavailableError):
 
 class ConflictError(ExpertMeshError):
     """It cannot be begun while something else is under way; the message names that."""
+
+
+class NotFoundError(ExpertMeshError):
+    """What is asked for is not there, or no longer."""
 
 
 class StateError(ExpertMeshError):

@@ -18,6 +18,31 @@ class AutoscaleSettings(BaseModel):
     workers: WorkerTierSettings
 
 
+class GrpcSettings(BaseModel):
+    """What the gateway's gRPC server allows its clients, whoever they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_message_bytes: int = Field(
+        default=16 << 20, ge=1 << 16, le=1 << 30, description="largest message taken from a client"
+    )
+    keepalive_s: float = Field(
+        default=30.0, ge=1, description="silence of a connection after which the server asks whether the client lives"
+    )
+    keepalive_timeout_s: float = Field(
+        default=10.0, ge=1, description="longest wait for that answer; then the connection is closed, its calls end"
+    )
+    min_ping_s: float = Field(
+        default=10.0, ge=0.1, description="least time between pings of a client; who pings faster is cut off"
+    )
+    resume_s: float = Field(
+        default=30.0, gt=0, description="how long a stream with an idempotency key is kept: unread, and after its end"
+    )
+    max_ended_streams: int = Field(
+        default=256, ge=0, description="most such streams kept after their end; the oldest are forgotten first"
+    )
+
+
 class ServeSettings(BaseModel):
     """How a model is served. Read from the command line and `--config FILE` (TOML)."""
 
@@ -38,6 +63,7 @@ class ServeSettings(BaseModel):
     )
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="0 takes a free one")
+    grpc: GrpcSettings = GrpcSettings()
     http: bool = Field(default=True, description="whether OpenAI's HTTP is served beside gRPC")
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")

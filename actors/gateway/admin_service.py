@@ -5,11 +5,11 @@ from typing import Protocol
 
 from google.protobuf import json_format
 
+from expertmesh.actors.gateway.load_reports import DEFAULT_PERIOD_S, Loads, load_reports
 from expertmesh.actors.gateway.status_codes import Context, errors_to_status
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 
 Status = Mapping[str, object]
-Loads = Sequence[Mapping[str, object]]
 OperationFields = Mapping[str, object]
 
 
@@ -73,6 +73,18 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             for fields in await self._get_loads():
                 json_format.ParseDict(dict(fields), response.layers.add())
         return response
+
+    async def WatchLoad(  # type: ignore[override]  # noqa: N802  # see InferenceService.Generate
+        self, request: admin_pb2.WatchLoadRequest, context: Context
+    ) -> None:
+        """Report what is counted, period by period."""
+        async with errors_to_status(context, "WatchLoad"):
+            period_s = request.period_s if request.HasField("period_s") else DEFAULT_PERIOD_S
+            async for interval_s, layers in load_reports(self._get_loads, period_s):
+                report = admin_pb2.LoadReport(interval_s=interval_s)
+                for fields in layers:
+                    json_format.ParseDict(fields, report.layers.add())
+                await context.write(report)
 
     async def Scale(  # noqa: N802
         self, request: admin_pb2.ScaleRequest, context: Context

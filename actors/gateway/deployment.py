@@ -77,11 +77,13 @@ class Gateway:
         self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
         self._metrics = Metrics()
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
+        self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
             port=settings.grpc_port,
-            inference=InferenceService(self._engine, model, tokenizer, random.Random()),
+            inference=self._inference,
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
+            settings=settings.grpc,
         )
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())
@@ -101,6 +103,7 @@ class Gateway:
         """Take no new requests and give the running ones grace_s seconds."""
         self._watch_task.cancel()
         await asyncio.gather(self._server.stop(grace_s), self._until_idle(grace_s))
+        await self._inference.close()
         await self._engine.pool.close()
 
     async def _until_idle(self, timeout_s: float) -> None:

@@ -1,20 +1,26 @@
 """The Inference service: messages to valid requests, pieces to messages, errors to status codes."""
 
 import asyncio
+import hashlib
 import random
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from expertmesh.actors.gateway.engine import Engine, Piece
+from expertmesh.actors.gateway.kept_streams import KeptStreams
 from expertmesh.actors.gateway.status_codes import Context, errors_to_status
-from expertmesh.actors.gateway.validation import ValidRequest, validate_request
+from expertmesh.actors.gateway.validation import ValidRequest, require_in_vocabulary, validate_request
+from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import FinishReason, TokenEvent
+from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1 import inference_pb2, inference_pb2_grpc
 from expertmesh.v1.inference_pb2 import GenerateOnceResponse, GenerateRequest, GenerateResponse
 
 # A longer prompt is tokenised in a thread: meanwhile the streams of the others go on.
 LONG_PROMPT_CHARS = 8192
+DEFAULTS = GrpcSettings()
 
 FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -27,8 +33,16 @@ FINISH_REASONS = {
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Serves one gateway's clients. A client that cancels, or whose deadline passes, has its handler cancelled."""
 
-    def __init__(self, engine: Engine, model: ModelInfo, tokenizer: Tokenizer | None, rng: random.Random) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: ModelInfo,
+        tokenizer: Tokenizer | None,
+        rng: random.Random,
+        settings: GrpcSettings = DEFAULTS,
+    ) -> None:
         """Serve `model` by `engine`; rng draws request ids and the seeds of requests that give none."""
+        self._kept = KeptStreams(engine, resume_s=settings.resume_s, max_ended=settings.max_ended_streams)
         self._engine = engine
         self._model = model
         self._tokenizer = tokenizer
@@ -41,22 +55,39 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Stream the pieces of all samples."""
         request_id = self._request_id(request)
         async with errors_to_status(context, request_id):
-            valid = await self._validate(request, request_id)
-            async with aclosing(self._engine.generate(valid)) as pieces:
-                async for piece in pieces:
-                    await context.write(_response(valid, piece))
+            valid, pieces = await self._begin(request, request_id, context)
+            await _write(context, valid, pieces)
+
+    async def Resume(  # type: ignore[override]  # noqa: N802  # see Generate
+        self, request: inference_pb2.ResumeRequest, context: Context
+    ) -> None:
+        """Stream what was not received."""
+        async with errors_to_status(context, request.request_id):
+            stream = self._kept.find(request.request_id)
+            received, ended = request.tokens_received, request.samples_ended
+            pieces = stream.read(received, ended, time_left=context.time_remaining)
+            await _write(context, stream.request, pieces)
+
+    async def Cancel(  # noqa: N802
+        self, request: inference_pb2.CancelRequest, context: Context
+    ) -> inference_pb2.CancelResponse:
+        """End a kept stream."""
+        async with errors_to_status(context, "Cancel"):
+            self._kept.find(request.request_id).end()
+        return inference_pb2.CancelResponse()
 
     async def GenerateOnce(self, request: GenerateRequest, context: Context) -> GenerateOnceResponse:  # noqa: N802
         """Gather the pieces of all samples."""
         request_id = self._request_id(request)
-        response = GenerateOnceResponse(request_id=request_id)
+        response = GenerateOnceResponse()
         async with errors_to_status(context, request_id):
-            valid = await self._validate(request, request_id)
+            valid, begun = await self._begin(request, request_id, context)
+            response.request_id = valid.request_id
             texts: list[list[str]] = [[] for _ in valid.sampling]
             for index in range(len(valid.sampling)):
                 response.outputs.add(index=index)
             response.usage.prompt_tokens = len(valid.prompt_ids)
-            async with aclosing(self._engine.generate(valid)) as pieces:
+            async with aclosing(begun) as pieces:
                 async for piece in pieces:
                     output = response.outputs[piece.index]
                     texts[piece.index].append(piece.text)
@@ -69,8 +100,61 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 output.text = "".join(parts)
         return response
 
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """Return the tokens of a text."""
+        response = inference_pb2.TokenizeResponse()
+        async with errors_to_status(context, "Tokenize"):
+            tokenizer = self._require_tokenizer("text")
+            is_long = len(request.text) > LONG_PROMPT_CHARS
+            encode = tokenizer.encode
+            response.token_ids.extend(
+                await asyncio.to_thread(encode, request.text) if is_long else encode(request.text)
+            )
+        return response
+
+    async def Detokenize(  # noqa: N802
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        """Return the text of tokens."""
+        response = inference_pb2.DetokenizeResponse()
+        async with errors_to_status(context, "Detokenize"):
+            tokenizer, ids = self._require_tokenizer("token_ids"), request.token_ids
+            require_in_vocabulary(ids, "token id", self._model, field="token_ids")
+            is_long = len(ids) > LONG_PROMPT_CHARS
+            response.text = await asyncio.to_thread(tokenizer.decode, ids) if is_long else tokenizer.decode(ids)
+        return response
+
+    async def GetModel(  # noqa: N802
+        self, request: inference_pb2.GetModelRequest, context: Context
+    ) -> inference_pb2.Model:
+        """Return what a client must know of the model."""
+        names = inference_pb2.Model.DESCRIPTOR.fields_by_name
+        return inference_pb2.Model(**{name: getattr(self._model, name) for name in names})
+
+    def _require_tokenizer(self, field: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InputError(f"{self._model.name} has no tokenizer", field=field)
+        return self._tokenizer
+
     def _request_id(self, request: GenerateRequest) -> str:
         return request.request_id if request.HasField("request_id") else f"{self._rng.getrandbits(128):032x}"
+
+    async def close(self) -> None:
+        """End what goes on without a call."""
+        await self._kept.close()
+
+    async def _begin(
+        self, request: GenerateRequest, request_id: str, context: Context
+    ) -> tuple[ValidRequest, AsyncGenerator[Piece, None]]:
+        """Return the request that is generated, an earlier one under the same key, and its pieces."""
+        valid = await self._validate(request, request_id)
+        if not request.HasField("idempotency_key"):
+            return valid, self._engine.generate(valid)
+        fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        stream = self._kept.open(valid, request.idempotency_key, fingerprint)
+        return stream.request, stream.read(time_left=context.time_remaining)
 
     async def _validate(self, request: GenerateRequest, request_id: str) -> ValidRequest:
         def validate() -> ValidRequest:
@@ -81,6 +165,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         seed = self._rng.getrandbits(63)
         with self._engine.meter.refusals():
             return await asyncio.to_thread(validate) if len(request.text) > LONG_PROMPT_CHARS else validate()
+
+
+async def _write(context: Context, valid: ValidRequest, begun: AsyncGenerator[Piece, None]) -> None:
+    async with aclosing(begun) as pieces:
+        async for piece in pieces:
+            await context.write(_response(valid, piece))
 
 
 def _response(valid: ValidRequest, piece: Piece) -> GenerateResponse:

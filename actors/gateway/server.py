@@ -9,11 +9,14 @@ from grpc_reflection.v1alpha import reflection
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.cluster.errors import InputError
+from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+# What is served only while each expert has a live replica. Admin is there as long as the server is.
 HEALTH_NAMES = ("", INFERENCE)
+DEFAULTS = GrpcSettings()
 
 
 class GatewayServer:
@@ -48,14 +51,20 @@ class GatewayServer:
         await self._server.stop(grace_s)
 
 
-async def start_server(*, host: str, port: int, inference: InferenceService, admin: AdminService) -> GatewayServer:
+async def start_server(
+    *,
+    host: str,
+    port: int,
+    inference: InferenceService,
+    admin: AdminService,
+    settings: GrpcSettings = DEFAULTS,
+) -> GatewayServer:
     """Start to listen on host:port; port 0 takes a free one, which the result tells.
 
     Raises:
         InputError: the address cannot be listened on; the message says why.
     """
-    # Without this a second gateway would share the port, and each would get half of the calls.
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=_options(settings))
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
     health_service = health.aio.HealthServicer()
@@ -68,12 +77,27 @@ async def start_server(*, host: str, port: int, inference: InferenceService, adm
         raise InputError(f"cannot listen on {_address(host, port)}: {error}") from error
     started = GatewayServer(server, health_service, host=host, port=bound_port)
     await started.set_serving(False)
+    await health_service.set(ADMIN, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
     return started
 
 
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _options(settings: GrpcSettings) -> list[tuple[str, int]]:
+    """Name the settings as gRPC does, https://grpc.github.io/grpc/core/group__grpc__arg__keys.html."""
+    return [
+        # Without this a second gateway would share the port, and each would get half of the calls.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
+        # A client may ask whether its server lives though it has no call just now.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_s * 1000)),
+    ]
 
 
 def _require_free(host: str, port: int) -> None:

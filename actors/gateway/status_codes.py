@@ -1,4 +1,4 @@
-"""Which gRPC status does a client get for an error?"""
+"""Which gRPC status, with which details, does a client get for an error?"""
 
 import logging
 from collections.abc import AsyncIterator
@@ -6,35 +6,69 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
 
-from expertmesh.cluster.errors import CapacityError, ConflictError, InputError, UnavailableError
+from expertmesh.cluster.errors import (
+    CapacityError,
+    ConflictError,
+    ExpertMeshError,
+    InputError,
+    NotFoundError,
+    UnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
 RETRY_DELAY_MS = 1000
+# Where gRPC puts google.rpc.Status, https://github.com/grpc/grpc/blob/master/doc/statuscodes.md and grpcio-status.
+DETAILS_KEY = "grpc-status-details-bin"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @asynccontextmanager
 async def errors_to_status(context: Context, call: str) -> AsyncIterator[None]:
-    """Abort the call with the status code of the error raised inside.
+    """Abort the call with the status code of the error raised inside, with details as google.rpc messages.
 
-    InputError is INVALID_ARGUMENT, CapacityError RESOURCE_EXHAUSTED with a retry delay, ConflictError
-    FAILED_PRECONDITION, UnavailableError UNAVAILABLE.
+    InputError is INVALID_ARGUMENT with a BadRequest that names the field, CapacityError RESOURCE_EXHAUSTED with
+    RetryInfo, ConflictError FAILED_PRECONDITION, NotFoundError NOT_FOUND, UnavailableError UNAVAILABLE.
     All else is INTERNAL: the client is told `call` (a request id, say) to look for, the log has the traceback.
     """
     try:
         yield
-    except InputError as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    except CapacityError as error:
-        retry = (("grpc-retry-pushback-ms", str(RETRY_DELAY_MS)),)
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry)
-    except ConflictError as error:
-        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-    except UnavailableError as error:
-        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    except (InputError, CapacityError, ConflictError, NotFoundError, UnavailableError) as error:
+        code, trailers = status_of(error)
+        await context.abort(code, str(error), trailers)
     except Exception:
         logger.exception("%s failed", call)
         await context.abort(grpc.StatusCode.INTERNAL, f"internal error; look for {call} in the gateway's log")
+
+
+def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str, str | bytes], ...]]:
+    """Return the status code of an error that is the client's to handle, and the trailers that go with it."""
+    if isinstance(error, InputError):
+        if not error.field:
+            return grpc.StatusCode.INVALID_ARGUMENT, ()
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        detail = error_details_pb2.BadRequest(field_violations=[violation])
+        return grpc.StatusCode.INVALID_ARGUMENT, (_details(grpc.StatusCode.INVALID_ARGUMENT, error, detail),)
+    if isinstance(error, CapacityError):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(RETRY_DELAY_MS)
+        details = _details(grpc.StatusCode.RESOURCE_EXHAUSTED, error, retry)
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(RETRY_DELAY_MS)), details)
+    if isinstance(error, ConflictError):
+        return grpc.StatusCode.FAILED_PRECONDITION, ()
+    if isinstance(error, NotFoundError):
+        return grpc.StatusCode.NOT_FOUND, ()
+    assert isinstance(error, UnavailableError), error
+    return grpc.StatusCode.UNAVAILABLE, ()
+
+
+def _details(code: grpc.StatusCode, error: ExpertMeshError, detail: Message) -> tuple[str, bytes]:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    status = status_pb2.Status(code=code.value[0], message=str(error), details=[packed])
+    return DETAILS_KEY, status.SerializeToString()

@@ -3,10 +3,6 @@
 import asyncio
 import random
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import pytest
@@ -16,92 +12,18 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
-from expertmesh.actors.gateway.server import GatewayServer, start_server
+from expertmesh.actors.gateway.server import start_server
 from expertmesh.cluster.errors import InputError, UnavailableError
-from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1 import admin_pb2, inference_pb2
-from expertmesh.v1.admin_pb2_grpc import AdminStub
-from expertmesh.v1.inference_pb2 import GenerateRequest, GenerateResponse, TokenIds
-from expertmesh.v1.inference_pb2_grpc import InferenceStub
-from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker, fake_output, fake_text, save_tokenizer
+from expertmesh.v1.inference_pb2 import GenerateRequest, GenerateResponse
+from tests.unit.gateway_fakes import MODEL, FakeOperations, FakeWorker, fake_output, fake_text, save_tokenizer
+from tests.unit.gateway_server import error_of, get_loads, get_status, request, running, sampling, until
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-async def get_status() -> dict[str, object]:
-    return STATUS
-
-
-async def get_loads() -> list[dict[str, object]]:
-    return [
-        {"layer": 0, "tokens": [1, 2, 3, 4], "decode_tokens": 5},
-        {"layer": 1, "tokens": [0, 0, 0, 2**40], "decode_tokens": 2**39},
-    ]
-
-
-@dataclass
-class Running:
-    server: GatewayServer
-    engine: Engine
-    channel: grpc.aio.Channel
-
-    @property
-    def inference(self) -> Any:
-        return InferenceStub(self.channel)
-
-    @property
-    def admin(self) -> Any:
-        return AdminStub(self.channel)
-
-
-@asynccontextmanager
-async def running(
-    *workers: FakeWorker, tokenizer: Tokenizer | None = None, status: Callable[[], Any] = get_status
-) -> AsyncIterator[Running]:
-    rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
-    inference = InferenceService(engine, MODEL, tokenizer, rng)
-    server = await start_server(
-        host="127.0.0.1", port=0, inference=inference, admin=AdminService(status, get_loads, FakeOperations())
-    )
-    engine.pool.set_workers(workers)
-    try:
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            yield Running(server, engine, channel)
-    finally:
-        await server.stop(grace_s=0)
-        await engine.pool.close()
-
-
-def request(*token_ids: int, **fields: Any) -> GenerateRequest:
-    return GenerateRequest(token_ids=TokenIds(ids=token_ids or (10, 20, 30)), **{"max_tokens": 12, **fields})
-
-
-def sampling(seed: int, max_tokens: int = 12) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, seed=seed)
-
-
-async def error_of(call: Any) -> grpc.aio.AioRpcError:
-    async def finish() -> None:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                continue
-        else:
-            await call
-
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await finish()
-    return caught.value
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - the fakes tell nobody
-            await asyncio.sleep(0.001)
 
 
 async def test_a_stream_brings_tokens_text_usage_and_the_request_id(tokenizer: Tokenizer) -> None:

@@ -9,9 +9,9 @@ from expertmesh.actors.gateway.metrics import CODES, RequestMeter, code_of
 from expertmesh.cluster.errors import CapacityError, CheckpointError, InputError, UnavailableError
 from tests.recorded_metrics import Recorded
 from tests.unit.gateway_fakes import FakeWorker
+from tests.unit.gateway_server import error_of, request
+from tests.unit.gateway_server import running as served
 from tests.unit.test_gateway_failover import collect, running, valid
-from tests.unit.test_gateway_grpc import error_of, request
-from tests.unit.test_gateway_grpc import running as served
 
 
 class Clock:

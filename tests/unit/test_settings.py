@@ -89,6 +89,23 @@ def test_the_ends_of_a_range_are_allowed(name: str, value: int) -> None:
     assert getattr(read_settings(None, {"model": MODEL, name: value}), name) == value
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_message_bytes", 100),
+        ("keepalive_s", 0),
+        ("keepalive_timeout_s", 0.5),
+        ("min_ping_s", 0),
+        ("resume_s", 0),
+        ("no_such", 1),
+    ],
+)
+def test_a_limit_of_grpc_out_of_range_is_refused_by_its_path(tmp_path: Path, name: str, value: float) -> None:
+    config = write(tmp_path, f"[grpc]\n{name} = {value}\n")
+    with pytest.raises(InputError, match=rf"^grpc\.{name}: .*got {value}$"):
+        read_settings(config, {"model": MODEL})
+
+
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--shard-count: .*not permitted, got 3"):
         read_settings(write(tmp_path, "shard_count = 3"), {"model": MODEL})

@@ -802,7 +802,9 @@ class LayerLoad(_message.Message):
     """All of them that were routed for generated tokens, not for those of prompts."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens routed to each expert since start, in order of expert; as many as the model's num_experts."""
+        """Tokens routed to each expert since start, or in the interval of a report, in order of expert; as many as the model's
+        num_experts.
+        """
 
     def __init__(
         self,
@@ -840,3 +842,55 @@ class LoadsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadsResponse: _TypeAlias = LoadsResponse  # noqa: Y015
+
+@_typing.final
+class WatchLoadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERIOD_S_FIELD_NUMBER: _builtins.int
+    period_s: _builtins.float
+    """Seconds between two reports, from 0.1 to 3600. Absent: 1."""
+    def __init__(
+        self,
+        *,
+        period_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_period_s", b"_period_s", "period_s", b"period_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_period_s", b"_period_s", "period_s", b"period_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__period_s: _TypeAlias = _typing.Literal["period_s"]  # noqa: Y015
+    _WhichOneofArgType__period_s: _TypeAlias = _typing.Literal["_period_s", b"_period_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__period_s) -> _WhichOneofReturnType__period_s | None: ...
+
+Global___WatchLoadRequest: _TypeAlias = WatchLoadRequest  # noqa: Y015
+
+@_typing.final
+class LoadReport(_message.Message):
+    """What was counted since the stream's previous report, or since its beginning."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_S_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    interval_s: _builtins.float
+    """Seconds that it covers, by the gateway's clock; at least the period. An interval in which workers left or began anew
+    is not reported, as what they counted went with them.
+    """
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerLoad]:
+        """In order of layer."""
+
+    def __init__(
+        self,
+        *,
+        interval_s: _builtins.float = ...,
+        layers: _abc.Iterable[Global___LayerLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_s", b"interval_s", "layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015

@@ -45,6 +45,11 @@ class AdminStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.LoadsResponse.FromString,
                 _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/expertmesh.v1.Admin/WatchLoad',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.LoadReport.FromString,
+                _registered_method=True)
         self.Scale = channel.unary_unary(
                 '/expertmesh.v1.Admin/Scale',
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
@@ -90,6 +95,13 @@ class AdminServicer:
 
     def GetLoads(self, request, context):
         """How many tokens each expert was chosen for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLoad(self, request, context):
+        """What was counted meanwhile, each period until the client cancels. UNAVAILABLE when the controller is away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,6 +162,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetLoads,
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.LoadsResponse.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.WatchLoadRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.LoadReport.SerializeToString,
             ),
             'Scale': grpc.unary_unary_rpc_method_handler(
                     servicer.Scale,
@@ -237,6 +254,33 @@ class Admin:
             '/expertmesh.v1.Admin/GetLoads',
             expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.LoadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.Admin/WatchLoad',
+            expertmesh_dot_v1_dot_admin__pb2.WatchLoadRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.LoadReport.FromString,
             options,
             channel_credentials,
             insecure,

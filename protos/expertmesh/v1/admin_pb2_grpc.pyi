@@ -37,6 +37,8 @@ class AdminStub:
     """What runs where, and what it holds."""
     GetLoads: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetLoadsRequest, _admin_pb2.LoadsResponse]
     """How many tokens each expert was chosen for."""
+    WatchLoad: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.LoadReport]
+    """What was counted meanwhile, each period until the client cancels. UNAVAILABLE when the controller is away."""
     Scale: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]
     """Begins to have other numbers of shards and workers. Asked again while it runs, it answers with the same operation;
     another operation meanwhile is FAILED_PRECONDITION.
@@ -61,6 +63,8 @@ class AdminAsyncStub(AdminStub):
     """What runs where, and what it holds."""
     GetLoads: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetLoadsRequest, _admin_pb2.LoadsResponse]  # type: ignore[assignment]
     """How many tokens each expert was chosen for."""
+    WatchLoad: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.LoadReport]  # type: ignore[assignment]
+    """What was counted meanwhile, each period until the client cancels. UNAVAILABLE when the controller is away."""
     Scale: _aio.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]  # type: ignore[assignment]
     """Begins to have other numbers of shards and workers. Asked again while it runs, it answers with the same operation;
     another operation meanwhile is FAILED_PRECONDITION.
@@ -94,6 +98,14 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.LoadsResponse, _abc.Awaitable[_admin_pb2.LoadsResponse]]:
         """How many tokens each expert was chosen for."""
+
+    @_abc_1.abstractmethod
+    def WatchLoad(
+        self,
+        request: _admin_pb2.WatchLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.LoadReport], _abc.AsyncIterator[_admin_pb2.LoadReport]]:
+        """What was counted meanwhile, each period until the client cancels. UNAVAILABLE when the controller is away."""
 
     @_abc_1.abstractmethod
     def Scale(

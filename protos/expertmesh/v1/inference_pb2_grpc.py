@@ -26,9 +26,11 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Generates tokens. Errors of both calls:
-    INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit
-    RESOURCE_EXHAUSTED  no room now; the trailer `grpc-retry-pushback-ms` says when to try again
+    """Generates tokens. Errors of all calls:
+    INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit, and the
+    details a google.rpc.BadRequest that names the field
+    RESOURCE_EXHAUSTED  no room now; the details hold a google.rpc.RetryInfo, and the trailer `grpc-retry-pushback-ms`
+    says the same
     UNAVAILABLE         a part that is needed is away now
     DEADLINE_EXCEEDED   the client's deadline passed; the request has left the batch
     INTERNAL            a fault of the server; the message holds the request id to look for in its log
@@ -50,12 +52,39 @@ class InferenceStub:
                 request_serializer=expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_inference__pb2.GenerateOnceResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/expertmesh.v1.Inference/Resume',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/expertmesh.v1.Inference/Cancel',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/expertmesh.v1.Inference/Tokenize',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/expertmesh.v1.Inference/Detokenize',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/expertmesh.v1.Inference/GetModel',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.Model.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
-    """Generates tokens. Errors of both calls:
-    INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit
-    RESOURCE_EXHAUSTED  no room now; the trailer `grpc-retry-pushback-ms` says when to try again
+    """Generates tokens. Errors of all calls:
+    INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit, and the
+    details a google.rpc.BadRequest that names the field
+    RESOURCE_EXHAUSTED  no room now; the details hold a google.rpc.RetryInfo, and the trailer `grpc-retry-pushback-ms`
+    says the same
     UNAVAILABLE         a part that is needed is away now
     DEADLINE_EXCEEDED   the client's deadline passed; the request has left the batch
     INTERNAL            a fault of the server; the message holds the request id to look for in its log
@@ -75,6 +104,43 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
+        each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
+        is cancelled. NOT_FOUND as for Resume.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Returns the tokens that a text prompt is. Without a tokenizer it is INVALID_ARGUMENT, as is Detokenize.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Returns the text of tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """Returns what a client must know of the model served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -88,6 +154,31 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_inference__pb2.GenerateOnceResponse.SerializeToString,
             ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.CancelRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.CancelResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.GetModelRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.Model.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'expertmesh.v1.Inference', rpc_method_handlers)
@@ -97,9 +188,11 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Generates tokens. Errors of both calls:
-    INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit
-    RESOURCE_EXHAUSTED  no room now; the trailer `grpc-retry-pushback-ms` says when to try again
+    """Generates tokens. Errors of all calls:
+    INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit, and the
+    details a google.rpc.BadRequest that names the field
+    RESOURCE_EXHAUSTED  no room now; the details hold a google.rpc.RetryInfo, and the trailer `grpc-retry-pushback-ms`
+    says the same
     UNAVAILABLE         a part that is needed is away now
     DEADLINE_EXCEEDED   the client's deadline passed; the request has left the batch
     INTERNAL            a fault of the server; the message holds the request id to look for in its log
@@ -149,6 +242,141 @@ class Inference:
             '/expertmesh.v1.Inference/GenerateOnce',
             expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             expertmesh_dot_v1_dot_inference__pb2.GenerateOnceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.Inference/Resume',
+            expertmesh_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Inference/Cancel',
+            expertmesh_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Inference/Tokenize',
+            expertmesh_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Inference/Detokenize',
+            expertmesh_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Inference/GetModel',
+            expertmesh_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.Model.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,9 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceStub:
-    """Generates tokens. Errors of both calls:
-      INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit
-      RESOURCE_EXHAUSTED  no room now; the trailer `grpc-retry-pushback-ms` says when to try again
+    """Generates tokens. Errors of all calls:
+      INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit, and the
+                          details a google.rpc.BadRequest that names the field
+      RESOURCE_EXHAUSTED  no room now; the details hold a google.rpc.RetryInfo, and the trailer `grpc-retry-pushback-ms`
+                          says the same
       UNAVAILABLE         a part that is needed is away now
       DEADLINE_EXCEEDED   the client's deadline passed; the request has left the batch
       INTERNAL            a fault of the server; the message holds the request id to look for in its log
@@ -43,12 +45,28 @@ class InferenceStub:
     """Streams each sample's tokens as they are drawn. Messages of different samples interleave; those of one are in order."""
     GenerateOnce: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateOnceResponse]
     """Waits for all samples to end and returns them in one message."""
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
+    """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
+    each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
+    """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
+    is cancelled. NOT_FOUND as for Resume.
+    """
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
+    """Returns the tokens that a text prompt is. Without a tokenizer it is INVALID_ARGUMENT, as is Detokenize."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
+    """Returns the text of tokens."""
+    GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]
+    """Returns what a client must know of the model served."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
-    """Generates tokens. Errors of both calls:
-      INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit
-      RESOURCE_EXHAUSTED  no room now; the trailer `grpc-retry-pushback-ms` says when to try again
+    """Generates tokens. Errors of all calls:
+      INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit, and the
+                          details a google.rpc.BadRequest that names the field
+      RESOURCE_EXHAUSTED  no room now; the details hold a google.rpc.RetryInfo, and the trailer `grpc-retry-pushback-ms`
+                          says the same
       UNAVAILABLE         a part that is needed is away now
       DEADLINE_EXCEEDED   the client's deadline passed; the request has left the batch
       INTERNAL            a fault of the server; the message holds the request id to look for in its log
@@ -59,11 +77,27 @@ class InferenceAsyncStub(InferenceStub):
     """Streams each sample's tokens as they are drawn. Messages of different samples interleave; those of one are in order."""
     GenerateOnce: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateOnceResponse]  # type: ignore[assignment]
     """Waits for all samples to end and returns them in one message."""
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
+    each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
+    """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
+    is cancelled. NOT_FOUND as for Resume.
+    """
+    Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Returns the tokens that a text prompt is. Without a tokenizer it is INVALID_ARGUMENT, as is Detokenize."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Returns the text of tokens."""
+    GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]  # type: ignore[assignment]
+    """Returns what a client must know of the model served."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
-    """Generates tokens. Errors of both calls:
-      INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit
-      RESOURCE_EXHAUSTED  no room now; the trailer `grpc-retry-pushback-ms` says when to try again
+    """Generates tokens. Errors of all calls:
+      INVALID_ARGUMENT    the request breaks a limit given below; the message holds the value and the limit, and the
+                          details a google.rpc.BadRequest that names the field
+      RESOURCE_EXHAUSTED  no room now; the details hold a google.rpc.RetryInfo, and the trailer `grpc-retry-pushback-ms`
+                          says the same
       UNAVAILABLE         a part that is needed is away now
       DEADLINE_EXCEEDED   the client's deadline passed; the request has left the batch
       INTERNAL            a fault of the server; the message holds the request id to look for in its log
@@ -84,5 +118,49 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GenerateOnceResponse, _abc.Awaitable[_inference_pb2.GenerateOnceResponse]]:
         """Waits for all samples to end and returns them in one message."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
+        """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
+        each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _inference_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
+        """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
+        is cancelled. NOT_FOUND as for Resume.
+        """
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _inference_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
+        """Returns the tokens that a text prompt is. Without a tokenizer it is INVALID_ARGUMENT, as is Detokenize."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _inference_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
+        """Returns the text of tokens."""
+
+    @_abc_1.abstractmethod
+    def GetModel(
+        self,
+        request: _inference_pb2.GetModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.Model, _abc.Awaitable[_inference_pb2.Model]]:
+        """Returns what a client must know of the model served."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

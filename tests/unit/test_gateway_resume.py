@@ -1,0 +1,215 @@
+"""A stream that breaks is read on, one asked for twice is generated once, and what nobody reads any more ends."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from expertmesh.cluster.requests import SequenceRequest
+from expertmesh.cluster.settings import GrpcSettings
+from expertmesh.models.tokenizer import Tokenizer
+from expertmesh.v1.inference_pb2 import (
+    FINISH_REASON_CANCELLED,
+    FINISH_REASON_DEADLINE,
+    FINISH_REASON_LENGTH,
+    CancelRequest,
+    GenerateRequest,
+    GenerateResponse,
+    ResumeRequest,
+)
+from tests.unit.gateway_fakes import FakeWorker, fake_output, fake_text, save_tokenizer
+from tests.unit.gateway_server import Running, error_of, request, running, sampling, until
+
+PROMPT = (10, 20, 30)
+SHORT = GrpcSettings(resume_s=0.3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def kept(max_tokens: int = 60, **fields: Any) -> GenerateRequest:
+    return request(**{"max_tokens": max_tokens, "seed": 6, "request_id": "r", "idempotency_key": "k", **fields})
+
+
+def tokens(responses: list[GenerateResponse], index: int = 0) -> list[int]:
+    return [token for one in responses if one.index == index for token in one.token_ids]
+
+
+def text(responses: list[GenerateResponse], index: int = 0) -> str:
+    return "".join(one.text for one in responses if one.index == index)
+
+
+async def all_of(call: Any) -> list[GenerateResponse]:
+    return [one async for one in call]
+
+
+async def broken_after(up: Running, what: GenerateRequest, num_messages: int, **options: Any) -> list[GenerateResponse]:
+    """Read so many messages, then break the call off as a lost connection would."""
+    call = up.inference.Generate(what, **options)
+    got = [await call.read() for _ in range(num_messages)]
+    call.cancel()
+    return got
+
+
+async def test_a_broken_stream_goes_on_with_each_token_and_all_text_once(tokenizer: Tokenizer) -> None:
+    worker = FakeWorker("a")
+    async with running(worker, tokenizer=tokenizer) as up:
+        got = await broken_after(up, kept(), 3)
+        for _ in range(2):  # the second call breaks too
+            call = up.inference.Resume(ResumeRequest(request_id="r", tokens_received=[len(tokens(got))]))
+            got.append(await call.read())
+            call.cancel()
+        rest = await all_of(up.inference.Resume(ResumeRequest(request_id="r", tokens_received=[len(tokens(got))])))
+    assert tokens(got + rest) == fake_output(PROMPT, sampling(6, 60))
+    assert text(got + rest) == fake_text(PROMPT, sampling(6, 60))
+    assert (rest[-1].finish_reason, rest[-1].usage.completion_tokens) == (FINISH_REASON_LENGTH, 60)
+    assert len(worker.submitted) == 1
+    assert not worker.cancelled
+
+
+async def test_samples_are_resumed_each_from_its_own_position() -> None:
+    async with running(FakeWorker("a")) as up:
+        whole = await all_of(up.inference.Generate(kept(20, n=3)))
+        first, second = len(whole[0].token_ids), whole[1]
+        assert second.index == 1
+        asked = ResumeRequest(request_id="r", tokens_received=[first if whole[0].index == 0 else 0], samples_ended=[2])
+        rest = await all_of(up.inference.Resume(asked))
+    assert tokens(rest, 0) == tokens(whole, 0)[first:]
+    assert tokens(rest, 1) == tokens(whole, 1)
+    assert not [one for one in rest if one.index == 2]
+
+
+async def test_a_request_sent_twice_is_generated_once() -> None:
+    worker = FakeWorker("a")
+    async with running(worker) as up:
+        both = await asyncio.gather(*(all_of(up.inference.Generate(kept())) for _ in range(2)))
+        later = await all_of(up.inference.Generate(kept()))
+        once = await up.inference.GenerateOnce(kept())
+    assert both[0] == both[1] == later
+    assert list(once.outputs[0].token_ids) == tokens(later) == fake_output(PROMPT, sampling(6, 60))
+    assert len(worker.submitted) == 1
+
+
+async def test_a_repeated_request_without_seed_and_id_has_those_of_the_first() -> None:
+    bare = request(max_tokens=5, idempotency_key="k")
+    async with running(FakeWorker("a")) as up:
+        first, second = [await all_of(up.inference.Generate(bare)) for _ in range(2)]
+        other = await all_of(up.inference.Generate(request(max_tokens=5, idempotency_key="other")))
+    assert first == second
+    assert first[0].request_id != other[0].request_id
+
+
+async def test_a_key_of_another_request_is_refused() -> None:
+    async with running(FakeWorker("a")) as up:
+        await all_of(up.inference.Generate(kept(5)))
+        error = await error_of(up.inference.Generate(kept(6)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "idempotency_key was used for another request"
+
+
+@pytest.mark.parametrize("key", ["", "x" * 129, "a\nb"])
+async def test_a_key_that_is_no_name_is_refused(key: str) -> None:
+    async with running(FakeWorker("a")) as up:
+        error = await error_of(up.inference.Generate(kept(idempotency_key=key)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "idempotency_key has" in (error.details() or "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokens_received": [6]}, "tokens_received of sample 0 is 6; no message of it ended there"),
+        ({"tokens_received": [0, 0]}, "tokens_received has 2 numbers; the request has 1 samples"),
+        ({"samples_ended": [1]}, "samples_ended has 1; the request has 1 samples"),
+    ],
+)
+async def test_a_position_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    async with running(FakeWorker("a")) as up:
+        await all_of(up.inference.Generate(kept(5)))
+        error = await error_of(up.inference.Resume(ResumeRequest(request_id="r", **fields)))
+    assert (error.code(), error.details()) == (grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+async def test_what_is_not_kept_is_not_found() -> None:
+    async with running(FakeWorker("a")) as up:
+        await all_of(up.inference.Generate(request(request_id="r")))
+        for call in (
+            up.inference.Resume(ResumeRequest(request_id="r")),
+            up.inference.Cancel(CancelRequest(request_id="r")),
+        ):
+            assert (await error_of(call)).code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_cancel_ends_the_samples_and_leaves_the_batch() -> None:
+    worker = FakeWorker("a")
+    async with running(worker) as up:
+        call = up.inference.Generate(kept(500, n=2))
+        got = []
+        async for message in call:
+            got.append(message)
+            if len(got) == 1:
+                await up.inference.Cancel(CancelRequest(request_id="r"))
+        await until(lambda: not worker.live_ids and up.engine.num_live_requests == 0)
+    last = {one.index: one for one in got if one.finish_reason}
+    assert [last[index].finish_reason for index in (0, 1)] == [FINISH_REASON_CANCELLED] * 2
+    assert last[0].usage.completion_tokens == len(tokens(got))
+
+
+async def test_a_stream_without_a_reader_ends_in_time() -> None:
+    worker = FakeWorker("a", step_s=0.01)
+    async with running(worker, settings=SHORT) as up:
+        await broken_after(up, kept(500), 1)
+        await asyncio.sleep(0.1)
+        assert worker.live_ids
+        await until(lambda: not worker.live_ids and up.engine.num_live_requests == 0)
+        rest = await all_of(up.inference.Resume(ResumeRequest(request_id="r")))
+    assert rest[-1].finish_reason == FINISH_REASON_CANCELLED
+
+
+async def test_a_deadline_ends_the_stream_of_its_only_reader() -> None:
+    worker = FakeWorker("a", step_s=0.01)
+    async with running(worker) as up:
+        error = await error_of(up.inference.Generate(kept(500), timeout=0.3))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: not worker.live_ids and up.engine.num_live_requests == 0)
+        rest = await all_of(up.inference.Resume(ResumeRequest(request_id="r")))
+    assert rest[-1].finish_reason == FINISH_REASON_DEADLINE
+
+
+async def test_an_ended_stream_is_kept_for_a_time_and_up_to_a_number() -> None:
+    async with running(FakeWorker("a"), settings=GrpcSettings(resume_s=1.0, max_ended_streams=1)) as up:
+        for name in ("r", "s"):
+            await all_of(up.inference.Generate(kept(5, request_id=name, idempotency_key=name)))
+        error = await error_of(up.inference.Resume(ResumeRequest(request_id="r")))
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        assert len(tokens(await all_of(up.inference.Resume(ResumeRequest(request_id="s"))))) == 5
+        await asyncio.sleep(1.1)
+        error = await error_of(up.inference.Resume(ResumeRequest(request_id="s")))
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_request_for_which_there_was_no_room_may_be_sent_again() -> None:
+    worker = FakeWorker("a", capacity=0)
+    async with running(worker) as up:
+        error = await error_of(up.inference.Generate(kept(5)))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        worker.capacity = None
+        assert tokens(await all_of(up.inference.Generate(kept(5)))) == fake_output(PROMPT, sampling(6, 5))
+
+
+class BreaksDown(FakeWorker):
+    async def submit(self, requests: list[SequenceRequest]) -> None:
+        await super().submit(requests)
+        asyncio.get_running_loop().call_later(0.05, lambda: setattr(self, "failed", "secret cause"))
+
+
+async def test_a_failure_amid_a_stream_is_told_to_each_who_reads_it(caplog: pytest.LogCaptureFixture) -> None:
+    async with running(BreaksDown("a", step_s=0.01)) as up:
+        for call in (up.inference.Generate(kept(500)), up.inference.Resume(ResumeRequest(request_id="r"))):
+            error = await error_of(call)
+            assert error.code() is grpc.StatusCode.INTERNAL
+            assert "secret" not in (error.details() or "")
+    assert "secret cause" in caplog.text
