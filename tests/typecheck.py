@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT / "build" / "typecheck"
 LINKS = {
-    **{f"expertmesh/{name}": name for name in ("cluster", "kernels", "models", "actors")},
+    **{f"expertmesh/{name}": name for name in ("cluster", "kernels", "models", "actors", "client")},
     "expertmesh/v1": "protos/expertmesh/v1",
     "tests": "tests",
     "benchmarks": "benchmarks",

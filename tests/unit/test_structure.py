@@ -54,6 +54,7 @@ RULES = {
         others=frozenset({"torch", "transformers", "safetensors", "tokenizers", "numpy"}),
     ),
     "v1": Rule(ours=frozenset({"v1"}), others=frozenset({"grpc", "google"})),
+    "client": Rule(ours=frozenset({"client", "v1"}), others=frozenset({"grpc", "google"})),
     "actors": Rule(ours=frozenset({"actors", "cluster", "kernels", "models", "v1"}), others=None),
 }
 NEVER = frozenset({"tests", "benchmarks", "examples"})
@@ -167,6 +168,8 @@ def test_every_folder_has_a_rule() -> None:
         ),
         ("models", "importlib.import_module('expertmesh.actors.state')", "imports expertmesh.actors.state"),
         ("v1", "import expertmesh.cluster.ids", "imports expertmesh.cluster.ids"),
+        ("client", "import ray", "imports ray"),
+        ("client", "import expertmesh.cluster.ids", "imports expertmesh.cluster.ids"),
         ("actors", "from tests.fleet import LocalFleet", "imports tests.fleet.LocalFleet"),
     ],
 )

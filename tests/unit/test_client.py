@@ -1,0 +1,177 @@
+"""The clients against a real server over fake workers, through a connection that a test cuts."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from expertmesh.client import AsyncClient, Client
+from expertmesh.client.requests import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
+from expertmesh.models.tokenizer import Tokenizer
+from expertmesh.v1.inference_pb2 import GenerateResponse
+from tests.unit.gateway_fakes import FakeWorker, fake_output, fake_text, letter_id, save_tokenizer
+from tests.unit.gateway_server import running, sampling, until
+
+PROMPT = (10, 20, 30)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+class Relay:
+    """Passes bytes on between clients and a server, until it is told to cut."""
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self._writers: list[asyncio.StreamWriter] = []
+        self.tasks: set[asyncio.Task[None] | None] = set()
+        self.num_connections = 0
+        self.address = ""
+
+    def cut(self) -> None:
+        """Break all connections off; new ones are taken."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        self.tasks.add(asyncio.current_task())
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
+        self._writers += [writer, far_writer]
+        await asyncio.gather(self._pass_on(reader, far_writer), self._pass_on(far_reader, writer))
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            return  # cut
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def relayed(port: int) -> AsyncIterator[Relay]:
+    relay = Relay(port)
+    server = await asyncio.start_server(relay.join, "127.0.0.1", 0)
+    relay.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield relay
+    finally:
+        relay.cut()
+        server.close()
+        await asyncio.gather(*(task for task in relay.tasks if task is not None))
+
+
+def tokens(messages: list[GenerateResponse], index: int = 0) -> list[int]:
+    return [token for one in messages if one.index == index for token in one.token_ids]
+
+
+async def test_a_cut_stream_is_resumed_with_each_token_once(tokenizer: Tokenizer) -> None:
+    worker = FakeWorker("a", step_s=0.005)
+    async with (
+        running(worker, tokenizer=tokenizer) as up,
+        relayed(up.server.port) as relay,
+        AsyncClient(relay.address) as client,
+    ):
+        got = []
+        async for message in client.generate(PROMPT, max_tokens=100, seed=6, n=2):
+            got.append(message)
+            if len(got) in (5, 20):
+                relay.cut()
+    assert relay.num_connections == 3
+    assert tokens(got) == fake_output(PROMPT, sampling(6, 100))
+    assert "".join(one.text for one in got if one.index == 0) == fake_text(PROMPT, sampling(6, 100))
+    assert len(tokens(got, 1)) == 100
+    assert len(worker.submitted) == 2, "one request, of two samples"
+
+
+async def test_the_client_for_threads_resumes_too() -> None:
+    worker = FakeWorker("a", step_s=0.005)
+
+    def stream() -> list[GenerateResponse]:
+        with Client(relay.address) as client:
+            got = []
+            for message in client.generate(PROMPT, max_tokens=100, seed=6):
+                got.append(message)
+                if len(got) == 5:
+                    loop.call_soon_threadsafe(relay.cut)
+            return got
+
+    async with running(worker) as up, relayed(up.server.port) as relay:
+        loop = asyncio.get_running_loop()
+        got = await asyncio.to_thread(stream)
+    assert relay.num_connections == 2
+    assert tokens(got) == fake_output(PROMPT, sampling(6, 100))
+    assert len(worker.submitted) == 1
+
+
+async def test_a_closed_stream_leaves_the_batch_at_once() -> None:
+    worker = FakeWorker("a", step_s=0.005)
+    async with running(worker) as up, AsyncClient(up.server.address) as client:
+        stream = client.generate(PROMPT, max_tokens=500)
+        await anext(stream)
+        await stream.aclose()
+        await until(lambda: not worker.live_ids and up.engine.num_live_requests == 0)
+
+
+async def test_a_full_server_is_asked_again_when_it_says(tokenizer: Tokenizer) -> None:
+    worker = FakeWorker("a", capacity=0)
+    async with running(worker, tokenizer=tokenizer) as up, AsyncClient(up.server.address) as client:
+        asyncio.get_running_loop().call_later(0.2, lambda: setattr(worker, "capacity", None))
+        answer = await client.generate_once("abc", max_tokens=5, seed=6)
+    assert len(answer.outputs[0].token_ids) == 5
+
+
+async def test_the_other_calls(tokenizer: Tokenizer) -> None:
+    def ask(address: str) -> tuple[list[int], str, str]:
+        with Client(address) as client:
+            token_ids = client.tokenize("ab")
+            assert len(client.generate_once(token_ids, max_tokens=3).outputs[0].token_ids) == 3
+            return token_ids, client.detokenize(token_ids), client.status().plan
+
+    async with running(FakeWorker("a"), tokenizer=tokenizer) as up:
+        token_ids, text, plan = await asyncio.to_thread(ask, up.server.address)
+        async with AsyncClient(up.server.address) as client:
+            assert await client.tokenize("ab") == token_ids == [letter_id("a"), letter_id("b")]
+            assert (await client.detokenize(token_ids), (await client.status()).plan) == (text, plan)
+    assert (text, plan) == ("ab", "2 shards, 1 worker")
+
+
+async def test_what_is_wrong_is_not_tried_again() -> None:
+    async with running(FakeWorker("a")) as up, AsyncClient(up.server.address) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.generate_once(PROMPT, max_tokens=0)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(ValueError, match="no_such"):
+            await client.generate_once(PROMPT, no_such=1)  # type: ignore[call-arg]
+
+
+async def test_a_server_that_is_away_is_given_up_after_the_retries() -> None:
+    async with AsyncClient("127.0.0.1:1", retries=2) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.status()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_pauses_double_up_to_the_longest() -> None:
+    class Away(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.UNAVAILABLE
+
+    pauses = [pause_s(Away(), number, 8) for number in range(1, 10)]
+    assert pauses == [FIRST_PAUSE_S, 0.2, 0.4, 0.8, 1.6, *[LONGEST_PAUSE_S] * 3, None]
+
+
+def test_the_client_imports_neither_ray_nor_torch() -> None:
+    code = "import sys, expertmesh.client; print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"
