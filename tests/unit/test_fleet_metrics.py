@@ -72,18 +72,16 @@ class Fleet:
         )
 
     def report(self, **fields: Any) -> Recorded:
-        self.meter.report(
-            **{
-                "shards": [shard()],
-                "workers": [worker()],
-                "counters": [counters()],
-                "placement": PLACEMENT,
-                "is_ready": True,
-                "slow": Load(LOAD_LE, LOAD_LE, 300.0),
-                "recent": NONE,
-            }
-            | fields
-        )
+        given: dict[str, Any] = {
+            "shards": [shard()],
+            "workers": [worker()],
+            "counters": [counters()],
+            "placement": PLACEMENT,
+            "is_ready": True,
+            "slow": Load(LOAD_LE, LOAD_LE, 300.0),
+            "recent": NONE,
+        }
+        self.meter.report(**given | fields)
         return self.recorded
 
 
