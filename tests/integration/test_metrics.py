@@ -138,7 +138,9 @@ def test_a_real_prometheus_scrapes_a_server_and_evaluates_the_rules(pocket: Serv
             assert [sample["value"][1] for sample in ready["result"]] == ["1"], log.read_text()
             (labels,) = (sample["metric"] for sample in ready["result"])
             assert set(labels) == {"__name__", "instance", "job", "WorkerId", "NodeAddress"}
-            others = _query(log, "query", query='count({__name__!~"ray_expertmesh_.*|up|scrape_.*|ALERTS.*"})')
+            others = _query(
+                log, "query", query='count({job="expertmesh", __name__!~"ray_expertmesh_.*|up|scrape_.*|ALERTS.*"})'
+            )
             assert others["result"] == [], "Ray's own are dropped"
             rules = until(lambda: _query(log, "rules"), _are_evaluated)
             (group,) = rules["groups"]

@@ -72,7 +72,7 @@ class Fleet:
         )
 
     def report(self, **fields: Any) -> Recorded:
-        usual: dict[str, Any] = {
+        given: dict[str, Any] = {
             "shards": [shard()],
             "workers": [worker()],
             "counters": [counters()],
@@ -81,7 +81,7 @@ class Fleet:
             "slow": Load(LOAD_LE, LOAD_LE, 300.0),
             "recent": NONE,
         }
-        self.meter.report(**{**usual, **fields})
+        self.meter.report(**given | fields)
         return self.recorded
 
 
