@@ -14,6 +14,7 @@ from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.planner.compute import Roofline, attention_roofline, dense_roofline, expert_roofline
 from expertmesh.cluster.planner.dtypes import FORMATS, Format
 from expertmesh.cluster.planner.fleet_load import Counts, ShardWork, finish_s, shard_rows
+from expertmesh.cluster.planner.fleet_traffic import PAIR_BYTES
 from expertmesh.cluster.planner.hardware import Hardware
 from expertmesh.cluster.planner.model_shape import ModelShape
 from expertmesh.cluster.planner.plans import divisors
@@ -22,7 +23,6 @@ from expertmesh.cluster.planner.traffic import combine_row_bytes, dispatch_row_b
 _BF16 = FORMATS["bf16"]
 # Of kernels/cpu/expert_mlp.cpp: a call has helpers on other cores if it has at most so many experts, or pairs enough.
 _FEW_EXPERTS, _MANY_PAIRS = 8, 1024
-_PAIR_BYTES = 12  # row, expert, weight: kernels/cpu/packets.h
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ def fleet_step_cost(
     rows = own * hit_probability(shape.num_experts, shape.top_k, num_shards // expert_tp)  # to each shard
     pairs = own * shape.top_k * expert_tp
     asked = num_shards * (1 - (1 - hit_probability(shape.num_experts, shape.top_k, num_shards // expert_tp)) ** own)
-    sent = num_shards * rows * dispatch_row_bytes(shape, form) + pairs * _PAIR_BYTES
+    sent = num_shards * rows * dispatch_row_bytes(shape, form) + pairs * PAIR_BYTES
     answered = num_shards * rows * combine_row_bytes(shape, form)
     moe = shape.num_moe_layers
     latency_s, transfer_s = _links(hardware, num_workers + num_shards, asked, sent, answered)
