@@ -6,7 +6,6 @@ from typing import Any
 import grpc
 import pytest
 
-from expertmesh.cluster.requests import SequenceRequest
 from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.inference_pb2 import (
@@ -200,16 +199,17 @@ async def test_a_request_for_which_there_was_no_room_may_be_sent_again() -> None
         assert tokens(await all_of(up.inference.Generate(kept(5)))) == fake_output(PROMPT, sampling(6, 5))
 
 
-class BreaksDown(FakeWorker):
-    async def submit(self, requests: list[SequenceRequest]) -> None:
-        await super().submit(requests)
-        asyncio.get_running_loop().call_later(0.05, lambda: setattr(self, "failed", "secret cause"))
-
-
 async def test_a_failure_amid_a_stream_is_told_to_each_who_reads_it(caplog: pytest.LogCaptureFixture) -> None:
-    async with running(BreaksDown("a", step_s=0.01)) as up:
-        for call in (up.inference.Generate(kept(500)), up.inference.Resume(ResumeRequest(request_id="r"))):
-            error = await error_of(call)
+    worker = FakeWorker("a", step_s=0.01)
+    async with running(worker) as up:
+        messages = aiter(up.inference.Generate(kept(500)))
+        await anext(messages)  # what fails before that is not kept
+        worker.failed = "secret cause"
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            async for _ in messages:
+                pass
+        resumed = await error_of(up.inference.Resume(ResumeRequest(request_id="r")))
+        for error in (failed.value, resumed):
             assert error.code() is grpc.StatusCode.INTERNAL
             assert "secret" not in (error.details() or "")
     assert "secret cause" in caplog.text
