@@ -104,7 +104,7 @@ def _print(through: str, rows: list[dict[str, Any]]) -> float:
             f"{row['fleet']:<26} {row['batch']:>5} {row['predicted_ms']:>13.1f} {row['measured_ms']:>12.1f} "
             f"{row['error']:>+7.0%}"
         )
-    errors = [abs(row["error"]) for row in rows]
+    errors: list[float] = [abs(row["error"]) for row in rows]
     print(f"median of the errors {statistics.median(errors):.1%}, largest {max(errors):.1%}, wanted {WANTED:.0%}")
     return statistics.median(errors)
 

@@ -82,7 +82,7 @@ def _steps(sizes: Sizes, num_layers: int) -> dict[int, float]:
     times: dict[int, float] = {}
     for sequences in sizes.sequences:
         engine.submit([_request(f"{sequences}-{index}", index, new) for index in range(sequences)])
-        spent = []
+        spent: list[float] = []
         while engine.num_running or not spent:
             swept_s[0], began_s = 0.0, time.perf_counter()
             engine.step()

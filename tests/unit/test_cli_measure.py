@@ -13,6 +13,7 @@ from expertmesh.actors.cli.measure_sizes import TINY, Sizes
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.planner.fleet_cost import fleet_choices
 from expertmesh.cluster.planner.hardware import Hardware
+from expertmesh.kernels.cache_folder import cache_folder
 from expertmesh.kernels.cpu.build import find_compiler
 from tests.planner import CONFIG, small_shape
 from tests.unit.test_cpu_times import times_of
@@ -24,7 +25,7 @@ needs_kernels = pytest.mark.skipif(find_compiler() is None, reason="the CPU kern
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache of its own, with the compiled kernels of the user's."""
-    own, shared = tmp_path / "cache" / "expertmesh", plan_files.cache_folder()
+    own, shared = tmp_path / "cache" / "expertmesh", cache_folder()
     own.mkdir(parents=True)
     for kept in shared.iterdir() if shared.is_dir() else ():
         if kept.name != "planner":
