@@ -194,7 +194,7 @@ def _experts(
             expert_roofline(shape, one, form, rows=row, active_experts=1, expert_tp=expert_tp)
             for row in different.tolist()
         )
-        return float(sum(count * _product_s(one, side) for count, side in zip(counts.tolist(), sides, strict=True)))
+        return math.fsum(count * _product_s(one, side) for count, side in zip(counts.tolist(), sides, strict=True))
 
     cores = hardware.num_gpus if fleet.shares_cores else num_shards
     threads = max(1, cores // num_shards)
