@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.breakdown import table
 from benchmarks.distribution import NEW, PROMPT, _decode, _engine, _shard, _start
 from benchmarks.record import keep
-from expertmesh.actors.cli.measure import measure
+from expertmesh.actors.cli.measure import QUIET_CORES, measure
 from expertmesh.actors.cli.measure_sizes import Sizes
 from expertmesh.actors.cli.plan_files import load_shape, this_machine
 from expertmesh.cluster.planner.fleet_cost import FleetStepCost, fleet_step_cost
@@ -61,7 +61,11 @@ def main() -> int:
     measured = measure(Sizes(), lambda doing: print(f"measuring {doing}", flush=True))
     hardware = this_machine()
     assert hardware is not None, "measured, and not found"
-    print(f"measured in {measured.seconds:.0f} s, {measured.hardware_file}")
+    print(
+        f"measured in {measured.seconds:.0f} s, {measured.hardware_file}, others used {measured.others_cores:.2f} cores"
+    )
+    if measured.others_cores > QUIET_CORES:
+        parser.exit(2, "the machine is not quiet: nothing follows from its times\n")
     shape = load_shape(str(arguments.checkpoint))
     if arguments.through == "engine":
         steps = _engine_steps(arguments.checkpoint, fleets, batches, arguments.rounds, shape.num_moe_layers)

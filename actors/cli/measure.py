@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import typer
 import yaml
 from pydantic import ValidationError
@@ -26,14 +28,18 @@ from expertmesh.cluster.planner.cpu_times import CpuTimes, hardware_of
 from expertmesh.cluster.planner.hardware import Hardware, complaint, read_hardware
 from expertmesh.kernels.cache_folder import keep
 
+# Of a core: what other processes may take of the machine before its times say little.
+QUIET_CORES = 0.2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured, how long that took, and the files it was written to."""
+    """What was measured, how long that took, cores that other processes used meanwhile, and the files written."""
 
     hardware: Hardware
     calibration: Calibration
     seconds: float
+    others_cores: float
     hardware_file: Path
     calibration_file: Path
 
@@ -42,6 +48,8 @@ def show_measured(*, as_json: bool) -> None:
     """Measure this machine, write the files, and print what was found."""
     say = Console(stderr=True).print
     found = measure(Sizes(), lambda doing: say(f"measuring {doing}"))
+    if found.others_cores > QUIET_CORES:
+        say(f"other processes used {found.others_cores:.1f} cores meanwhile: measure again when the machine is quiet")
     if as_json:
         typer.echo(
             json.dumps(
@@ -49,6 +57,7 @@ def show_measured(*, as_json: bool) -> None:
                     "hardware": found.hardware.model_dump(mode="json"),
                     "calibration": found.calibration.model_dump(mode="json"),
                     "seconds": found.seconds,
+                    "others_cores": found.others_cores,
                     "hardware_file": str(found.hardware_file),
                     "calibration_file": str(found.calibration_file),
                 }
@@ -70,9 +79,10 @@ def measure(sizes: Sizes, on_progress: Callable[[str], None]) -> Measured:
     hardware_file, calibration_file = measured_hardware(), measured_calibration()
     with _writing(hardware_file), tempfile.TemporaryDirectory(dir=_made(hardware_file.parent)):
         pass  # before a minute is spent
-    began_s = time.perf_counter()
+    began_s, began_cpu_s = time.perf_counter(), _others_cpu_s()
     result = _run(sizes, on_progress)
     seconds = time.perf_counter() - began_s
+    others_cores = max(0.0, _others_cpu_s() - began_cpu_s) / seconds
     source = f"expertmesh doctor --measure, {time.strftime('%Y-%m-%d', time.gmtime())}"
     try:
         if "hardware" in result:
@@ -91,9 +101,20 @@ def measure(sizes: Sizes, on_progress: Callable[[str], None]) -> Measured:
         hardware=hardware,
         calibration=calibration,
         seconds=seconds,
+        others_cores=others_cores,
         hardware_file=hardware_file,
         calibration_file=calibration_file,
     )
+
+
+def _others_cpu_s() -> float:
+    """Return the processor time of the whole machine but for this process and those that it has waited for."""
+    every, own = (
+        psutil.cpu_times(),
+        [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)],
+    )
+    used_s = every.user + every.nice + every.system + getattr(every, "steal", 0.0)  # Linux counts guests in user
+    return float(used_s - sum(usage.ru_utime + usage.ru_stime for usage in own))
 
 
 def _made(folder: Path) -> Path:
