@@ -8,15 +8,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from expertmesh.actors.cli.configuration import complaint
-from expertmesh.actors.cli.plan_files import THIS_MACHINE, load_calibration, load_hardware, load_shape
+from expertmesh.actors.cli.plan_files import load_shape, this_machine
 from expertmesh.cluster.errors import InputError
-from expertmesh.cluster.planner.calibration import calibrate
 from expertmesh.cluster.planner.fleet_cost import fleet_choices
 from expertmesh.cluster.serving_plan import KINDS, read_plan, slices_of
 from expertmesh.cluster.settings import ServeSettings
 
 AUTO = "auto"
 _TOKENS = 8  # sequences that decode at once, for which `auto` compares
+# Steps that differ by less are alike: the median error of predictions (docs/planner.md). Then fewer slices are simpler.
+_ERROR = 0.065
 
 
 def with_plan(settings: ServeSettings, plan: str, say: Callable[[str], None]) -> ServeSettings:
@@ -41,14 +42,15 @@ def with_plan(settings: ServeSettings, plan: str, say: Callable[[str], None]) ->
 
 
 def _fastest(settings: ServeSettings, say: Callable[[str], None]) -> int:
-    """Return the number of slices with the shortest predicted step on this machine's measured cores and links."""
-    shape, hardware = load_shape(str(settings.model)), load_hardware(THIS_MACHINE)
-    calibration = load_calibration(THIS_MACHINE, None)
-    if calibration is not None:
-        hardware = calibrate(hardware, calibration)
+    """Return the fewest slices whose predicted step is as short as any, as far as predictions can tell."""
+    hardware = this_machine()
+    if hardware is None:
+        raise InputError("--plan auto: this machine was not measured; run `expertmesh doctor --measure` first")
     workers, shards = settings.workers, settings.shards
+    shape = load_shape(str(settings.model))
     choices = fleet_choices(shape, hardware, num_workers=workers, num_shards=shards, tokens=_TOKENS)
-    best = min(choices, key=lambda expert_tp: choices[expert_tp].step_s)
+    shortest_s = min(cost.step_s for cost in choices.values())
+    best = min(number for number, cost in choices.items() if cost.step_s <= shortest_s * (1 + _ERROR))
     predicted = ", ".join(f"{cost.step_s * 1e3:.3g} ms with expert_tp={number}" for number, cost in choices.items())
     say(f"plan auto: expert_tp={best}; a step of {_TOKENS} sequences is predicted to take {predicted}")
     return best
