@@ -49,6 +49,8 @@ class RequestMeter:
         self.ended = dict.fromkeys(CODES, 0)
         self.first_s: list[float] = []
         self.gaps_s: list[float] = []
+        # Told the times of first tokens and the gaps since the last report, in seconds.
+        self.on_report: Callable[[list[float], list[float]], None] = lambda _first_s, _gaps_s: None
 
     @contextmanager
     def request(self) -> Iterator[RequestTimes]:
@@ -80,6 +82,7 @@ class RequestMeter:
         """
         first_s, self.first_s = self.first_s, []
         gaps_s, self.gaps_s = self.gaps_s, []
+        self.on_report(first_s, gaps_s)
         metrics.observe("expertmesh_time_to_first_token_seconds", first_s)
         metrics.observe("expertmesh_inter_token_seconds", gaps_s)
         for code, count in self.ended.items():
