@@ -19,6 +19,7 @@ from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.load_following import shard_facts
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.operations import Operation, Phase
+from expertmesh.cluster.placement_lists import placement_fields
 
 MAX_OPERATIONS = 20
 
@@ -100,7 +101,8 @@ class LiveView:
             life: of this process. status: as given. slots: experts that each shard has room for.
             load_LE: int64 [L, whole experts], tokens routed since the workers began, of those that are there.
             computed_tokens, decoded_tokens: put through the model since then; the second generated ones alone.
-            placement: its record, empty if the asker has it. operations: the latest, as facts, the newest last.
+            placement: see placement_lists.placement_fields; None if the asker has it.
+            operations: the latest, as facts, the newest last.
             events: those that the asker does not have.
         """
         placement = self._keeper.placement
@@ -113,7 +115,7 @@ class LiveView:
             "load_LE": load_LE,
             "computed_tokens": int(load_LE[0].sum()) // self._model.top_k,
             "decoded_tokens": int(decode_LE[0].sum()) // self._model.top_k,
-            "placement": b"" if has_it or placement is None else placement.to_bytes(),
+            "placement": None if has_it or placement is None else placement_fields(placement),
             "operations": [operation.facts() for operation in self._operator.all()[-MAX_OPERATIONS:]],
             "events": [tuple(event) for event in self._events.after(after if life == os.getpid() else 0)],
         }

@@ -1,6 +1,6 @@
 """From what controller and gateway count to what the live page shows: differences, rates, the last minutes.
 
-Shape suffixes: L MoE layers, E experts, R the most replicas of any expert.
+Shape suffixes: L MoE layers, E experts.
 """
 
 from collections import deque
@@ -12,7 +12,6 @@ import numpy as np
 
 from expertmesh.actors.gateway.live_times import TimesSummary
 from expertmesh.cluster.model_info import ModelInfo
-from expertmesh.cluster.placement import Placement
 
 Message = dict[str, object]
 MAX_HISTORY = 300  # looks, one a second
@@ -88,9 +87,8 @@ class LivePicture:
             **_grown(before, counted),
         }
         if view["placement"]:
-            placement = Placement.from_bytes(view["placement"])
-            message["placement"] = placement_fields(placement)
-            self.epoch = placement.epoch
+            message["placement"] = view["placement"]
+            self.epoch = view["placement"]["epoch"]
         self.life = view["life"]
         events = [_event(f"controller-{self.life}", event) for event in view["events"]]
         self.last_event = max((event[0] for event in view["events"]), default=self.last_event)
@@ -120,20 +118,6 @@ class LivePicture:
         events += [_event("gateway", event) for event in figures.events]
         self._events.extend(events)
         return {**message, "events": events}
-
-
-def placement_fields(placement: Placement) -> Message:
-    """Return a placement by layer and expert: its shards, as positions in `shards`, and their dispatch weights."""
-    shard_LER, weight_LER = placement.replica_table
-    return {
-        "epoch": placement.epoch,
-        "shards": [slots.shard for slots in placement.shards],
-        "replicas": [[[shard for shard in R if shard >= 0] for R in ER] for ER in shard_LER.tolist()],
-        "weights": [
-            [weights[: len(weights) - shards.count(-1)] for weights, shards in zip(*ER, strict=True)]
-            for ER in zip(weight_LER.tolist(), shard_LER.tolist(), strict=True)
-        ],
-    }
 
 
 def _grown(before: _Counted | None, now: _Counted) -> Message:

@@ -9,6 +9,7 @@ from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.placement import Placement, initial_placement
+from expertmesh.cluster.placement_lists import placement_fields
 from tests.unit.gateway_fakes import MODEL, STATUS
 
 SHARDS = [ShardId("s0"), ShardId("s1")]
@@ -58,7 +59,7 @@ class FakeFleet:
             "load_LE": self.load_LE,
             "computed_tokens": self.computed_tokens,
             "decoded_tokens": self.decoded_tokens,
-            "placement": b"" if is_same and epoch == self.placement.epoch else self.placement.to_bytes(),
+            "placement": None if is_same and epoch == self.placement.epoch else placement_fields(self.placement),
             "operations": list(self.operations),
             "events": [event for event in self.events if event[0] > (after if is_same else 0)],
         }

@@ -6,13 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from expertmesh.actors.gateway.live_picture import GatewayFigures, LivePicture, placement_fields
+from expertmesh.actors.gateway.live_picture import GatewayFigures, LivePicture
 from expertmesh.actors.gateway.live_times import TimesSummary, TokenTimes
-from expertmesh.cluster.ids import ExpertKey, ShardId
-from expertmesh.cluster.placement import initial_placement
 from tests.unit.gateway_fakes import MODEL
 from tests.unit.live_fakes import FakeFleet
 
@@ -112,30 +108,6 @@ def test_after_a_pause_what_was_true_of_a_moment_is_forgotten_and_history_is_not
     assert whole["model"]["name"] == MODEL.name
     look.fleet.route(TOKENS_LE)
     assert look()["tokens"] is None
-
-
-@given(
-    layers=st.integers(1, 3),
-    experts=st.integers(1, 6),
-    shards=st.integers(1, 4),
-    replicas=st.integers(1, 4),
-    data=st.data(),
-)
-def test_a_placement_by_layer_and_expert_says_what_the_placement_says(
-    layers: int, experts: int, shards: int, replicas: int, data: st.DataObject
-) -> None:
-    names = [ShardId(f"s{index}") for index in range(shards)]
-    replicas = min(replicas, shards)
-    placement = initial_placement(tuple(range(1, 1 + layers)), experts, names, replicas, epoch=9)
-    key = ExpertKey(data.draw(st.integers(1, layers)), data.draw(st.integers(0, experts - 1)))
-    weights = tuple(data.draw(st.lists(st.integers(1, 9), min_size=replicas, max_size=replicas)))
-    fields: Any = placement_fields(replace(placement, weights={key: weights}))
-    for row, layer in enumerate(placement.layers):
-        for expert in range(experts):
-            shown = [fields["shards"][shard] for shard in fields["replicas"][row][expert]]
-            assert tuple(shown) == placement.replicas(ExpertKey(layer, expert))
-            assert len(fields["weights"][row][expert]) == replicas
-    assert tuple(fields["weights"][key.layer - 1][key.expert]) == weights
 
 
 def test_times_are_kept_while_they_are_wanted_and_for_the_window() -> None:

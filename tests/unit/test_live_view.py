@@ -16,7 +16,8 @@ from expertmesh.actors.event_log import EventLog
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.operations import Operation, Phase
-from expertmesh.cluster.placement import Placement, initial_placement
+from expertmesh.cluster.placement import initial_placement
+from expertmesh.cluster.placement_lists import placement_fields
 from tests.unit.gateway_fakes import MODEL
 
 SHARDS = [ShardId("shard-0"), ShardId("shard-1")]
@@ -77,12 +78,12 @@ def test_a_view_has_loads_of_whole_experts_and_slots_of_shards(expert_tp: int) -
 
 def test_the_placement_goes_to_who_does_not_have_it() -> None:
     fleet, life = Fleet(), os.getpid()
-    assert Placement.from_bytes(fleet.view(epoch=6, life=life)["placement"]).epoch == 7
-    assert fleet.view(epoch=7, life=life)["placement"] == b""
-    assert fleet.view(epoch=7, life=life + 1)["placement"] != b"", "of a former life: it may be another of that number"
+    assert fleet.view(epoch=6, life=life)["placement"] == placement_fields(fleet.keeper.placement)
+    assert fleet.view(epoch=7, life=life)["placement"] is None
+    assert fleet.view(epoch=7, life=life + 1)["placement"], "of a former life: it may be another of that number"
     fleet.keeper.placement = None
     view = fleet.view()
-    assert (view["placement"], view["slots"]) == (b"", {})
+    assert (view["placement"], view["slots"]) == (None, {})
 
 
 def test_before_any_worker_has_counted_there_is_no_load() -> None:

@@ -1,7 +1,7 @@
 // The figures at the top, and whether it serves.
 
 import { byId, element, setText } from "./dom.js";
-import { count, duration, plural, rate, ratio } from "./format.js";
+import { clock, count, duration, plural, rate, ratio } from "./format.js";
 import { drawSpark } from "./sparkline.js";
 
 const SPAN_S = 300;
@@ -51,22 +51,29 @@ export function showHealth(fleet, link, why) {
   document.title = `${text} · ExpertMesh`;
   document.body.dataset.stale = String(link !== "open" || Boolean(fleet.away));
   const notices = [];
+  const warnings = link === "open" ? (fleet.status?.warnings ?? []) : [];
   if (link === "refused") notices.push(`${why} Give an API key with the admin role (button above).`);
   if (link === "lost") notices.push(`The gateway does not answer (${why}); trying again. What is shown is old.`);
-  if (link === "open" && fleet.away) notices.push(`The controller is away (${fleet.away}). Tokens go on; figures of the fleet are old.`);
-  if (link === "open") notices.push(...(fleet.status?.warnings ?? []));
-  const list = byId("notices");
-  if (list.dataset.shown === notices.join("\n")) return;
-  list.dataset.shown = notices.join("\n");
-  list.replaceChildren(...notices.map((notice) => element("p", "", notice)));
+  if (link === "open" && fleet.away) {
+    const since = clock(fleet.awaySince);
+    notices.push(`The controller is away since ${since} (${fleet.away}). Tokens go on; figures of the fleet are old.`);
+  }
+  showLines(byId("notices"), notices);
+  showLines(byId("warnings"), warnings);
 }
 
-function health({ now, status, away, awaySince }, link) {
+function showLines(list, lines) {
+  if (list.dataset.shown === lines.join("\n")) return;
+  list.dataset.shown = lines.join("\n");
+  list.replaceChildren(...lines.map((line) => element("p", "", line)));
+}
+
+function health({ now, status, away }, link) {
   if (link === "refused") return ["warn", "API key needed"];
   if (link === "lost") return ["bad", "No connection"];
   if (link === "connecting" || now.time_s === undefined) return ["unknown", "Connecting"];
   if (!now.is_serving) return ["bad", `Not serving${status?.not_ready_reason ? `: ${status.not_ready_reason}` : ""}`];
-  if (away) return ["warn", `Serving, controller away for ${duration(now.time_s - awaySince)}`];
+  if (away) return ["warn", "Serving, controller away"];
   const members = [...(status?.shards ?? []), ...(status?.workers ?? [])];
   const missing = members.filter((member) => member.state !== "ready").length;
   if (missing) return ["warn", `Serving, ${missing} of ${members.length} members not ready`];

@@ -13,9 +13,6 @@ export function showWorkers(fleet) {
   const workers = fleet.status?.workers ?? [];
   keyed(byId("worker-cards"), workers.map((worker) => ({ ...worker, fleet })), makeWorker);
   setText(byId("workers-note"), note(workers, fleet.status?.autoscaler, "workers"));
-  const decision = fleet.status?.autoscaler;
-  byId("workers-note").title = decision ? [...decision.reasons, decision.problem].filter(Boolean).join("\n") : "";
-  byId("shards-note").title = byId("workers-note").title;
 }
 
 function note(members, autoscaler, kind) {

@@ -1,6 +1,6 @@
 // Operations that run, and what happened, newest first.
 
-import { byId, element } from "./dom.js";
+import { byId, element, setText } from "./dom.js";
 import { clock, duration } from "./format.js";
 
 const SIGNS = { fault: "▲", recovery: "✓", link: "▲", operation: "◆", placement: "⇄", member: "•" };
@@ -9,6 +9,7 @@ const GROUPED = new Set(["placement", "link"]);
 
 export function showTimeline(fleet) {
   showRunning(fleet);
+  showAutoscaler(fleet.status?.autoscaler);
   const groups = grouped(fleet.timeline);
   const list = byId("events");
   const shown = groups.map(({ event, number }) => `${event.id}x${number}`).join();
@@ -27,6 +28,12 @@ function showRunning({ operations, now }) {
       return entry("operation", since, text);
     }),
   );
+}
+
+/** Its last words. */
+function showAutoscaler(decision) {
+  const words = decision ? [...decision.reasons, decision.problem && `cannot be had: ${decision.problem}`] : [];
+  setText(byId("autoscaler"), words.length ? `Autoscaler: ${words.filter(Boolean).join("; ")}` : "");
 }
 
 function grouped(events) {
