@@ -67,6 +67,12 @@ class ServeSettings(BaseModel):
     http: bool = Field(default=True, description="whether OpenAI's HTTP is served beside gRPC")
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    max_body_bytes: int = Field(
+        default=16 << 20, ge=1 << 16, le=1 << 30, description="largest body taken from an HTTP client"
+    )
+    max_requests: int = Field(
+        default=4096, ge=1, le=9999, description="requests that are alive at a gateway; more are refused"
+    )
     state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
 
     page_size: int = Field(default=16, ge=1, le=1024, description="tokens a KV page")

@@ -74,7 +74,14 @@ class Gateway:
         self._model = model
         template = open_chat_template(settings.model)
         self._reader = RequestReader(model=model, tokenizer=tokenizer, template=template, rng=random.Random())
-        self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
+        self._engine = Engine(
+            tokenizer=tokenizer,
+            rng=random.Random(),
+            max_requests=settings.max_requests,
+            max_queue=settings.max_queue,
+            call_timeout_s=settings.worker_timeout_s,
+        )
+        self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
@@ -90,9 +97,10 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it; asked for where HTTP is served
         server = self._server
-        return build_app(
-            OpenAIFront(engine=self._engine, reader=self._reader, is_ready=lambda: server.is_serving, now_s=time.time)
+        front = OpenAIFront(
+            engine=self._engine, reader=self._reader, is_ready=lambda: server.is_serving, now_s=time.time
         )
+        return build_app(front, self._max_body_bytes)
 
     async def address(self) -> str:
         """Look at the fleet, and return host:port of the gRPC server."""

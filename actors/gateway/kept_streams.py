@@ -177,6 +177,9 @@ class KeptStreams:
     def __len__(self) -> int:
         return len(self._by_key)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
     def open(self, request: ValidRequest, key: str, fingerprint: bytes) -> KeptStream:
         """Return the stream kept under a key, or begin one. Of streams with one request id the newest is found by it.
 

@@ -56,9 +56,10 @@ async def running(
     status: Callable[[], Any] = get_status,
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
+    max_queue: int | None = None,
 ) -> AsyncIterator[Running]:
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
+    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4, max_queue=max_queue)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
         host="127.0.0.1",
