@@ -17,6 +17,7 @@ from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.chat_template import open_chat_template
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.actors.gateway.server import GatewayServer, start_server
@@ -89,6 +90,7 @@ class Gateway:
             host=settings.grpc_host,
             port=settings.grpc_port,
             inference=self._inference,
+            open_inference=OpenInferenceService(self._engine, model, tokenizer, random.Random()),
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
             settings=settings.grpc,
         )

@@ -28,6 +28,9 @@ DETAILS_KEY = "grpc-status-details-bin"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+# What is the client's to handle; all else is a fault of the server.
+_TOLD = (InputError, CapacityError, ConflictError, NotFoundError, UnavailableError)
+
 
 @asynccontextmanager
 async def errors_to_status(context: Context, call: str) -> AsyncIterator[None]:
@@ -39,12 +42,19 @@ async def errors_to_status(context: Context, call: str) -> AsyncIterator[None]:
     """
     try:
         yield
-    except (InputError, CapacityError, ConflictError, NotFoundError, UnavailableError) as error:
+    except _TOLD as error:
         code, trailers = status_of(error)
         await context.abort(code, str(error), trailers)
-    except Exception:
-        logger.exception("%s failed", call)
-        await context.abort(grpc.StatusCode.INTERNAL, f"internal error; look for {call} in the gateway's log")
+    except Exception as error:  # noqa: BLE001 - message_of logs it
+        await context.abort(grpc.StatusCode.INTERNAL, message_of(error, call))
+
+
+def message_of(error: Exception, call: str) -> str:
+    """Return what a client is told of an error. Of a fault it is `call` to look for; the log has the traceback."""
+    if isinstance(error, _TOLD):
+        return str(error)
+    logger.error("%s failed", call, exc_info=error)
+    return f"internal error; look for {call} in the gateway's log"
 
 
 def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str, str | bytes], ...]]:

@@ -13,10 +13,12 @@ import pytest
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
+from expertmesh.oip.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
@@ -45,6 +47,10 @@ class Running:
         return InferenceStub(self.channel)
 
     @property
+    def open_inference(self) -> Any:
+        return GRPCInferenceServiceStub(self.channel)
+
+    @property
     def admin(self) -> Any:
         return AdminStub(self.channel)
 
@@ -65,6 +71,7 @@ async def running(
         host="127.0.0.1",
         port=0,
         inference=inference,
+        open_inference=OpenInferenceService(engine, MODEL, tokenizer, rng),
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
     )

@@ -16,6 +16,7 @@ from expertmesh.actors.cli.network_reduction import network_reduction
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.server import start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
@@ -53,7 +54,10 @@ def url(tokenizer: Tokenizer) -> Iterator[str]:
         engine = Engine(tokenizer=tokenizer, rng=rng)
         inference = InferenceService(engine, MODEL, tokenizer, rng)
         admin = AdminService(get_status, get_loads, FakeOperations())
-        server = await start_server(host="127.0.0.1", port=0, inference=inference, admin=admin)
+        open_inference = OpenInferenceService(engine, MODEL, tokenizer, rng)
+        server = await start_server(
+            host="127.0.0.1", port=0, inference=inference, open_inference=open_inference, admin=admin
+        )
         engine.pool.set_workers([FakeWorker("a")])
         addresses.append(server.address)
         started.set()
