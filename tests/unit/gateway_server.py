@@ -15,7 +15,7 @@ from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.cluster.requests import SamplingParams
-from expertmesh.cluster.settings import GrpcSettings
+from expertmesh.cluster.settings import GrpcSettings, TlsSettings
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
@@ -56,6 +56,7 @@ async def running(
     status: Callable[[], Any] = get_status,
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
+    tls: TlsSettings | None = None,
 ) -> AsyncIterator[Running]:
     rng = random.Random(4)
     engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
@@ -66,6 +67,7 @@ async def running(
         inference=inference,
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
+        tls=tls,
     )
     engine.pool.set_workers(workers)
     try:
