@@ -101,6 +101,6 @@ async def error_of(call: Any) -> grpc.aio.AioRpcError:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - the fakes tell nobody
             await asyncio.sleep(0.001)
