@@ -3,8 +3,8 @@
 usage: python -m benchmarks.live_page picture FILE [--model DIR] [--theme light|dark]
        python -m benchmarks.live_page cost [--model DIR] [--viewers N] [--streams N] [--rounds N] [--keep]
 
-picture serves the model from three shards, has streams run, gives hot experts replicas, kills a shard, waits
-until it is back, adds a fourth and takes the picture with Debian's chromium. cost decodes without and with viewers in
+picture serves the model from three shards, has streams run, gives hot experts replicas, adds a fourth shard,
+kills one, waits until it is back and takes the picture with Debian's chromium. cost decodes without and with viewers in
 turns, and counts tokens and the processor time of the gateway, the controller and HTTP's proxy.
 """
 
@@ -129,13 +129,13 @@ def _picture(model: Path, file: Path, theme: str) -> None:
             page.wait_for_timeout(WATCHED_S * 1000)
             admin.Rebalance(RebalanceRequest(), timeout=60)
             page.wait_for_timeout(10_000)
-            os.kill(_status(admin).shards[1].pid, signal.SIGKILL)
-            page.wait_for_timeout(3_000)
-            _wait(lambda: all(shard.state == "ready" for shard in _status(admin).shards), page.wait_for_timeout)
-            page.wait_for_timeout(8_000)
             admin.Scale(ScaleRequest(shards=4), timeout=60)
             _wait(lambda: len(_status(admin).shards) == 4 and _is_calm(admin), page.wait_for_timeout)
-            page.wait_for_timeout(12_000)
+            page.wait_for_timeout(10_000)
+            os.kill(_status(admin).shards[1].pid, signal.SIGKILL)
+            page.wait_for_timeout(3_000)
+            _wait(lambda: _is_calm(admin), page.wait_for_timeout)
+            page.wait_for_timeout(10_000)
             page.locator("#prompt-text").fill("def main():")
             page.locator("#prompt-send").click()
             page.locator("#heat-map").press("ArrowRight")

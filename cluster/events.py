@@ -8,13 +8,18 @@ _FAULTS = {"dead": "is dead; it is started again", "unresponsive": "does not ans
 
 
 class EventKind(StrEnum):
-    """What an event is about. FAULT: something is worse than before; RECOVERY: it is as before."""
+    """What an event is about.
+
+    FAULT: something is worse than before; RECOVERY: it is as before. PLACEMENT: experts moved; WEIGHTS: none did, and
+    their replicas share tokens otherwise, which is routine.
+    """
 
     FAULT = "fault"
     RECOVERY = "recovery"
     LINK = "link"
     OPERATION = "operation"
     PLACEMENT = "placement"
+    WEIGHTS = "weights"
     MEMBER = "member"
 
 

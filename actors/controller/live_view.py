@@ -19,6 +19,7 @@ from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.load_following import shard_facts
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.operations import Operation, Phase
+from expertmesh.cluster.placement import ShardSlots
 from expertmesh.cluster.placement_lists import placement_fields
 
 MAX_OPERATIONS = 20
@@ -51,6 +52,7 @@ class LiveView:
         self._spare_slots = spare_slots
         self._events = events or EventLog()
         self._members = MemberWatch()
+        self._placed: tuple[ShardSlots, ...] = ()
 
     def note(self, line: str) -> None:
         """Hear what the controller says of its own steps."""
@@ -74,7 +76,9 @@ class LiveView:
         placement = self._keeper.placement
         assert placement is not None, "a move to no placement"
         reason = f": {why}" if why else ""
-        self._events.add(EventKind.PLACEMENT, f"epoch {placement.epoch} in force after {duration_s:.2f} s{reason}")
+        kind = EventKind.WEIGHTS if placement.shards == self._placed else EventKind.PLACEMENT
+        self._placed = placement.shards
+        self._events.add(kind, f"epoch {placement.epoch} in force after {duration_s:.2f} s{reason}")
 
     def operation(self, operation: Operation) -> None:
         """Hear that an operation began, went on or ended."""

@@ -61,6 +61,7 @@ class LiveFeed:
         self._viewers: set[asyncio.Queue[bytes | None]] = set()
         self._poller: asyncio.Task[None] | None = None
         self._one_look = asyncio.Lock()
+        self._is_closed = False
         engine.meter.on_report = self._times.add
         engine.pool.on_failover = self.events.failed_over
 
@@ -85,7 +86,10 @@ class LiveFeed:
 
         Raises:
             CapacityError: too many watch.
+            UnavailableError: the feed is closed.
         """
+        if self._is_closed:
+            raise UnavailableError("the gateway is stopping")
         if len(self._viewers) >= MAX_VIEWERS:
             raise CapacityError(f"{MAX_VIEWERS} pages watch this gateway already")
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_BEHIND)
@@ -105,7 +109,8 @@ class LiveFeed:
                 self._stop()
 
     async def close(self) -> None:
-        """End all streams."""
+        """End all streams; others are refused."""
+        self._is_closed = True
         for queue in tuple(self._viewers):
             self._let_go(queue)
         poller = self._poller

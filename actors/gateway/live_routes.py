@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from expertmesh.actors.gateway.live_feed import LiveFeed
 from expertmesh.actors.gateway.openai_answer import unless_disconnected
 from expertmesh.actors.gateway.openai_errors import HttpError, to_http_error
-from expertmesh.cluster.errors import CapacityError
+from expertmesh.cluster.errors import CapacityError, UnavailableError
 
 # What the page may do: load its own files and talk to its own server. Source of the names: W3C, CSP Level 3.
 _POLICY = "; ".join(
@@ -86,7 +86,7 @@ class _EventStream(Response):
         async with aclosing(self._feed.watch()) as frames:
             try:
                 frame = await anext(frames)
-            except CapacityError as error:
+            except (CapacityError, UnavailableError) as error:
                 failure = to_http_error(error, "live/events")
                 response = JSONResponse(failure.body, status_code=failure.status, headers=failure.headers)
                 await response(scope, receive, send)

@@ -249,7 +249,7 @@ async def test_too_many_viewers_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
             await anext(up.feed.watch())
 
 
-async def test_closing_the_feed_ends_its_streams() -> None:
+async def test_closing_the_feed_ends_its_streams_and_refuses_others() -> None:
     async with running() as up, aclosing(events(up)) as stream:
         await anext(stream)
         await up.feed.close()
@@ -257,3 +257,5 @@ async def test_closing_the_feed_ends_its_streams() -> None:
             async for _ in stream:
                 pass
         assert up.feed.num_viewers == 0
+        answer = await up.http.get("/live/events")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")

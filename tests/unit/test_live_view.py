@@ -99,16 +99,17 @@ def test_what_happens_is_told_in_words_once() -> None:
     fleet.facts[SHARDS[1]]["state"] = "dead"
     fleet.live.look()
     fleet.live.note("2 experts have no live replica; loading them on 1 shards")
-    fleet.live.moved(0.25, "new dispatch weights")
     fleet.live.moved(0.5, "")
+    fleet.keeper.placement = replace(fleet.keeper.placement, epoch=8)
+    fleet.live.moved(0.25, "new dispatch weights")
     fleet.live.operation(operation(Phase.PREPARE, progress="starting shard-2"))
     fleet.live.operation(operation(Phase.ROLLED_BACK, error="no room"))
     assert fleet.events() == [
         ("link", "worker-0 lost its link to shard-1; its tokens go to other replicas"),
         ("fault", "shard-1 is dead; it is started again"),
         ("member", "2 experts have no live replica; loading them on 1 shards"),
-        ("placement", "epoch 7 in force after 0.25 s: new dispatch weights"),
         ("placement", "epoch 7 in force after 0.50 s"),
+        ("weights", "epoch 8 in force after 0.25 s: new dispatch weights"),
         ("operation", "op-1, drain shard-1: PREPARE, starting shard-2"),
         ("fault", "op-1, drain shard-1: ROLLED_BACK, no room"),
     ]

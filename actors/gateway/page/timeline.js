@@ -3,9 +3,11 @@
 import { byId, element, setText } from "./dom.js";
 import { clock, duration } from "./format.js";
 
-const SIGNS = { fault: "▲", recovery: "✓", link: "▲", operation: "◆", placement: "⇄", member: "•" };
+const SIGNS = { fault: "▲", recovery: "✓", link: "▲", operation: "◆", placement: "⇄", weights: "⇄", member: "•" };
 // Many of these follow each other: only the last is shown, with how many there were.
 const GROUPED = new Set(["placement", "link"]);
+// These are routine: of all only the last is shown.
+const ROUTINE = new Set(["weights"]);
 
 export function showTimeline(fleet) {
   showRunning(fleet);
@@ -39,9 +41,9 @@ function showAutoscaler(decision) {
 function grouped(events) {
   const groups = [];
   for (const event of events) {
-    const last = groups.at(-1);
-    const isMore = last && GROUPED.has(event.kind) && last.event.kind === event.kind;
-    if (isMore) last.number += 1;
+    const of = ({ event: { kind } }) => kind === event.kind;
+    const last = ROUTINE.has(event.kind) ? groups.find(of) : groups.slice(-1).find(of);
+    if (last && (ROUTINE.has(event.kind) || GROUPED.has(event.kind))) last.number += 1;
     else groups.push({ event, number: 1 });
   }
   return groups;
