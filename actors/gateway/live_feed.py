@@ -74,12 +74,13 @@ class LiveFeed:
         """Return all that is known as JSON. Looks at the fleet if nobody watches it just now.
 
         Returns:
-            The fields of LivePicture.seen, with `model`, `placement`, `history` and all events that are kept.
+            The fields of LivePicture.seen, with `model`, `placement`, `history`, all events that are kept, and
+            `viewers`: how many watch.
         """
         if not self._viewers:
             self._picture.begin()
             await self._look()
-        return await asyncio.to_thread(_to_json, self._picture.whole())
+        return await asyncio.to_thread(_to_json, {**self._picture.whole(), "viewers": self.num_viewers})
 
     async def watch(self) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events: `state` first, with all that is known, then a `tick` with each look.

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
@@ -38,8 +39,14 @@ def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """The pocket model on two shards, every expert on both. Not started where there is no browser."""
     home = tmp_path_factory.mktemp("live")
     options = ("--shards", "2", "--replicas", "2", "--dtype", "float32", "--http-port", "0")
-    with serving(POCKET, home, *options) as started:
+    with serving(POCKET, home, *options) as started, browser.new_context() as context:
         yield started
+        # Somebody watches while it stops.
+        onlooker = context.new_page()
+        onlooker.goto(started.http_url)
+        expect(health(onlooker)).to_have_text("Serving")
+        started.process.send_signal(signal.SIGTERM)
+        assert started.process.wait(60) == 0
 
 
 @pytest.fixture
@@ -151,7 +158,7 @@ def test_a_killed_shard_and_its_recovery_are_seen(server: Server, page: Page, tm
 def test_a_killed_controller_shows_as_away_and_comes_back(server: Server, page: Page) -> None:
     before = server.status()
     os.kill(before.controller.pid, signal.SIGKILL)
-    expect(page.locator("#notices")).to_contain_text("The controller is away")
+    expect(page.locator("#notices")).to_contain_text("The controller has been away")
     expect(events(page).filter(has_text="the controller does not answer, tokens go on")).to_have_count(1)
     expect(page.locator("#notices")).to_be_empty()
     expect(health(page)).to_have_text("Serving")
@@ -201,6 +208,20 @@ def test_a_gateway_that_does_not_answer_is_tried_again(browser: Browser, server:
         page.unroute("**/live/events")
         expect(health(page)).to_have_text("Serving")
         expect(page.locator("#notices")).to_be_empty()
+
+
+def test_a_page_that_is_closed_is_no_viewer_any_more(browser: Browser, server: Server) -> None:
+    def viewers() -> int:
+        return int(httpx2.get(f"{server.http_url}/live/state", timeout=30).json()["viewers"])
+
+    with opened(browser, server.http_url) as (page, _):
+        page.goto(server.http_url)
+        expect(health(page)).to_have_text("Serving")
+        assert viewers() >= 1
+    deadline_s = time.monotonic() + 60
+    while viewers():
+        assert time.monotonic() < deadline_s, "pages of ended tests are still watching"
+        time.sleep(0.2)
 
 
 def test_markup_in_what_is_shown_is_text(browser: Browser, server: Server) -> None:

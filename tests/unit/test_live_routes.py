@@ -141,6 +141,7 @@ async def test_the_state_is_looked_at_once_when_nobody_watches() -> None:
     assert [shard["id"] for shard in state["status"]["shards"]] == ["s0", "s1"]
     assert state["status"]["autoscaler"]["reasons"] == ["shards go from 2 to 3: busy"]
     assert (state["slots"], state["tokens"], state["away"]) == ({"s0": 5, "s1": 5}, None, "")
+    assert state["viewers"] == 0
 
 
 async def test_a_stream_begins_with_all_that_is_known_and_goes_on_with_what_is_new() -> None:

@@ -56,7 +56,7 @@ export function showHealth(fleet, link, why) {
   if (link === "lost") notices.push(`The gateway does not answer (${why}); trying again. What is shown is old.`);
   if (link === "open" && fleet.away) {
     const since = clock(fleet.awaySince);
-    notices.push(`The controller is away since ${since} (${fleet.away}). Tokens go on; figures of the fleet are old.`);
+    notices.push(`The controller has been away since ${since} (${fleet.away}). Tokens go on; figures of the fleet are old.`);
   }
   showLines(byId("notices"), notices);
   showLines(byId("warnings"), warnings);
@@ -76,6 +76,6 @@ function health({ now, status, away }, link) {
   if (away) return ["warn", "Serving, controller away"];
   const members = [...(status?.shards ?? []), ...(status?.workers ?? [])];
   const missing = members.filter((member) => member.state !== "ready").length;
-  if (missing) return ["warn", `Serving, ${missing} of ${members.length} members not ready`];
+  if (missing) return ["warn", `Serving, ${plural(missing, "member")} not ready`];
   return ["good", "Serving"];
 }

@@ -17,7 +17,7 @@ export function showWorkers(fleet) {
 
 function note(members, autoscaler, kind) {
   const ready = members.filter((member) => member.state === "ready").length;
-  const wanted = autoscaler ? ` · autoscaler wants ${autoscaler[kind]}` : "";
+  const wanted = autoscaler ? ` · ${autoscaler[kind]} wanted` : "";
   return `${ready} of ${members.length} ready${wanted}`;
 }
 
