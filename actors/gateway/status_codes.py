@@ -1,6 +1,7 @@
 """Which gRPC status, with which details, does a client get for an error?"""
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from expertmesh.cluster.errors import (
 
 logger = logging.getLogger(__name__)
 
+# Where an error does not say when to come back.
 RETRY_DELAY_MS = 1000
 # Where gRPC puts google.rpc.Status, https://github.com/grpc/grpc/blob/master/doc/statuscodes.md and grpcio-status.
 DETAILS_KEY = "grpc-status-details-bin"
@@ -55,10 +57,11 @@ def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str,
         detail = error_details_pb2.BadRequest(field_violations=[violation])
         return grpc.StatusCode.INVALID_ARGUMENT, (_details(grpc.StatusCode.INVALID_ARGUMENT, error, detail),)
     if isinstance(error, CapacityError):
+        delay_ms = RETRY_DELAY_MS if error.retry_after_s is None else math.ceil(error.retry_after_s * 1000)
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(RETRY_DELAY_MS)
+        retry.retry_delay.FromMilliseconds(delay_ms)
         details = _details(grpc.StatusCode.RESOURCE_EXHAUSTED, error, retry)
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(RETRY_DELAY_MS)), details)
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(delay_ms)), details)
     if isinstance(error, ConflictError):
         return grpc.StatusCode.FAILED_PRECONDITION, ()
     if isinstance(error, NotFoundError):
