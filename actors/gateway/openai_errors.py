@@ -61,7 +61,9 @@ class HttpError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to try again, where that may help."""
+        """When to try again, where that may help, and what else belongs to a status."""
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
         return {"retry-after": str(self.retry_after_s)} if self.status in (429, 503) else {}
 
 

@@ -6,8 +6,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.admin_service import AdminService
+from expertmesh.actors.gateway.grpc_access import AccessInterceptor
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -58,13 +61,15 @@ async def start_server(
     inference: InferenceService,
     admin: AdminService,
     settings: GrpcSettings = DEFAULTS,
+    keys: KeyBook | None = None,
 ) -> GatewayServer:
-    """Start to listen on host:port; port 0 takes a free one, which the result tells.
+    """Start to listen on host:port; port 0 takes a free one, which the result tells. None for keys: there are none.
 
     Raises:
         InputError: the address cannot be listened on; the message says why.
     """
-    server = grpc.aio.server(options=_options(settings))
+    interceptor = AccessInterceptor(Access(KeyBook() if keys is None else keys, host))
+    server = grpc.aio.server(options=_options(settings), interceptors=(interceptor,))
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
     health_service = health.aio.HealthServicer()

@@ -15,8 +15,10 @@ from expertmesh.cluster.errors import (
     CapacityError,
     ConflictError,
     ExpertMeshError,
+    ForbiddenError,
     InputError,
     NotFoundError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -66,6 +68,10 @@ def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str,
         return grpc.StatusCode.FAILED_PRECONDITION, ()
     if isinstance(error, NotFoundError):
         return grpc.StatusCode.NOT_FOUND, ()
+    if isinstance(error, UnauthenticatedError):
+        return grpc.StatusCode.UNAUTHENTICATED, ()
+    if isinstance(error, ForbiddenError):
+        return grpc.StatusCode.PERMISSION_DENIED, ()
     assert isinstance(error, UnavailableError), error
     return grpc.StatusCode.UNAVAILABLE, ()
 

@@ -13,6 +13,7 @@ import pytest
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.cluster.settings import GrpcSettings
@@ -56,16 +57,19 @@ async def running(
     status: Callable[[], Any] = get_status,
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
+    keys: KeyBook | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[Running]:
     rng = random.Random(4)
     engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
-        host="127.0.0.1",
+        host=host,
         port=0,
         inference=inference,
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
+        keys=keys,
     )
     engine.pool.set_workers(workers)
     try:
