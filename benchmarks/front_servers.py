@@ -123,7 +123,7 @@ class InstantWorker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), 1.0)
         await asyncio.sleep(0)
-        while any(not live.inbox.empty() for live in self.engine._journal):
+        while any(not live.inbox.empty() for live in self.engine._journal):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0)
         events = []
         for sequence_id, (request, index) in list(self._live.items()):
