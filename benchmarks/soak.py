@@ -13,6 +13,7 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")
     asked = parser.parse_args()
-    with running(asked.model, ["--http-port", "0"]) as server:
-        result, watch = asyncio.run(soak(server, asked.seconds, asked.clients))
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "soak.toml"
+        config.write_text(f"max_sequences = {asked.clients // 2}\nmax_queue = {asked.clients}\n")
+        with running(asked.model, ["--config", str(config), "--http-port", "0"]) as server:
+            result, watch = asyncio.run(soak(server, asked.seconds, asked.clients))
     result = {"model": asked.model.name, **result}
     print(json.dumps(result) if asked.json else table(result))
     if asked.plot:
@@ -79,12 +83,8 @@ async def soak(server: LoadedServer, seconds: float, num_clients: int) -> tuple[
         }
         for role in sorted(before.keys() & after.keys())
     }
-    return {
-        "seconds": seconds,
-        "clients": num_clients,
-        "seen": dict(sorted(clients.seen.items())),
-        "roles": roles,
-    }, watch
+    seen = dict(sorted(clients.seen.items()))
+    return {"seconds": seconds, "clients": num_clients, "seen": seen, "roles": roles}, watch
 
 
 async def crowd(clients: RudeClients, num_clients: int, seconds: float, *, seed: int) -> None:
