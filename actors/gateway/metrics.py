@@ -95,7 +95,7 @@ class RequestMeter:
 
     @contextmanager
     def _says_when(self, num_own: int = 0) -> Iterator[None]:
-        """Say in a CapacityError raised inside when to ask again, unless it does; num_own of who waits are its own."""
+        """Add to a CapacityError raised inside when to ask again, unless it says so. num_own: of those waiting."""
         try:
             yield
         except CapacityError as error:
