@@ -2,11 +2,14 @@
 
 import logging
 import random
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from expertmesh.actors.gateway.admission import Admission, Ticket
+from expertmesh.actors.gateway.callers import CALLER, Caller
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
-from expertmesh.actors.gateway.metrics import RequestMeter
+from expertmesh.actors.gateway.metrics import RequestMeter, RequestTimes
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLost
@@ -39,22 +42,35 @@ class Engine:
         tokenizer: Tokenizer | None,
         rng: random.Random,
         max_requests: int = 1024,
+        batch_sequences: int | None = None,
+        max_queue: int = 1024,
         call_timeout_s: float = 30.0,
     ) -> None:
-        """Start with no workers; see WorkerPool and Journal for the arguments."""
+        """Start with no workers; see WorkerPool, Journal and Admission for the arguments."""
         self._tokenizer = tokenizer
+        self._nobody = Caller()
         self.meter = RequestMeter()
         self._journal = Journal(max_requests=max_requests, rng=rng)
-        self.pool = WorkerPool(self._journal, rng=rng, call_timeout_s=call_timeout_s)
+        self.admission = Admission(
+            num_workers=lambda: len(self.pool.routable),
+            batch_sequences=batch_sequences,
+            max_sequences=max_requests,
+            max_queue=max_queue,
+            clock=self.meter.clock,
+            counts=self.meter.by_key,
+        )
+        on_workers = self.admission.pump
+        self.pool = WorkerPool(self._journal, rng=rng, call_timeout_s=call_timeout_s, on_workers=on_workers)
 
     @property
     def num_live_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self._journal)
+        return self.admission.num_requests
 
     def report(self, metrics: Metrics) -> None:
         """Hand on what was counted since the last call."""
         self.meter.report(metrics, num_live=self.num_live_requests, num_failovers=self.pool.num_failovers)
+        self.admission.report(metrics)
 
     async def generate(self, request: ValidRequest) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; those of different samples interleave.
@@ -62,11 +78,11 @@ class Engine:
         Close the generator (contextlib.aclosing) when the client goes away: its sequences then leave the batch at once.
 
         Raises:
-            InputError: no worker can ever run it.
-            CapacityError: the gateway or all workers are full.
+            InputError: no worker can ever run it, or the limits of its key never allow it.
+            CapacityError: the gateway or all workers are full, or its key is above its limits.
             ExpertMeshError: a worker could not go on.
         """
-        with self.meter.request() as times:
+        async with self._admitted(request) as (times, ticket):
             live = self._journal.open(request)
             texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
             try:
@@ -81,10 +97,19 @@ class Engine:
                         piece = self._absorb(live, sample, texts[sample.index], events)
                         if piece.tokens:
                             times.tokens_came(sample.index)
+                            self.admission.served(ticket, len(piece.tokens))
+                        if piece.finish_reason is not None:
+                            self.admission.sample_ended(ticket)
                         yield piece
             finally:
                 times.is_complete = not live.unfinished
                 self.pool.release(live)
+
+    @asynccontextmanager
+    async def _admitted(self, request: ValidRequest) -> AsyncIterator[tuple[RequestTimes, Ticket]]:
+        with self.meter.request() as times:
+            async with self.admission.entered(CALLER.get(self._nobody), request) as ticket:
+                yield times, ticket
 
     def _absorb(self, live: LiveRequest, sample: LiveSample, text: TextStream, events: list[TokenEvent]) -> Piece:
         """Enter a sample's events into the journal and turn them into a piece."""

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from expertmesh.actors.gateway.callers import caller_name
+from expertmesh.actors.gateway.key_metrics import KeyCounts
 from expertmesh.actors.metrics import Metrics
 from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
 
@@ -47,6 +49,7 @@ class RequestMeter:
         """Count nothing yet; clock gives seconds that do not step back."""
         self.clock = clock
         self.ended = dict.fromkeys(CODES, 0)
+        self.by_key = KeyCounts(CODES)
         self.first_s: list[float] = []
         self.gaps_s: list[float] = []
 
@@ -57,9 +60,9 @@ class RequestMeter:
         try:
             yield times
         except BaseException as error:
-            self.ended["OK" if times.is_complete else code_of(error)] += 1
+            self._count("OK" if times.is_complete else code_of(error))
             raise
-        self.ended["OK"] += 1
+        self._count("OK")
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
@@ -67,7 +70,7 @@ class RequestMeter:
         try:
             yield
         except BaseException as error:
-            self.ended[code_of(error)] += 1
+            self._count(code_of(error))
             raise
 
     def report(self, metrics: Metrics, *, num_live: int, num_failovers: int) -> None:
@@ -86,6 +89,11 @@ class RequestMeter:
             metrics.count("expertmesh_requests_total", count, code=code)
         metrics.count("expertmesh_request_failovers_total", num_failovers)
         metrics.set("expertmesh_live_requests", num_live)
+        self.by_key.report(metrics)
+
+    def _count(self, code: str) -> None:
+        self.ended[code] += 1
+        self.by_key.request_ended(caller_name(), code)
 
 
 def code_of(error: BaseException) -> str:

@@ -59,9 +59,12 @@ async def running(
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
     keys: KeyBook | None = None,
     host: str = "127.0.0.1",
+    **options: int,
 ) -> AsyncIterator[Running]:
+    """Serve while the block lasts; options are the engine's."""
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
+    engine = Engine(tokenizer=tokenizer, rng=rng, **{"max_requests": 4, **options})
+    engine.admission.set_keys([] if keys is None else keys.names)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
         host=host,
