@@ -50,7 +50,7 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class CapacityError(ExpertMeshError):
-    """Not enough memory, pages, slots or queue room. retry_after_s: when there may be, None where that is not known."""
+    """Not enough memory, pages, slots or queue room. retry_after_s: when there may be; None where nobody can tell."""
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)

@@ -56,19 +56,18 @@ class Admission:
             num_workers: returns how many take requests now; call `pump` when there are more.
             batch_sequences: sequences in a worker's batch; None: no request waits here.
             max_sequences: most that go on to workers at once, however many there are.
-            max_queue: most sequences that wait here.
+            max_queue: most sequences that wait here, and that live at a worker.
             clock: seconds that do not step back.
             counts: told what each key is served.
         """
         self._num_workers = num_workers
-        self._batch_sequences = batch_sequences
+        self._a_worker = None if batch_sequences is None else _most_at_worker(batch_sequences, max_queue)
         self._max_sequences = max_sequences
         self._clock = clock
         self._queue = FairQueue[Ticket](max_queue)
         self._waiting: set[Ticket] = set()
         self._num_running = 0
         self._counts = counts
-        self.num_requests = 0
 
     @property
     def num_waiting(self) -> int:
@@ -87,6 +86,16 @@ class Admission:
         for gone in self._counts.follow(known):
             self._queue.forget(gone)
 
+    def require_room(self, caller: Caller) -> None:
+        """Refuse what `entered` would refuse whatever the request is.
+
+        Raises:
+            CapacityError: the queue is full, or the caller is above its limits.
+        """
+        if self._would_wait:
+            self._queue.require_room(caller.name, 1)
+        caller.limiter.require_room(1, self._clock())
+
     @asynccontextmanager
     async def entered(self, caller: Caller, request: ValidRequest) -> AsyncIterator[Ticket]:
         """Hold a request while the block lasts, which begins when its turn has come.
@@ -96,13 +105,11 @@ class Admission:
             InputError: the caller's limits never allow it.
         """
         ticket = self._enter(caller, request)
-        self.num_requests += 1
         try:
             if ticket.turn is not None:
                 await ticket.turn
             yield ticket
         finally:
-            self.num_requests -= 1
             self._leave(ticket)
 
     def served(self, ticket: Ticket, num_tokens: int) -> None:
@@ -134,10 +141,13 @@ class Admission:
 
     @property
     def _has_room(self) -> bool:
-        if self._batch_sequences is None:
+        if self._a_worker is None:
             return True
-        a_worker = self._batch_sequences + max(1, self._batch_sequences // _SPARE_PART)
-        return self._num_running < min(self._max_sequences, self._num_workers() * a_worker)
+        return self._num_running < min(self._max_sequences, self._num_workers() * self._a_worker)
+
+    @property
+    def _would_wait(self) -> bool:
+        return self.num_waiting > 0 or not self._has_room
 
     def _enter(self, caller: Caller, request: ValidRequest) -> Ticket:
         ticket = Ticket(
@@ -147,7 +157,7 @@ class Admission:
             most_tokens=sum(sampling.max_tokens for sampling in request.sampling),
         )
         name, weight, num_prompt_tokens = caller.name, caller.weight, ticket.num_prompt_tokens
-        waits = self.num_waiting > 0 or not self._has_room
+        waits = self._would_wait
         if waits:
             self._queue.push(
                 name, ticket, weight=weight, num_sequences=ticket.num_left, num_prompt_tokens=num_prompt_tokens
@@ -181,3 +191,7 @@ class Admission:
         else:
             self._queue.remove(ticket.caller.name, ticket)
             self._waiting.remove(ticket)
+
+
+def _most_at_worker(batch_sequences: int, max_queue: int) -> int:
+    return min(max_queue, batch_sequences + max(1, batch_sequences // _SPARE_PART))

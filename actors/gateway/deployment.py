@@ -20,6 +20,7 @@ from expertmesh.actors.gateway.chat_template import open_chat_template
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.key_book import KeyBook
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.actors.gateway.server import GatewayServer, start_server
@@ -80,10 +81,12 @@ class Gateway:
         self._engine = Engine(
             tokenizer=tokenizer,
             rng=random.Random(),
+            max_requests=settings.max_requests,
             batch_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
             call_timeout_s=settings.worker_timeout_s,
         )
+        self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
         self._keys = KeyBook(settings.keys)
         self._engine.admission.set_keys(self._keys.names)
@@ -93,9 +96,11 @@ class Gateway:
             host=settings.grpc_host,
             port=settings.grpc_port,
             inference=self._inference,
+            open_inference=OpenInferenceService(self._engine, model, tokenizer, random.Random()),
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
             settings=settings.grpc,
             keys=self._keys,
+            tls=settings.tls,
         )
         self._http_access = Access(self._keys, settings.http_host)
         await self._look()
@@ -103,15 +108,14 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it; asked for where HTTP is served
         server = self._server
-        return build_app(
-            OpenAIFront(
-                engine=self._engine,
-                reader=self._reader,
-                is_ready=lambda: server.is_serving,
-                now_s=time.time,
-                access=self._http_access,
-            )
+        front = OpenAIFront(
+            engine=self._engine,
+            reader=self._reader,
+            is_ready=lambda: server.is_serving,
+            now_s=time.time,
+            access=self._http_access,
         )
+        return build_app(front, self._max_body_bytes)
 
     async def address(self) -> str:
         """Look at the fleet, and return host:port of the gRPC server."""
@@ -251,7 +255,8 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
         ray_actor_options={
             "num_cpus": 0,
             "label_selector": on_this_node(),
-            "runtime_env": {"env_vars": actor_env(1)},
+            # Else a line for each handshake that fails: whoever reaches the port could fill the disk.
+            "runtime_env": {"env_vars": {**actor_env(1), "GRPC_VERBOSITY": "ERROR"}},
         },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
@@ -262,7 +267,7 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
     serve.start(
         # Of every node: on the head and here, where the gateway is.
         proxy_location="Disabled" if http_port is None else "EveryNode",
-        http_options=None if http_port is None else {"host": settings.http_host, "port": http_port},
+        http_options=None if http_port is None else _http_options(settings, http_port),
         logging_config={"log_level": "ERROR"},
     )
     prefix = None if http_port is None else "/"
@@ -270,3 +275,10 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
         return serve.run(deployment.bind(settings, model), name=GATEWAY_APP, route_prefix=prefix)
     except RuntimeError as error:
         raise UnavailableError(f"the gateway did not come up: {error}") from error
+
+
+def _http_options(settings: ServeSettings, port: int) -> dict[str, object]:
+    options: dict[str, object] = {"host": settings.http_host, "port": port}
+    if settings.tls is not None:
+        options |= {"ssl_certfile": str(settings.tls.cert_file), "ssl_keyfile": str(settings.tls.key_file)}
+    return options

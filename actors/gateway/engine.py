@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 from expertmesh.actors.gateway.admission import Admission, Ticket
 from expertmesh.actors.gateway.callers import CALLER, Caller
-from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
+from expertmesh.actors.gateway.journal import Inbox, Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter, RequestTimes
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLost
 from expertmesh.actors.gateway.worker_pool import WorkerPool
 from expertmesh.actors.metrics import Metrics
-from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
+from expertmesh.cluster.errors import CapacityError, ExpertMeshError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent
 from expertmesh.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+# Of a piece at most: a message must stay below what clients take, 4 MiB unless they say otherwise.
+MOST_EVENTS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +45,16 @@ class Engine:
         rng: random.Random,
         max_requests: int = 1024,
         batch_sequences: int | None = None,
-        max_queue: int = 1024,
+        max_queue: int | None = None,
         call_timeout_s: float = 30.0,
     ) -> None:
-        """Start with no workers; see WorkerPool, Journal and Admission for the arguments."""
+        """Start with no workers; see WorkerPool, Journal and Admission for the arguments.
+
+        max_queue: sequences that may live at a worker, and of those that may wait here; None: that is not known.
+        """
         self._tokenizer = tokenizer
+        # With bounded batches what a worker would refuse waits here.
+        self._max_queue = max_queue if batch_sequences is None else None
         self._nobody = Caller()
         self.meter = RequestMeter()
         self._journal = Journal(max_requests=max_requests, rng=rng)
@@ -55,7 +62,7 @@ class Engine:
             num_workers=lambda: len(self.pool.routable),
             batch_sequences=batch_sequences,
             max_sequences=max_requests,
-            max_queue=max_queue,
+            max_queue=max_requests if max_queue is None else max_queue,
             clock=self.meter.clock,
             counts=self.meter.by_key,
         )
@@ -65,12 +72,27 @@ class Engine:
     @property
     def num_live_requests(self) -> int:
         """Requests that have not ended."""
-        return self.admission.num_requests
+        return len(self._journal)
 
     def report(self, metrics: Metrics) -> None:
         """Hand on what was counted since the last call."""
         self.meter.report(metrics, num_live=self.num_live_requests, num_failovers=self.pool.num_failovers)
         self.admission.report(metrics)
+
+    def require_room(self) -> None:
+        """Refuse at once what would be refused later: before anybody reads its prompt, or asks a worker.
+
+        Raises:
+            CapacityError: the gateway or all workers are full, or the caller is above its limits.
+        """
+        self._journal.require_room()
+        self.admission.require_room(self._caller)
+        num_workers = len(self.pool.routable)
+        if self._max_queue is None or not num_workers:
+            return
+        num_live, most = self._journal.num_sequences, self._max_queue * num_workers
+        if num_live >= most:
+            raise CapacityError(f"{num_live} sequences are live at {num_workers} workers, {most} is the most")
 
     async def generate(self, request: ValidRequest) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; those of different samples interleave.
@@ -82,13 +104,11 @@ class Engine:
             CapacityError: the gateway or all workers are full, or its key is above its limits.
             ExpertMeshError: a worker could not go on.
         """
-        async with self._admitted(request) as (times, ticket):
-            live = self._journal.open(request)
+        async with self._admitted(request) as (times, live, ticket):
             texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
-            try:
-                await self.pool.place(live)
-                while live.unfinished:
-                    item = await live.inbox.get()
+            await self.pool.place(live)
+            while live.unfinished:
+                for item in await _arrived(live.inbox):
                     if isinstance(item, WorkerLost):
                         if item.link is live.link:
                             await self.pool.place(live)
@@ -101,15 +121,22 @@ class Engine:
                         if piece.finish_reason is not None:
                             self.admission.sample_ended(ticket)
                         yield piece
+
+    @asynccontextmanager
+    async def _admitted(self, request: ValidRequest) -> AsyncIterator[tuple[RequestTimes, LiveRequest, Ticket]]:
+        """Hold a live request while the block lasts, which begins when its turn has come."""
+        with self.meter.request() as times:
+            live = self._journal.open(request)
+            try:
+                async with self.admission.entered(self._caller, request) as ticket:
+                    yield times, live, ticket
             finally:
                 times.is_complete = not live.unfinished
                 self.pool.release(live)
 
-    @asynccontextmanager
-    async def _admitted(self, request: ValidRequest) -> AsyncIterator[tuple[RequestTimes, Ticket]]:
-        with self.meter.request() as times:
-            async with self.admission.entered(CALLER.get(self._nobody), request) as ticket:
-                yield times, ticket
+    @property
+    def _caller(self) -> Caller:
+        return CALLER.get(self._nobody)
 
     def _absorb(self, live: LiveRequest, sample: LiveSample, text: TextStream, events: list[TokenEvent]) -> Piece:
         """Enter a sample's events into the journal and turn them into a piece."""
@@ -142,6 +169,22 @@ class Engine:
             finish_reason=finish_reason,
             num_output_tokens=len(sample.output_ids),
         )
+
+
+async def _arrived(inbox: Inbox) -> list[list[TokenEvent] | WorkerLost]:
+    """Wait for what comes next. What lies there already, as a client reads slowly, is taken together."""
+    first = await inbox.get()
+    items = [first]
+    num_events = 0 if isinstance(first, WorkerLost) else len(first)
+    while num_events < MOST_EVENTS and not inbox.empty():
+        item = inbox.get_nowait()
+        last = items[-1]
+        if isinstance(item, WorkerLost) or isinstance(last, WorkerLost):
+            items.append(item)
+        else:
+            last.extend(item)
+        num_events += 0 if isinstance(item, WorkerLost) else len(item)
+    return items
 
 
 def _by_sample(live: LiveRequest, events: Iterable[TokenEvent]) -> list[tuple[LiveSample, list[TokenEvent]]]:

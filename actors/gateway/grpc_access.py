@@ -18,6 +18,10 @@ NEEDED_ROLES: dict[str, Role | None] = {
     "grpc.reflection.v1alpha.ServerReflection": None,
     "expertmesh.v1.Inference": Role.INFERENCE,
     "expertmesh.v1.Admin": Role.ADMIN,
+    "inference.GRPCInferenceService": Role.INFERENCE,
+    "inference.GRPCInferenceService/ServerLive": None,
+    "inference.GRPCInferenceService/ServerReady": None,
+    "inference.GRPCInferenceService/ModelReady": None,
 }
 
 # None: there is no such method.

@@ -150,6 +150,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: GenerateRequest, request_id: str, context: Context
     ) -> tuple[ValidRequest, AsyncGenerator[Piece, None]]:
         """Return the request that is generated, an earlier one under the same key, and its pieces."""
+        if not (request.HasField("idempotency_key") and self._kept.has(request.idempotency_key, owner=caller_name())):
+            with self._engine.meter.refusals():
+                self._engine.require_room()
         valid = await self._validate(request, request_id)
         if not request.HasField("idempotency_key"):
             return valid, self._engine.generate(valid)

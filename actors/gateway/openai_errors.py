@@ -17,8 +17,10 @@ from expertmesh.cluster.errors import (
 
 logger = logging.getLogger(__name__)
 
-# Where an error does not say when to come back.
-RETRY_AFTER_S = 1
+# Where an error does not say when to try again.
+RETRY_AFTER_S = 1.0
+# Fields of a gRPC request that have another name in OpenAI's.
+_PARAMS = {"text": "prompt", "token_ids": "prompt"}
 _MAX_SHOWN = 4
 
 
@@ -51,7 +53,7 @@ class HttpError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.retry_after_s = RETRY_AFTER_S if retry_after_s is None else math.ceil(retry_after_s)
+        self._retry_after_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
         self.fields = ErrorFields(message=message, type=_type_of(status), param=param, code=code)
 
     @property
@@ -64,7 +66,7 @@ class HttpError(Exception):
         """When to try again, where that may help, and what else belongs to a status."""
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
-        return {"retry-after": str(self.retry_after_s)} if self.status in (429, 503) else {}
+        return {"retry-after": str(math.ceil(self._retry_after_s))} if self.status in (429, 503) else {}
 
 
 def _type_of(status: int) -> str:
@@ -78,7 +80,7 @@ def to_http_error(error: Exception, request_id: str) -> HttpError:
     if isinstance(error, HttpError):
         return error
     if isinstance(error, InputError):
-        return HttpError(400, str(error))
+        return HttpError(400, str(error), param=_PARAMS.get(error.field, error.field) or None)
     if isinstance(error, CapacityError):
         code = "rate_limit_exceeded" if isinstance(error, RateLimitError) else "overloaded"
         return HttpError(429, str(error), code=code, retry_after_s=error.retry_after_s)

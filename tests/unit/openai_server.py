@@ -40,6 +40,7 @@ async def running(
     *workers: FakeWorker,
     tokenizer: Tokenizer | None = None,
     template: str | None = TEMPLATE,
+    max_body_bytes: int = 1 << 20,
     keys: KeyBook | None = None,
     host: str = "127.0.0.1",
 ) -> AsyncIterator[Running]:
@@ -54,7 +55,7 @@ async def running(
     front = OpenAIFront(
         engine=engine, reader=reader, is_ready=lambda: readiness[0], now_s=lambda: NOW_S + 0.5, access=access
     )
-    app = build_app(front)
+    app = build_app(front, max_body_bytes)
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

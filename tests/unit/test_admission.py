@@ -190,7 +190,7 @@ async def test_there_is_room_for_no_more_than_the_gateway_has_however_many_worke
         assert gate.num_waiting == 1
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-    assert gate.num_requests == 0
+    assert gate.num_waiting == 0
 
 
 async def enter(gate: Admission, caller: Caller) -> None:
@@ -209,6 +209,25 @@ async def test_a_full_queue_refuses_at_once_and_no_key_fills_it() -> None:
     assert len(refused) == 5, "3 go on, 4 of the 8 places may be its own"
     assert all("4 sequences of this API key wait" in message for message in refused)
     assert not any(isinstance(answer, BaseException) for answer in answers[12:])
+
+
+async def test_what_is_full_refuses_before_the_request_is_read() -> None:
+    worker, busy, free = FakeWorker("a"), Caller(name="busy"), Caller(name="free")
+    busy.limiter = RateLimiter(Limits(max_concurrent=4))
+    async with running(worker, max_queue=3) as engine:
+        sent = [send(engine, request(f"r{number}"), busy) for number in range(4)]
+        await until_waiting(engine, 1)
+        token = CALLER.set(busy)
+        with pytest.raises(RateLimitError, match="it may have 4 at once"):
+            engine.require_room()
+        CALLER.set(free)
+        engine.require_room()
+        sent += [send(engine, request(f"s{number}"), free) for number in range(2)]
+        await until_waiting(engine, 3)
+        with pytest.raises(CapacityError, match="3 sequences wait at this gateway"):
+            engine.require_room()
+        CALLER.reset(token)
+        await asyncio.gather(*sent)
 
 
 async def test_one_key_alone_may_fill_the_queue() -> None:
@@ -311,7 +330,7 @@ def test_whoever_comes_and_goes_nothing_is_left(sizes: list[tuple[int, bool, str
             if is_cancelled:
                 random.Random(samples).choice(tasks).cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert gate.num_waiting == gate.num_requests == gate.waiting_tokens == 0
+        assert gate.num_waiting == gate.waiting_tokens == 0
         assert [caller.limiter.num_sequences for caller in callers.values()] == [0, 0]
         async with gate.entered(callers["a"], request(samples=2)), gate.entered(callers["b"], request()):
             assert gate.num_waiting == 0

@@ -144,16 +144,25 @@ async def test_cancel_ends_a_kept_stream_that_waits(tmp_path: Path) -> None:
 
 async def test_a_full_queue_is_resource_exhausted_at_once() -> None:
     worker = FakeWorker("a", step_s=0.01)
-    async with running(worker, batch_sequences=1, max_requests=100, max_queue=1) as up:
+    async with running(worker, batch_sequences=1, max_requests=100, max_queue=2) as up:
         calls = [up.inference.Generate(request(max_tokens=500)) for _ in range(2)]
         for call in calls:
             await call.read()
-        calls.append(up.inference.Generate(request()))
-        await until(lambda: up.engine.admission.num_waiting == 1)
+        calls += [up.inference.Generate(request()) for _ in range(2)]
+        await until(lambda: up.engine.admission.num_waiting == 2)
         error = await error_of(up.inference.Generate(request()))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert error.details() == "1 sequences wait at this gateway and 1 more are asked for; 1 is the most"
-        assert delay_s(error) == 1
+        assert error.details() == "2 sequences wait at this gateway and 1 more are asked for; 2 is the most"
+        assert delay_s(error) >= 1
         for call in calls:
             call.cancel()
         await until(lambda: up.engine.num_live_requests == 0)
+
+
+async def test_a_worker_is_never_given_more_than_it_takes() -> None:
+    worker = FakeWorker("a", capacity=2)
+    async with running(worker, batch_sequences=64, max_requests=100, max_queue=2) as up:
+        answers = await asyncio.gather(*(up.inference.GenerateOnce(request(seed=seed)) for seed in range(4)))
+    assert [list(answer.outputs[0].token_ids) for answer in answers] == [
+        fake_output((10, 20, 30), sampling(seed)) for seed in range(4)
+    ]
