@@ -77,7 +77,8 @@ class Deployment:
         """Bring everything up.
 
         Raises:
-            InputError: the port is in use, a certificate or the keys cannot be used, or the settings do not fit.
+            InputError: the port is in use, a certificate cannot be used, the file of keys is wrong, or the settings do
+                not fit.
             CheckpointError: the model cannot be served.
             CapacityError: too little memory or too few accelerators.
             UnavailableError: something did not come up.

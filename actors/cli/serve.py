@@ -30,7 +30,6 @@ def serve(
     http_host: Annotated[str | None, typer.Option(help="Address that HTTP listens on; 127.0.0.1 unless given.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Port of HTTP, 0: a free one; 8000 unless given.")] = None,
     http: Annotated[bool | None, typer.Option(help="Serve OpenAI's HTTP beside gRPC; yes unless told not to.")] = None,
-    keys: Annotated[Path | None, typer.Option(help="File of API keys; see `expertmesh keys`.")] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Certificate chain (PEM) of gRPC and HTTP; reloaded by gRPC.")
     ] = None,
@@ -38,6 +37,7 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Have gRPC's clients show a certificate of these authorities.")
     ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys; see `expertmesh keys`.")] = None,
     state: Annotated[str | None, typer.Option(help="redis://..; an embedded server unless given.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; start one here unless given.")] = None,
     autoscale: Annotated[bool | None, typer.Option(help="Let the load decide how many there are.")] = None,

@@ -99,8 +99,8 @@ class Gateway:
             open_inference=OpenInferenceService(self._engine, model, tokenizer, random.Random()),
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
             settings=settings.grpc,
-            keys=self._keys,
             tls=settings.tls,
+            keys=self._keys,
         )
         self._http_access = Access(self._keys, settings.http_host)
         await self._look()

@@ -16,12 +16,12 @@ NEEDED_ROLES: dict[str, Role | None] = {
     "grpc.health.v1.Health": None,
     "grpc.reflection.v1.ServerReflection": None,
     "grpc.reflection.v1alpha.ServerReflection": None,
-    "expertmesh.v1.Inference": Role.INFERENCE,
-    "expertmesh.v1.Admin": Role.ADMIN,
     "inference.GRPCInferenceService": Role.INFERENCE,
     "inference.GRPCInferenceService/ServerLive": None,
     "inference.GRPCInferenceService/ServerReady": None,
     "inference.GRPCInferenceService/ModelReady": None,
+    "expertmesh.v1.Inference": Role.INFERENCE,
+    "expertmesh.v1.Admin": Role.ADMIN,
 }
 
 # None: there is no such method.

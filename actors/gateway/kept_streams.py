@@ -180,7 +180,7 @@ class KeptStreams:
         return len(self._by_key)
 
     def has(self, key: str, *, owner: str) -> bool:
-        """Whether a stream is kept under an owner's key."""
+        """Return whether a stream of an owner is kept under a key."""
         return (owner, key) in self._by_key
 
     def open(self, request: ValidRequest, key: str, fingerprint: bytes, *, owner: str) -> KeptStream:

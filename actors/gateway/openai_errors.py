@@ -53,7 +53,7 @@ class HttpError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self._retry_after_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
+        self.retry_after_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
         self.fields = ErrorFields(message=message, type=_type_of(status), param=param, code=code)
 
     @property
@@ -66,7 +66,7 @@ class HttpError(Exception):
         """When to try again, where that may help, and what else belongs to a status."""
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
-        return {"retry-after": str(math.ceil(self._retry_after_s))} if self.status in (429, 503) else {}
+        return {"retry-after": str(math.ceil(self.retry_after_s))} if self.status in (429, 503) else {}
 
 
 def _type_of(status: int) -> str:
