@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from expertmesh.actors.gateway import oip_service
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.oip import open_inference_pb2
@@ -147,12 +148,27 @@ async def test_without_the_input_stream_there_is_one_response(tokenizer: Tokeniz
     assert is_final(one)
 
 
+async def test_a_client_that_sends_too_many_requests_at_once_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oip_service, "MAX_STREAM_REQUESTS", 2)
+    live: list[int] = []
+
+    def token(prompt_ids: Sequence[int], settings: SamplingParams, position: int) -> int:
+        live.append(len(worker.live_ids))
+        return fake_token(prompt_ids, settings, position)
+
+    worker = FakeWorker("a", token=token)
+    async with running(worker) as up:
+        got = await answers(up, *(seeded_ids(20) for _ in range(6)))
+    assert sum(is_final(one) for one in got) == 6
+    assert max(live) == 2
+
+
 async def test_a_stream_without_requests_ends() -> None:
     async with running(FakeWorker("a")) as up:
         assert await answers(up) == []
 
 
-async def test_a_cancelled_stream_ends_all_its_requests() -> None:
+async def test_a_cancelled_stream_ends_all_its_requests(caplog: pytest.LogCaptureFixture) -> None:
     worker = FakeWorker("a")
     async with running(worker) as up:
         forever = asyncio.Event()
@@ -169,7 +185,8 @@ async def test_a_cancelled_stream_ends_all_its_requests() -> None:
         await until(lambda: len(worker.live_ids) == 3)
         call.cancel()
         await until(lambda: not worker.live_ids and up.engine.num_live_requests == 0)
-        assert sorted(worker.cancelled) == sorted(one.sequence_id for one in worker.submitted)
+        await until(lambda: sorted(worker.cancelled) == sorted(one.sequence_id for one in worker.submitted))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_closed_channel_ends_the_requests_of_its_stream() -> None:
