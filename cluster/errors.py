@@ -47,7 +47,11 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class CapacityError(ExpertMeshError):
-    """Not enough memory, pages, slots or queue room."""
+    """Not enough memory, pages, slots or queue room. retry_after_s: when there may be; None where nobody can tell."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UnavailableError(ExpertMeshError):

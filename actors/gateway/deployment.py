@@ -75,7 +75,14 @@ class Gateway:
         self._model = model
         template = open_chat_template(settings.model)
         self._reader = RequestReader(model=model, tokenizer=tokenizer, template=template, rng=random.Random())
-        self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
+        self._engine = Engine(
+            tokenizer=tokenizer,
+            rng=random.Random(),
+            max_requests=settings.max_requests,
+            max_queue=settings.max_queue,
+            call_timeout_s=settings.worker_timeout_s,
+        )
+        self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
@@ -86,15 +93,17 @@ class Gateway:
             open_inference=OpenInferenceService(self._engine, model, tokenizer, random.Random()),
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
             settings=settings.grpc,
+            tls=settings.tls,
         )
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it; asked for where HTTP is served
         server = self._server
-        return build_app(
-            OpenAIFront(engine=self._engine, reader=self._reader, is_ready=lambda: server.is_serving, now_s=time.time)
+        front = OpenAIFront(
+            engine=self._engine, reader=self._reader, is_ready=lambda: server.is_serving, now_s=time.time
         )
+        return build_app(front, self._max_body_bytes)
 
     async def address(self) -> str:
         """Look at the fleet, and return host:port of the gRPC server."""
@@ -229,7 +238,8 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
         ray_actor_options={
             "num_cpus": 0,
             "label_selector": on_this_node(),
-            "runtime_env": {"env_vars": actor_env(1)},
+            # Else a line for each handshake that fails: whoever reaches the port could fill the disk.
+            "runtime_env": {"env_vars": {**actor_env(1), "GRPC_VERBOSITY": "ERROR"}},
         },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
@@ -240,7 +250,7 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
     serve.start(
         # Of every node: on the head and here, where the gateway is.
         proxy_location="Disabled" if http_port is None else "EveryNode",
-        http_options=None if http_port is None else {"host": settings.http_host, "port": http_port},
+        http_options=None if http_port is None else _http_options(settings, http_port),
         logging_config={"log_level": "ERROR"},
     )
     prefix = None if http_port is None else "/"
@@ -248,3 +258,10 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
         return serve.run(deployment.bind(settings, model), name=GATEWAY_APP, route_prefix=prefix)
     except RuntimeError as error:
         raise UnavailableError(f"the gateway did not come up: {error}") from error
+
+
+def _http_options(settings: ServeSettings, port: int) -> dict[str, object]:
+    options: dict[str, object] = {"host": settings.http_host, "port": port}
+    if settings.tls is not None:
+        options |= {"ssl_certfile": str(settings.tls.cert_file), "ssl_keyfile": str(settings.tls.key_file)}
+    return options

@@ -149,6 +149,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: GenerateRequest, request_id: str, context: Context
     ) -> tuple[ValidRequest, AsyncGenerator[Piece, None]]:
         """Return the request that is generated, an earlier one under the same key, and its pieces."""
+        if not (request.HasField("idempotency_key") and request.idempotency_key in self._kept):
+            with self._engine.meter.refusals():
+                self._engine.require_room()
         valid = await self._validate(request, request_id)
         if not request.HasField("idempotency_key"):
             return valid, self._engine.generate(valid)

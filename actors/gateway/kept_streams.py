@@ -28,6 +28,7 @@ class KeptStream:
         self._resume_s = resume_s
         self._why = FinishReason.CANCELLED
         self._num_readers = 0
+        self._is_whole = False
         self._grown = asyncio.Event()
         self.task = asyncio.create_task(self._run(engine), name=f"generate {request.request_id}")
         self.task.add_done_callback(self._over)
@@ -95,7 +96,8 @@ class KeptStream:
                     # A last piece may have no tokens: then it is `ended` that says whether it came.
                     if start >= received.get(piece.index, 0) and piece.index not in ended:
                         yield piece
-                if self.task.done() and position == len(self.pieces):
+                # Not `task.done()`: a cancelled task is done before its samples have their last pieces.
+                if self._is_whole and position == len(self.pieces):
                     if self.error is not None:
                         raise self.error
                     return
@@ -130,6 +132,7 @@ class KeptStream:
         self._orphaned.cancel()
         if task.cancelled():
             self._end_samples()
+        self._is_whole = True
         self._wake()
 
     def _end_samples(self) -> None:
@@ -173,6 +176,9 @@ class KeptStreams:
 
     def __len__(self) -> int:
         return len(self._by_key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
 
     def open(self, request: ValidRequest, key: str, fingerprint: bytes) -> KeptStream:
         """Return the stream kept under a key, or begin one. Of streams with one request id the newest is found by it.

@@ -7,10 +7,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from expertmesh.actors.gateway.admin_service import AdminService
+from expertmesh.actors.gateway.credentials import CertificateWatch
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.cluster.errors import InputError
-from expertmesh.cluster.settings import GrpcSettings
+from expertmesh.cluster.settings import GrpcSettings, TlsSettings
 from expertmesh.oip import open_inference_pb2, open_inference_pb2_grpc
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -72,11 +73,12 @@ async def start_server(
     open_inference: OpenInferenceService,
     admin: AdminService,
     settings: GrpcSettings = DEFAULTS,
+    tls: TlsSettings | None = None,
 ) -> GatewayServer:
-    """Start to listen on host:port; port 0 takes a free one, which the result tells.
+    """Start to listen on host:port; port 0 takes a free one, which the result tells. Plaintext without `tls`.
 
     Raises:
-        InputError: the address cannot be listened on; the message says why.
+        InputError: the address cannot be listened on, or a certificate cannot be used; the message says why.
     """
     server = grpc.aio.server(options=_options(settings))
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
@@ -89,7 +91,10 @@ async def start_server(
     )
     _require_free(host, port)
     try:
-        bound_port = server.add_insecure_port(_address(host, port))
+        if tls is None:
+            bound_port = server.add_insecure_port(_address(host, port))
+        else:
+            bound_port = server.add_secure_port(_address(host, port), CertificateWatch(tls).server_credentials())
     except RuntimeError as error:
         raise InputError(f"cannot listen on {_address(host, port)}: {error}") from error
     started = GatewayServer(server, health_service, open_inference, host=host, port=bound_port)

@@ -21,7 +21,8 @@ from expertmesh.cluster.errors import (
 
 logger = logging.getLogger(__name__)
 
-RETRY_DELAY_MS = 1000
+# Where an error does not say when to try again.
+RETRY_AFTER_S = 1.0
 # Where gRPC puts google.rpc.Status, https://github.com/grpc/grpc/blob/master/doc/statuscodes.md and grpcio-status.
 DETAILS_KEY = "grpc-status-details-bin"
 
@@ -66,9 +67,10 @@ def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str,
         return grpc.StatusCode.INVALID_ARGUMENT, (_details(grpc.StatusCode.INVALID_ARGUMENT, error, detail),)
     if isinstance(error, CapacityError):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(RETRY_DELAY_MS)
+        delay_ms = round(1000 * (RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
+        retry.retry_delay.FromMilliseconds(delay_ms)
         details = _details(grpc.StatusCode.RESOURCE_EXHAUSTED, error, retry)
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(RETRY_DELAY_MS)), details)
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(delay_ms)), details)
     if isinstance(error, ConflictError):
         return grpc.StatusCode.FAILED_PRECONDITION, ()
     if isinstance(error, NotFoundError):

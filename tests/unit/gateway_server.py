@@ -16,7 +16,7 @@ from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.cluster.requests import SamplingParams
-from expertmesh.cluster.settings import GrpcSettings
+from expertmesh.cluster.settings import GrpcSettings, TlsSettings
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.oip.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from expertmesh.v1.admin_pb2_grpc import AdminStub
@@ -62,9 +62,11 @@ async def running(
     status: Callable[[], Any] = get_status,
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
+    max_queue: int | None = None,
+    tls: TlsSettings | None = None,
 ) -> AsyncIterator[Running]:
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
+    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4, max_queue=max_queue)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
         host="127.0.0.1",
@@ -73,6 +75,7 @@ async def running(
         open_inference=OpenInferenceService(engine, MODEL, tokenizer, rng),
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
+        tls=tls,
     )
     engine.pool.set_workers(workers)
     try:
@@ -106,6 +109,6 @@ async def error_of(call: Any) -> grpc.aio.AioRpcError:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - the fakes tell nobody
             await asyncio.sleep(0.001)

@@ -35,7 +35,10 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    *workers: FakeWorker, tokenizer: Tokenizer | None = None, template: str | None = TEMPLATE
+    *workers: FakeWorker,
+    tokenizer: Tokenizer | None = None,
+    template: str | None = TEMPLATE,
+    max_body_bytes: int = 1 << 20,
 ) -> AsyncIterator[Running]:
     """Serve while the block lasts; no request may be left then."""
     rng = random.Random(4)
@@ -44,7 +47,10 @@ async def running(
     chat_template = None if template is None else ChatTemplate(template, {"eos_token": "<eos>"})
     reader = RequestReader(model=MODEL, tokenizer=tokenizer, template=chat_template, rng=rng)
     readiness = [True]
-    app = build_app(OpenAIFront(engine=engine, reader=reader, is_ready=lambda: readiness[0], now_s=lambda: NOW_S + 0.5))
+    app = build_app(
+        OpenAIFront(engine=engine, reader=reader, is_ready=lambda: readiness[0], now_s=lambda: NOW_S + 0.5),
+        max_body_bytes,
+    )
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
