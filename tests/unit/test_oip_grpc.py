@@ -268,6 +268,22 @@ async def test_full_workers_and_faults(tokenizer: Tokenizer, caplog: pytest.LogC
     assert "secret cause" in caplog.text
 
 
+async def test_a_full_gateway_refuses_before_it_reads_the_prompt(tokenizer: Tokenizer) -> None:
+    async with running(FakeWorker("a"), tokenizer=tokenizer) as up:
+        streams = [up.open_inference.ModelStreamInfer(iter([seeded(seed, 500, **STREAM)])) for seed in range(4)]
+        for stream in streams:
+            await stream.read()
+        # Wrong as well, which nobody looks at.
+        error = await error_of(up.open_inference.ModelInfer(infer_request(None)))
+        (one,) = await answers(up, infer_request(None, request_id="r"))
+        for stream in streams:
+            stream.cancel()
+    full = "4 requests are alive at this gateway, as many as it allows"
+    assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, full)
+    assert one.error_message == f"request r: {full}"
+    assert up.engine.meter.ended["INVALID_ARGUMENT"] == 0
+
+
 async def test_a_long_prompt_is_read_beside_the_loop(tokenizer: Tokenizer) -> None:
     async with running(FakeWorker("a"), tokenizer=tokenizer) as up:
         error = await error_of(up.open_inference.ModelInfer(infer_request("x" * 10_000)))
