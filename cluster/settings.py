@@ -79,6 +79,9 @@ class ServeSettings(BaseModel):
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="0 takes a free one")
     grpc: GrpcSettings = GrpcSettings()
     tls: TlsSettings | None = Field(default=None, description="None: gRPC and HTTP are in plaintext")
+    keys: Path | None = Field(
+        default=None, description="file of API keys (`expertmesh keys`); None: whoever reaches the server may generate"
+    )
     http: bool = Field(default=True, description="whether OpenAI's HTTP is served beside gRPC")
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")

@@ -13,10 +13,12 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from expertmesh.actors.cores import step_back
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.chat_template import open_chat_template
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
@@ -84,6 +86,7 @@ class Gateway:
         )
         self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
+        self._keys = KeyBook(settings.keys)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
         self._server: GatewayServer = await start_server(
@@ -94,14 +97,20 @@ class Gateway:
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
             settings=settings.grpc,
             tls=settings.tls,
+            keys=self._keys,
         )
+        self._http_access = Access(self._keys, settings.http_host)
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it; asked for where HTTP is served
         server = self._server
         front = OpenAIFront(
-            engine=self._engine, reader=self._reader, is_ready=lambda: server.is_serving, now_s=time.time
+            engine=self._engine,
+            reader=self._reader,
+            is_ready=lambda: server.is_serving,
+            now_s=time.time,
+            access=self._http_access,
         )
         return build_app(front, self._max_body_bytes)
 
@@ -126,6 +135,8 @@ class Gateway:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_VIEW_PERIOD_S)
+            self._keys.look()
+            self._keys.report(self._metrics)
             self._engine.report(self._metrics)
             try:
                 async with asyncio.timeout(_VIEW_TIMEOUT_S):

@@ -6,9 +6,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.credentials import CertificateWatch
+from expertmesh.actors.gateway.grpc_access import AccessInterceptor
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.settings import GrpcSettings, TlsSettings
@@ -74,13 +77,17 @@ async def start_server(
     admin: AdminService,
     settings: GrpcSettings = DEFAULTS,
     tls: TlsSettings | None = None,
+    keys: KeyBook | None = None,
 ) -> GatewayServer:
-    """Start to listen on host:port; port 0 takes a free one, which the result tells. Plaintext without `tls`.
+    """Start to listen on host:port; port 0 takes a free one, which the result tells.
+
+    Plaintext without `tls`; without `keys` there are none.
 
     Raises:
         InputError: the address cannot be listened on, or a certificate cannot be used; the message says why.
     """
-    server = grpc.aio.server(options=_options(settings))
+    interceptor = AccessInterceptor(Access(KeyBook() if keys is None else keys, host))
+    server = grpc.aio.server(options=_options(settings), interceptors=(interceptor,))
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
     admin_pb2_grpc.add_AdminServicer_to_server(admin, server)

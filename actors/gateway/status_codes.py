@@ -1,6 +1,7 @@
 """Which gRPC status, with which details, does a client get for an error?"""
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,8 +15,10 @@ from expertmesh.cluster.errors import (
     CapacityError,
     ConflictError,
     ExpertMeshError,
+    ForbiddenError,
     InputError,
     NotFoundError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -67,7 +70,7 @@ def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str,
         return grpc.StatusCode.INVALID_ARGUMENT, (_details(grpc.StatusCode.INVALID_ARGUMENT, error, detail),)
     if isinstance(error, CapacityError):
         retry = error_details_pb2.RetryInfo()
-        delay_ms = round(1000 * (RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
+        delay_ms = math.ceil(1000 * (RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
         retry.retry_delay.FromMilliseconds(delay_ms)
         details = _details(grpc.StatusCode.RESOURCE_EXHAUSTED, error, retry)
         return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(delay_ms)), details)
@@ -75,6 +78,10 @@ def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str,
         return grpc.StatusCode.FAILED_PRECONDITION, ()
     if isinstance(error, NotFoundError):
         return grpc.StatusCode.NOT_FOUND, ()
+    if isinstance(error, UnauthenticatedError):
+        return grpc.StatusCode.UNAUTHENTICATED, ()
+    if isinstance(error, ForbiddenError):
+        return grpc.StatusCode.PERMISSION_DENIED, ()
     assert isinstance(error, UnavailableError), error
     return grpc.StatusCode.UNAVAILABLE, ()
 

@@ -13,6 +13,7 @@ import pytest
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.cluster.requests import SamplingParams
@@ -64,18 +65,21 @@ async def running(
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
     max_queue: int | None = None,
     tls: TlsSettings | None = None,
+    keys: KeyBook | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[Running]:
     rng = random.Random(4)
     engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4, max_queue=max_queue)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
-        host="127.0.0.1",
+        host=host,
         port=0,
         inference=inference,
         open_inference=OpenInferenceService(engine, MODEL, tokenizer, rng),
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
         tls=tls,
+        keys=keys,
     )
     engine.pool.set_workers(workers)
     try:
