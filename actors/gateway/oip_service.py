@@ -9,6 +9,7 @@ from importlib.metadata import version as installed_version
 import grpc
 
 from expertmesh.actors.gateway.engine import Engine
+from expertmesh.actors.gateway.grpc_access import ADMIT_AGAIN
 from expertmesh.actors.gateway.oip_metadata import (
     BACKEND,
     is_served,
@@ -131,6 +132,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         """Yield the responses to one request of a stream, an error as the last of them."""
         request_id = self._request_id(request)
         try:
+            ADMIT_AGAIN.get()()
             asked = await self._read(request, request_id, may_stream=True)
             async with aclosing(self._engine.generate(asked.valid)) as pieces:
                 if asked.stream:

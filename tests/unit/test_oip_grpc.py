@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.oip import open_inference_pb2
 from expertmesh.oip.open_inference_pb2 import ModelInferRequest, ModelStreamInferResponse
+from tests.unit.api_keys import bearer, book, key, write_keys
 from tests.unit.gateway_fakes import EOS_ID, FakeWorker, fake_output, fake_text, fake_token, letter_id, save_tokenizer
 from tests.unit.gateway_server import Running, error_of, running, sampling, until
 from tests.unit.oip_requests import infer_request, outputs
@@ -282,6 +284,47 @@ async def test_a_full_gateway_refuses_before_it_reads_the_prompt(tokenizer: Toke
     assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, full)
     assert one.error_message == f"request r: {full}"
     assert up.engine.meter.ended["INVALID_ARGUMENT"] == 0
+
+
+async def test_every_call_but_health_needs_a_key_where_there_are_keys(tmp_path: Path) -> None:
+    ready = open_inference_pb2.ModelReadyRequest(name="fake")
+    metadata = open_inference_pb2.ModelMetadataRequest(name="fake")
+    async with running(FakeWorker("a"), keys=book(tmp_path, key("alice"))) as up:
+        stub = up.open_inference
+        assert (await stub.ServerLive(open_inference_pb2.ServerLiveRequest())).live
+        assert not (await stub.ModelReady(ready)).ready
+        for call in (
+            stub.ModelInfer(seeded_ids(5)),
+            stub.ModelStreamInfer(iter([seeded_ids(5)])),
+            stub.ModelMetadata(metadata),
+            stub.ServerMetadata(open_inference_pb2.ServerMetadataRequest()),
+        ):
+            assert (await error_of(call)).code() is grpc.StatusCode.UNAUTHENTICATED
+        assert (await stub.ModelMetadata(metadata, metadata=bearer("alice"))).name == "fake"
+
+
+async def test_a_key_that_is_revoked_ends_no_request_and_begins_none(tmp_path: Path) -> None:
+    keys = book(tmp_path, key("alice"))
+    begun = asyncio.Event()
+
+    async def requests() -> AsyncIterator[ModelInferRequest]:
+        yield infer_request(None, input_ids=("INT32", [5]), parameters={"max_tokens": 200}, request_id="old", **STREAM)
+        await begun.wait()
+        yield infer_request(None, input_ids=("INT32", [5]), request_id="new")
+
+    got: list[ModelStreamInferResponse] = []
+    async with running(FakeWorker("a"), keys=keys) as up:
+        async for one in up.open_inference.ModelStreamInfer(requests(), metadata=bearer("alice")):
+            got.append(one)
+            if not begun.is_set():
+                write_keys(tmp_path / "keys.toml", key("bob"))
+                assert keys.look()
+                begun.set()
+    assert [one.error_message for one in got if one.infer_response.id == "new"] == [
+        "request new: the API key is unknown, revoked or expired"
+    ]
+    (last,) = [one for one in got if one.infer_response.id == "old" and is_final(one)]
+    assert outputs(last.infer_response)["finish_reason"] == "length"
 
 
 async def test_a_long_prompt_is_read_beside_the_loop(tokenizer: Tokenizer) -> None:
