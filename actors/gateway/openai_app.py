@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,8 +11,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.engine import Engine
+from expertmesh.actors.gateway.http_access import HttpAccess
 from expertmesh.actors.gateway.http_intake import HttpIntake
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.openai_answer import Answer
 from expertmesh.actors.gateway.openai_errors import ErrorBody, HttpError, malformed, to_http_error
 from expertmesh.actors.gateway.openai_logprobs import TokenNames
@@ -33,13 +36,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": 
 class OpenAIFront:
     """What the paths answer from.
 
-    is_ready: what the gRPC health service says. now_s: Unix time.
+    is_ready: what the gRPC health service says. now_s: Unix time. access: says who may call.
     """
 
     engine: Engine
     reader: RequestReader
     is_ready: Callable[[], bool]
     now_s: Callable[[], float]
+    access: Access = field(default_factory=lambda: Access(KeyBook(), "localhost"))
 
     async def completion(self, body: CompletionBody, num_bytes: int) -> Response:
         """Answer /v1/completions."""
@@ -152,6 +156,7 @@ def build_app(front: OpenAIFront, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) 
     app.add_exception_handler(HttpError, _on_http_error)
     app.add_exception_handler(RequestValidationError, on_malformed)
     app.add_exception_handler(HTTPException, _on_unknown_path)
+    app.add_middleware(HttpAccess, access=front.access)
     return app
 
 

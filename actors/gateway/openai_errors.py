@@ -7,7 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from expertmesh.cluster.errors import CapacityError, CorruptCheckpointError, InputError, UnavailableError
+from expertmesh.cluster.errors import (
+    CapacityError,
+    CorruptCheckpointError,
+    InputError,
+    RateLimitError,
+    UnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +53,7 @@ class HttpError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self._retry_after_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
+        self.retry_after_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
         self.fields = ErrorFields(message=message, type=_type_of(status), param=param, code=code)
 
     @property
@@ -57,8 +63,10 @@ class HttpError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to try again, where that may help."""
-        return {"retry-after": str(math.ceil(self._retry_after_s))} if self.status in (429, 503) else {}
+        """When to try again, where that may help, and what else belongs to a status."""
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
+        return {"retry-after": str(math.ceil(self.retry_after_s))} if self.status in (429, 503) else {}
 
 
 def _type_of(status: int) -> str:
@@ -74,7 +82,8 @@ def to_http_error(error: Exception, request_id: str) -> HttpError:
     if isinstance(error, InputError):
         return HttpError(400, str(error), param=_PARAMS.get(error.field, error.field) or None)
     if isinstance(error, CapacityError):
-        return HttpError(429, str(error), code="overloaded", retry_after_s=error.retry_after_s)
+        code = "rate_limit_exceeded" if isinstance(error, RateLimitError) else "overloaded"
+        return HttpError(429, str(error), code=code, retry_after_s=error.retry_after_s)
     if isinstance(error, UnavailableError):
         return HttpError(503, str(error), code="unavailable")
     if isinstance(error, CorruptCheckpointError):
