@@ -149,6 +149,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         require_served(self._model, request.model_name, request.model_version)
         seed = self._rng.getrandbits(63)
         with self._engine.meter.refusals():
+            self._engine.require_room()
             asked = await asyncio.to_thread(read) if request.ByteSize() > LONG_REQUEST_BYTES else read()
             if asked.stream and not may_stream:
                 raise InputError("stream: ModelInfer gives one response; use ModelStreamInfer", field="stream")
