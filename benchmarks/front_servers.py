@@ -148,6 +148,7 @@ async def _serve_gateway(pipe: Connection) -> None:
     from expertmesh.actors.gateway.admin_service import AdminService
     from expertmesh.actors.gateway.engine import Engine
     from expertmesh.actors.gateway.inference_service import InferenceService
+    from expertmesh.actors.gateway.oip_service import OpenInferenceService
     from expertmesh.actors.gateway.server import start_server
     from expertmesh.models.tokenizer import open_tokenizer
 
@@ -157,7 +158,13 @@ async def _serve_gateway(pipe: Connection) -> None:
     worker.engine = engine
     service = InferenceService(engine, _model(), tokenizer, random.Random(2))
     nobody: Any = None  # asks for the fleet here
-    server = await start_server(host=HOST, port=0, inference=service, admin=AdminService(nobody, nobody, nobody))
+    server = await start_server(
+        host=HOST,
+        port=0,
+        inference=service,
+        open_inference=OpenInferenceService(engine, _model(), tokenizer, random.Random(3)),
+        admin=AdminService(nobody, nobody, nobody),
+    )
     engine.pool.set_workers([worker])
     pipe.send(server.port)
     await _until_closed(pipe)
