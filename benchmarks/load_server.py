@@ -55,15 +55,22 @@ def running(model: Path, options: Sequence[str]) -> Iterator[LoadedServer]:
     """
     command = [sys.executable, "-m", "expertmesh.actors.cli.main", "serve", str(model), "--grpc-port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         assert process.stdout is not None
         words = process.stdout.readline().split()
         assert words[:1] == ["ready"], f"the server did not start: {words}"
         yield LoadedServer(words[1], "".join(words[2:]), process.pid)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(90)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """End as on Ctrl-C, so that the server is stopped first."""
+    raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)

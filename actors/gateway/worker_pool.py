@@ -145,6 +145,8 @@ class WorkerPool:
             await self._changed.wait()
         # If all that are left now are full, ask one again: the caller decides when to give up.
         links = [link for link in self.routable if link.worker_id not in full] or self.routable
+        if len(links) == 1:
+            return links[0]  # however many requests there are to weigh
         outstanding = {link.worker_id: 0 for link in links}
         for other in self._journal:
             if other is not live and other.link is not None and other.link.worker_id in outstanding:
