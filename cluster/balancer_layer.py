@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-LEVEL_TOLERANCE = 2e-3  # of the mean: half a step of a weight, for an expert as large as a shard's part
+LEVEL_TOLERANCE = 2e-3  # of the mean
 _MAX_FILLS = 40  # of each expert, in a levelling
 
 
@@ -126,7 +126,7 @@ class Layer:
     def crowd_S(self, expert: int) -> Floats:  # noqa: N802
         """Return how much a further replica on each shard would share its domain and node with the expert's others."""
         hosts_S = self.hosts_SE[:, expert]
-        crowd_S: Floats = 1e3 * hosts_S
+        crowd_S = np.where(hosts_S, 1e3, 0.0)
         for place_S in (self.domain_S, self.node_S):
             crowd_S += np.bincount(place_S[hosts_S], minlength=int(place_S.max(initial=0)) + 1)[place_S]
         return crowd_S

@@ -150,7 +150,7 @@ def test_experts_with_one_replica_or_without_load_get_no_weights() -> None:
         layer.add(shard, expert)
     layer.level()
     # Shards end up with 3 each: expert 1's 2 on the first, so 1 and 3 of expert 0's 4.
-    assert layer.quantise() == {0: (64, 192)}
+    assert layer.quantise() == {0: (1024, 3072)}
 
 
 def test_the_tightest_placement_is_found_by_a_chain() -> None:
