@@ -91,6 +91,9 @@ class ServeSettings(BaseModel):
     )
     max_sequences: int = Field(default=64, ge=1, description="sequences in a worker's batch")
     max_queue: int = Field(default=1024, ge=1, description="live sequences at a worker; more are refused")
+    max_unread_tokens: int = Field(
+        default=1_000_000, ge=1000, description="tokens that wait at the gateway for readers or are kept for them"
+    )
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
     dispatch: Literal["auto", "rendezvous", "quota", "concentrate"] = Field(

@@ -74,7 +74,12 @@ class Gateway:
         self._model = model
         template = open_chat_template(settings.model)
         self._reader = RequestReader(model=model, tokenizer=tokenizer, template=template, rng=random.Random())
-        self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
+        self._engine = Engine(
+            tokenizer=tokenizer,
+            rng=random.Random(),
+            call_timeout_s=settings.worker_timeout_s,
+            max_unread_tokens=settings.max_unread_tokens,
+        )
         self._metrics = Metrics()
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)

@@ -4,19 +4,23 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import WorkerLost
+from expertmesh.actors.gateway.worker_client import NotRead, WorkerLost
 from expertmesh.actors.gateway.worker_pool import WorkerPool
 from expertmesh.actors.metrics import Metrics
-from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
+from expertmesh.cluster.errors import CapacityError, ExpertMeshError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent
+from expertmesh.cluster.token_budget import TokenBudget, num_tokens
 from expertmesh.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+NOT_READ = "the stream was not read as fast as it was generated, and holds more tokens than any other"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +44,10 @@ class Engine:
         rng: random.Random,
         max_requests: int = 1024,
         call_timeout_s: float = 30.0,
+        max_unread_tokens: int = 1_000_000,
     ) -> None:
-        """Start with no workers; see WorkerPool and Journal for the arguments."""
+        """Start with no workers; see WorkerPool, Journal and TokenBudget for the arguments."""
+        self.unread = TokenBudget(max_unread_tokens)
         self._tokenizer = tokenizer
         self.meter = RequestMeter()
         self._journal = Journal(max_requests=max_requests, rng=rng)
@@ -63,20 +69,24 @@ class Engine:
 
         Raises:
             InputError: no worker can ever run it.
-            CapacityError: the gateway or all workers are full.
+            CapacityError: the gateway or all workers are full, or too many tokens waited to be read.
             ExpertMeshError: a worker could not go on.
         """
         with self.meter.request() as times:
             live = self._journal.open(request)
+            live.unread = self.unread.open(partial(self.pool.give_up, live))
             texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
             try:
                 await self.pool.place(live)
                 while live.unfinished:
                     item = await live.inbox.get()
+                    if isinstance(item, NotRead):
+                        raise CapacityError(NOT_READ)
                     if isinstance(item, WorkerLost):
                         if item.link is live.link:
                             await self.pool.place(live)
                         continue
+                    live.unread.take(num_tokens(item))
                     for sample, events in _by_sample(live, item):
                         piece = self._absorb(live, sample, texts[sample.index], events)
                         if piece.tokens:
@@ -84,6 +94,7 @@ class Engine:
                         yield piece
             finally:
                 times.is_complete = not live.unfinished
+                live.unread.close()
                 self.pool.release(live)
 
     def _absorb(self, live: LiveRequest, sample: LiveSample, text: TextStream, events: list[TokenEvent]) -> Piece:

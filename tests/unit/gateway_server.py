@@ -57,9 +57,11 @@ async def running(
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
     tls: TlsSettings | None = None,
+    max_requests: int = 4,
+    max_unread_tokens: int = 1_000_000,
 ) -> AsyncIterator[Running]:
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
+    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=max_requests, max_unread_tokens=max_unread_tokens)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
         host="127.0.0.1",
