@@ -27,6 +27,12 @@ class GrpcSettings(BaseModel):
     max_message_bytes: int = Field(
         default=16 << 20, ge=1 << 16, le=1 << 30, description="largest message taken from a client"
     )
+    max_streams_per_connection: int = Field(
+        default=2048, ge=1, description="calls at once on one connection; a client holds further ones back"
+    )
+    handshake_timeout_s: float = Field(
+        default=20.0, ge=1, description="longest time in which a new connection must begin TLS and HTTP/2 in order"
+    )
     keepalive_s: float = Field(
         default=30.0, ge=1, description="silence of a connection after which the server asks whether the client lives"
     )

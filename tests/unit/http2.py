@@ -27,6 +27,17 @@ def grpc_message(body: bytes, *, length: int | None = None, compressed: int = 0)
     return struct.pack(">BI", compressed, len(body) if length is None else length) + body
 
 
+def literal_header(name: str, value: str) -> bytes:
+    """Return one encoded header that refers to no other."""
+    return bytes(hpack.Encoder().encode([(name, value)], huffman=False))
+
+
+def request_headers(*more: tuple[str, str], method: str = GENERATE) -> list[tuple[str, str]]:
+    """Return the headers of a call."""
+    fields = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "x")]
+    return [*fields, ("te", "trailers"), ("content-type", "application/grpc"), *more]
+
+
 class Http2Client:
     """A connection on which a test writes what it likes. Reads nothing unless it is asked to."""
 
@@ -52,8 +63,7 @@ class Http2Client:
     def headers(self, *more: tuple[str, str], method: str = GENERATE, flags: int = END_HEADERS) -> int:
         """Begin a call; return the number of its stream."""
         stream, self._next_stream = self._next_stream, self._next_stream + 2
-        fields = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "x")]
-        fields += [("te", "trailers"), ("content-type", "application/grpc"), *more]
+        fields = request_headers(*more, method=method)
         self.send(frame(HEADERS, flags, stream, self._encoder.encode(fields, huffman=False)))
         return stream
 
@@ -75,6 +85,14 @@ class Http2Client:
                 length = int.from_bytes(head[:3], "big")
                 kind, flags, number = struct.unpack(">BBI", head[3:])
                 yield kind, flags, number, stream.read(length)
+
+    def ping(self) -> None:
+        """Wait until the server has seen all that was sent."""
+        self.send(frame(PING, payload=b"seen all"))
+        for kind, flags, _, _ in self.frames():
+            if (kind, flags) == (PING, ACK):
+                return
+        raise ConnectionError("the server closed the connection")
 
     def trailers(self) -> tuple[str, str]:
         """Read up to the end of the first call that ends; return its grpc-status and grpc-message."""
