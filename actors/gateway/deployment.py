@@ -87,6 +87,7 @@ class Gateway:
             batch_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
             call_timeout_s=settings.worker_timeout_s,
+            max_unread_tokens=settings.max_unread_tokens,
         )
         self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
