@@ -25,6 +25,7 @@ from expertmesh.actors.controller.live_view import LiveView
 from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.metrics import FleetMeter
 from expertmesh.actors.controller.operator import Operator
+from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.cores import step_back, take_part
@@ -136,8 +137,14 @@ class Controller:
         """Return what `start` has said so far, from line number `after` on."""
         return self._progress[after:]
 
-    def gateway_view(self) -> dict[str, Any]:
-        """Return what a gateway needs: workers that can take requests, and whether each expert has a live replica."""
+    def gateway_view(self, gateway_id: str, backlog: Backlog) -> dict[str, Any]:
+        """Hear what waits at a gateway.
+
+        Returns:
+            What it needs: workers that can take requests, and whether each expert has a live replica.
+        """
+        if self._autoscaling is not None:
+            self._autoscaling.queues.hear(gateway_id, backlog, time.monotonic())
         reason = self._not_ready_reason()
         handles = dict(self._workers.handles)
         ready = {w: handles[w] for w in self._workers.ready if w in handles}

@@ -15,6 +15,7 @@ from expertmesh.actors.controller.mover import Mover
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.reviver import Reviver
 from expertmesh.actors.controller.tiers import Tier, natural, wait_for
+from expertmesh.cluster.attendance import given_up, is_settled, still_away
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
@@ -65,6 +66,8 @@ class Keeper:
         self._alarm = threading.Event()
         self._lost = threading.Event()
         self._reviver = Reviver(self.start_member, self._is_member, self._log_and_look)
+        self._away_since_s: dict[str, float] = {}
+        self._said_away: frozenset[str] = frozenset()
         self._stopping = threading.Event()
         self._mover = Mover(shards, workers, settings.start_timeout_s)
 
@@ -153,6 +156,7 @@ class Keeper:
         assert self.placement is not None, "round() before bring_up()"
         self.ask(ask_timeout_s)
         live, hosting = [s for s in self.shards.ready if s in self.shard_ids], self._hosting
+        self._call_the_roll(hosting)
         self._records.keep(self.placement, (self.shard_ids, self.worker_ids))
         missing = self.placement.missing(hosting)
         if missing and hosting:
@@ -174,10 +178,30 @@ class Keeper:
 
     @property
     def is_calm(self) -> bool:
-        """Whether all shards that are to be there host what the placement says, and none is being started."""
+        """Whether all shards that are to be there host what the placement says, and none is being started.
+
+        Those that have been away for too long are not counted (cluster/attendance.py).
+        """
+        return self._is_settled(given_up(self._away_since_s, time.monotonic(), self._settings.absence_s))
+
+    def _is_settled(self, absent: frozenset[str]) -> bool:
         assert self.placement is not None, "asked before bring_up()"
-        hosting = set(self._hosting)
-        return not self._reviver.is_busy and hosting == set(self.shard_ids) == {s.shard for s in self.placement.shards}
+        return is_settled(
+            shards=self.shard_ids,
+            placed=[slots.shard for slots in self.placement.shards],
+            hosting=self._hosting,
+            starting=self._reviver.starting,
+            absent=absent,
+        )
+
+    def _call_the_roll(self, hosting: list[ShardId]) -> None:
+        """Note who is away, and say so once it is for good."""
+        now_s, absence_s = time.monotonic(), self._settings.absence_s
+        before, there = self._away_since_s, {*hosting, *self.workers.ready}
+        self._away_since_s = still_away(before, [*self.shard_ids, *self.worker_ids], there, now_s)
+        for member in sorted(given_up(self._away_since_s, now_s, absence_s) - self._said_away, key=natural):
+            self._note(f"{member} has been away for {absence_s:g} s; the others are balanced without it")
+        self._said_away = given_up(self._away_since_s, now_s, absence_s)
 
     def propose(self, target: Placement, reason: str) -> None:
         """Have the next round go to a placement, if it still follows the one in force. Any thread."""
@@ -190,7 +214,7 @@ class Keeper:
         Raises:
             ExpertMeshError: it could not be reached; the old one stays in force.
         """
-        if not self.is_calm:
+        if not self._is_settled(frozenset()):
             raise UnavailableError("shards are being started or left out; ask again when `status` shows all ready")
         self._move_to(target)
 

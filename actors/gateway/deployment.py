@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.cores import step_back
 from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.admin_service import AdminService
@@ -83,12 +84,15 @@ class Gateway:
             tokenizer=tokenizer,
             rng=random.Random(),
             max_requests=settings.max_requests,
+            batch_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
             call_timeout_s=settings.worker_timeout_s,
+            max_unread_tokens=settings.max_unread_tokens,
         )
         self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
         self._keys = KeyBook(settings.keys)
+        self._engine.admission.set_keys(self._keys.names)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
         self._server: GatewayServer = await start_server(
@@ -141,7 +145,8 @@ class Gateway:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_VIEW_PERIOD_S)
-            self._keys.look()
+            if self._keys.look():
+                self._engine.admission.set_keys(self._keys.names)
             self._keys.report(self._metrics)
             self._engine.report(self._metrics)
             try:
@@ -155,7 +160,9 @@ class Gateway:
 
     async def _look(self) -> None:
         """Ask the controller for workers and readiness."""
-        view = await _call(self._controller.gateway_view.remote())
+        admission = self._engine.admission
+        backlog = Backlog(admission.num_waiting, admission.waiting_tokens)
+        view = await _call(self._controller.gateway_view.remote(self._id, backlog))
         if not view["started"]:
             return  # a controller that has just come back knows less than this gateway
         for worker_id, handle in view["workers"].items():
