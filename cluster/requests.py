@@ -47,6 +47,11 @@ class SequenceRequest:
     output_ids: tuple[int, ...] = ()
 
 
+def request_id_of(sequence_id: str) -> str:
+    """Return the id of a sequence's request: a gateway calls sequences `<request_id>#<sample>~<stay>`."""
+    return sequence_id.rpartition("#")[0] or sequence_id
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
     """A token and its natural-log probability before temperature and truncation."""

@@ -94,6 +94,12 @@ class ServeSettings(BaseModel):
         default=3.0, ge=0, description="seconds between two looks at how replicas share their tokens; 0: never"
     )
 
+    log_format: Literal["json", "text"] = Field(default="json", description="how a process's log lays out its lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least that is logged; debug has a line for each step"
+    )
+    slow_log_s: float = Field(default=5.0, ge=0, description="a step or packet that takes longer is logged; 0: none")
+
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="of a Ray that is started; 0 takes a free one")
 

@@ -109,7 +109,7 @@ def _run(settings: ServeSettings, address: str | None) -> None:
     try:
         deployment.start()
         with (
-            running.registered(deployment.grpc_address, settings.model),
+            running.registered(deployment.grpc_address, settings.model, deployment.log_folder),
             metrics_target(running.state_home(), deployment.metrics_address),
         ):
             sys.stdout.write(" ".join(["ready", deployment.grpc_address, deployment.http_url]).rstrip() + "\n")

@@ -1,12 +1,12 @@
 """From a valid request to pieces of its samples, whatever happens to the workers meanwhile."""
 
-import logging
 import random
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter
+from expertmesh.actors.gateway.request_log import told
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLost
@@ -15,8 +15,6 @@ from expertmesh.actors.metrics import Metrics
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent
 from expertmesh.models.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +64,8 @@ class Engine:
             CapacityError: the gateway or all workers are full.
             ExpertMeshError: a worker could not go on.
         """
-        with self.meter.request() as times:
-            live = self._journal.open(request)
+        with self.meter.request() as times, told(request, times) as story:
+            live = story.live = self._journal.open(request)
             texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
             try:
                 await self.pool.place(live)

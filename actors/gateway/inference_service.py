@@ -8,6 +8,7 @@ from contextlib import aclosing
 
 from expertmesh.actors.gateway.engine import Engine, Piece
 from expertmesh.actors.gateway.kept_streams import KeptStreams
+from expertmesh.actors.gateway.request_log import refusals_told
 from expertmesh.actors.gateway.status_codes import Context, errors_to_status
 from expertmesh.actors.gateway.validation import ValidRequest, require_in_vocabulary, validate_request
 from expertmesh.cluster.errors import InputError
@@ -163,7 +164,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
 
         seed = self._rng.getrandbits(63)
-        with self._engine.meter.refusals():
+        with self._engine.meter.refusals(), refusals_told(request_id):
             return await asyncio.to_thread(validate) if len(request.text) > LONG_PROMPT_CHARS else validate()
 
 

@@ -26,8 +26,8 @@ class LiveSample:
 class LiveRequest:
     """A request that has not ended. Its unfinished samples all live at one worker, so that they share the prompt.
 
-    link: None until it is placed. admitted: whether any worker ever took it. inbox: what the link's poll loop brings,
-    in order.
+    link: None until it is placed. admitted: whether any worker ever took it. num_moves: workers that it left. inbox:
+    what the link's poll loop brings, in order.
     """
 
     request_id: str
@@ -35,6 +35,7 @@ class LiveRequest:
     samples: tuple[LiveSample, ...]
     link: WorkerLink | None = None
     admitted: bool = False
+    num_moves: int = 0
     inbox: asyncio.Queue[list[TokenEvent] | WorkerLost] = field(default_factory=asyncio.Queue)
 
     @property
@@ -48,6 +49,11 @@ class LiveRequest:
         rests = [sample.sampling.max_tokens - len(sample.output_ids) for sample in self.unfinished]
         started = any(sample.output_ids for sample in self.samples)
         return sum(rests) + (0 if started else len(self.prompt_ids))
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens received of all samples."""
+        return sum(len(sample.output_ids) for sample in self.samples)
 
     def sequences(self) -> list[SequenceRequest]:
         """Return what a worker must be told to go on with the unfinished samples after the tokens received."""

@@ -18,6 +18,7 @@ from expertmesh.actors.gateway.openai_logprobs import TokenNames
 from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.actors.gateway.openai_responses import AnswerFormat, ChatFormat, CompletionFormat
 from expertmesh.actors.gateway.openai_schema import ChatBody, CompletionBody, SamplingBody
+from expertmesh.actors.gateway.request_log import refusals_told, tell_refusal
 from expertmesh.actors.gateway.validation import ValidRequest
 
 # A longer body is read in a thread: meanwhile the streams of the others go on.
@@ -79,7 +80,8 @@ class OpenAIFront:
         if not self.is_ready():
             raise HttpError(503, "not ready: an expert or every worker is away", code="not_ready")
         try:
-            requests = await asyncio.to_thread(read) if num_bytes > LONG_BODY_BYTES else read()
+            with refusals_told(answer_id):
+                requests = await asyncio.to_thread(read) if num_bytes > LONG_BODY_BYTES else read()
         except Exception as error:
             raise to_http_error(error, answer_id) from error
         writer = kind(
@@ -148,7 +150,9 @@ async def _on_http_error(_request: Request, error: Exception) -> Response:
 
 async def _on_malformed(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return await _on_http_error(request, malformed(error.errors()))
+    refused = malformed(error.errors())
+    tell_refusal("-", refused)
+    return await _on_http_error(request, refused)
 
 
 async def _on_unknown_path(request: Request, error: Exception) -> Response:

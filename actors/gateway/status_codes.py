@@ -1,6 +1,5 @@
 """Which gRPC status, with which details, does a client get for an error?"""
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.errors import (
     CapacityError,
     ConflictError,
@@ -19,7 +19,7 @@ from expertmesh.cluster.errors import (
     UnavailableError,
 )
 
-logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 RETRY_DELAY_MS = 1000
 # Where gRPC puts google.rpc.Status, https://github.com/grpc/grpc/blob/master/doc/statuscodes.md and grpcio-status.
@@ -41,8 +41,8 @@ async def errors_to_status(context: Context, call: str) -> AsyncIterator[None]:
     except (InputError, CapacityError, ConflictError, NotFoundError, UnavailableError) as error:
         code, trailers = status_of(error)
         await context.abort(code, str(error), trailers)
-    except Exception:
-        logger.exception("%s failed", call)
+    except Exception as error:  # noqa: BLE001 - it is logged, and the client is told where
+        _log.tell("request_failed", error, request_id=call)
         await context.abort(grpc.StatusCode.INTERNAL, f"internal error; look for {call} in the gateway's log")
 
 
