@@ -27,6 +27,8 @@ class Event:
 EVENTS: tuple[Event, ...] = (
     # Of any process.
     Event("process_started", _INFO, "{process_name} runs"),
+    Event("traces_lost", _WARNING, "traces cannot be sent and are dropped until they can: {reason}"),
+    Event("traces_sent_again", _INFO, "traces are sent again; {num_spans} spans or more were dropped"),
     # Of a gateway: its requests.
     Event("request_accepted", _DEBUG, "{request_id}: {prompt_tokens} prompt tokens, {samples} samples"),
     Event("request_placed", _DEBUG, "{request_id} is at {worker}"),

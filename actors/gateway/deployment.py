@@ -19,12 +19,14 @@ from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
+from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.actors.gateway.worker_client import WorkerClient
 from expertmesh.actors.logs import EventLog, reason_of, start_logs
 from expertmesh.actors.metrics import Metrics
 from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, node_id, on_this_node
 from expertmesh.actors.token_stream import StreamAddress, TokenStreamClient
+from expertmesh.actors.tracing import open_tracing
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import SequenceRequest, TokenEvent
@@ -71,12 +73,18 @@ class Gateway:
         step_back()
         self._id = f"gateway-{uuid.uuid4().hex[:8]}"
         start_logs(settings, self._id, node_id())
+        self._tracing = open_tracing(settings, self._id, node_id())
         tokenizer = open_tokenizer(settings.model)
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._model = model
         template = open_chat_template(settings.model)
         self._reader = RequestReader(model=model, tokenizer=tokenizer, template=template, rng=random.Random())
-        self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
+        self._engine = Engine(
+            tokenizer=tokenizer,
+            rng=random.Random(),
+            call_timeout_s=settings.worker_timeout_s,
+            tracer=RequestTracer(self._tracing, model.name),
+        )
         self._metrics = Metrics()
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._is_alone = False  # the controller did not answer last
@@ -108,6 +116,8 @@ class Gateway:
         await asyncio.gather(self._server.stop(grace_s), self._until_idle(grace_s))
         await self._inference.close()
         await self._engine.pool.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _until_idle(self, timeout_s: float) -> None:
         """Wait for requests that came over HTTP, which the gRPC server does not know of."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter
 from expertmesh.actors.gateway.request_log import told
+from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLost
@@ -38,8 +39,10 @@ class Engine:
         rng: random.Random,
         max_requests: int = 1024,
         call_timeout_s: float = 30.0,
+        tracer: RequestTracer | None = None,
     ) -> None:
-        """Start with no workers; see WorkerPool and Journal for the arguments."""
+        """Start with no workers; see WorkerPool and Journal for the arguments. tracer: None: nothing is traced."""
+        self._tracer = tracer or RequestTracer()
         self._tokenizer = tokenizer
         self.meter = RequestMeter()
         self._journal = Journal(max_requests=max_requests, rng=rng)
@@ -64,8 +67,8 @@ class Engine:
             CapacityError: the gateway or all workers are full.
             ExpertMeshError: a worker could not go on.
         """
-        with self.meter.request() as times, told(request, times) as story:
-            live = story.live = self._journal.open(request)
+        with self.meter.request() as times, told(request, times, self._tracer.begin(request)) as story:
+            live = story.live = self._journal.open(request, story.trace)
             texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
             try:
                 await self.pool.place(live)
@@ -105,7 +108,7 @@ class Engine:
                 part, matched = text.flush()
                 parts.append(part)
             if matched or event.finish_reason is not None:
-                finish_reason = FinishReason.STOP if matched else event.finish_reason
+                finish_reason = sample.finish_reason = FinishReason.STOP if matched else event.finish_reason
                 self.pool.finish(live, sample, at_worker=event.finish_reason is not None)
                 break
         return Piece(

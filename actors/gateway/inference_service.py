@@ -5,12 +5,14 @@ import hashlib
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from expertmesh.actors.gateway.engine import Engine, Piece
 from expertmesh.actors.gateway.kept_streams import KeptStreams
 from expertmesh.actors.gateway.request_log import refusals_told
 from expertmesh.actors.gateway.status_codes import Context, errors_to_status
 from expertmesh.actors.gateway.validation import ValidRequest, require_in_vocabulary, validate_request
+from expertmesh.actors.tracing import TraceHeaders
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import FinishReason, TokenEvent
@@ -151,6 +153,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> tuple[ValidRequest, AsyncGenerator[Piece, None]]:
         """Return the request that is generated, an earlier one under the same key, and its pieces."""
         valid = await self._validate(request, request_id)
+        valid = replace(valid, trace=TraceHeaders.of(context.invocation_metadata() or ()))
         if not request.HasField("idempotency_key"):
             return valid, self._engine.generate(valid)
         fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()

@@ -5,10 +5,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from expertmesh.actors.gateway.request_trace import UNTRACED, RequestTrace
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
-from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
+from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -20,6 +21,7 @@ class LiveSample:
     sequence_id: str = ""
     output_ids: list[int] = field(default_factory=list)
     finished: bool = False
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -36,6 +38,7 @@ class LiveRequest:
     link: WorkerLink | None = None
     admitted: bool = False
     num_moves: int = 0
+    trace: RequestTrace = UNTRACED
     inbox: asyncio.Queue[list[TokenEvent] | WorkerLost] = field(default_factory=asyncio.Queue)
 
     @property
@@ -63,6 +66,7 @@ class LiveRequest:
                 prompt_ids=self.prompt_ids,
                 sampling=sample.sampling,
                 output_ids=tuple(sample.output_ids),
+                traceparent=self.trace.traceparent,
             )
             for sample in self.unfinished
         ]
@@ -87,8 +91,8 @@ class Journal:
     def __iter__(self) -> Iterator[LiveRequest]:
         return iter(tuple(self._requests))
 
-    def open(self, request: ValidRequest) -> LiveRequest:
-        """Enter a new request.
+    def open(self, request: ValidRequest, trace: RequestTrace = UNTRACED) -> LiveRequest:
+        """Enter a new request, and what traces it.
 
         Raises:
             CapacityError: as many requests are alive as this gateway allows.
@@ -96,7 +100,7 @@ class Journal:
         if len(self._requests) >= self._max_requests:
             raise CapacityError(f"{len(self._requests)} requests are alive at this gateway, as many as it allows")
         samples = tuple(LiveSample(index=index, sampling=sampling) for index, sampling in enumerate(request.sampling))
-        live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples)
+        live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples, trace=trace)
         self._requests[live] = None
         return live
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +20,7 @@ from expertmesh.actors.gateway.openai_responses import AnswerFormat, ChatFormat,
 from expertmesh.actors.gateway.openai_schema import ChatBody, CompletionBody, SamplingBody
 from expertmesh.actors.gateway.request_log import refusals_told, tell_refusal
 from expertmesh.actors.gateway.validation import ValidRequest
+from expertmesh.actors.tracing import TraceHeaders
 
 # A longer body is read in a thread: meanwhile the streams of the others go on.
 LONG_BODY_BYTES = 8192
@@ -39,25 +40,27 @@ class OpenAIFront:
     is_ready: Callable[[], bool]
     now_s: Callable[[], float]
 
-    async def completion(self, body: CompletionBody, num_bytes: int) -> Response:
+    async def completion(self, body: CompletionBody, num_bytes: int, trace: TraceHeaders) -> Response:
         """Answer /v1/completions."""
         answer_id = self._new_id("cmpl")
         return await self._answer(
             body,
             answer_id,
             num_bytes,
+            trace,
             read=lambda: self.reader.completion(body, answer_id),
             kind=CompletionFormat,
             with_logprobs=body.logprobs is not None,
         )
 
-    async def chat(self, body: ChatBody, num_bytes: int) -> Response:
+    async def chat(self, body: ChatBody, num_bytes: int, trace: TraceHeaders) -> Response:
         """Answer /v1/chat/completions."""
         answer_id = self._new_id("chatcmpl")
         return await self._answer(
             body,
             answer_id,
             num_bytes,
+            trace,
             read=lambda: self.reader.chat(body, answer_id),
             kind=ChatFormat,
             with_logprobs=bool(body.logprobs),
@@ -72,6 +75,7 @@ class OpenAIFront:
         body: SamplingBody,
         answer_id: str,
         num_bytes: int,
+        trace: TraceHeaders,
         *,
         read: Callable[[], list[ValidRequest]],
         kind: type[AnswerFormat],
@@ -84,6 +88,8 @@ class OpenAIFront:
                 requests = await asyncio.to_thread(read) if num_bytes > LONG_BODY_BYTES else read()
         except Exception as error:
             raise to_http_error(error, answer_id) from error
+        operation = "chat" if kind is ChatFormat else "text_completion"
+        requests = [replace(request, trace=trace, operation=operation) for request in requests]
         writer = kind(
             answer_id=answer_id,
             created_s=int(self.now_s()),
@@ -105,12 +111,12 @@ def build_app(front: OpenAIFront) -> FastAPI:
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on after a prompt, or after several."""
-        return await front.completion(body, len(await request.body()))
+        return await front.completion(body, len(await request.body()), _trace(request))
 
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Write the next message of a chat."""
-        return await front.chat(body, len(await request.body()))
+        return await front.chat(body, len(await request.body()), _trace(request))
 
     @app.get("/v1/models")
     async def models() -> dict[str, object]:
@@ -141,6 +147,10 @@ def build_app(front: OpenAIFront) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_malformed)
     app.add_exception_handler(HTTPException, _on_unknown_path)
     return app
+
+
+def _trace(request: Request) -> TraceHeaders:
+    return TraceHeaders.of(request.headers.items())
 
 
 async def _on_http_error(_request: Request, error: Exception) -> Response:

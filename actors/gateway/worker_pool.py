@@ -89,6 +89,7 @@ class WorkerPool:
         while True:
             link = await self._choose(live, full)
             self._journal.move(live, link)
+            live.trace.begin_stay(link.worker_id, live.num_output_tokens)
             try:
                 async with asyncio.timeout(self._call_timeout_s):
                     await link.client.submit(live.sequences())
@@ -98,6 +99,7 @@ class WorkerPool:
                 self._lose(link, f"no answer to submit in {self._call_timeout_s} s", hung=True)
             except CapacityError:
                 live.link = None
+                live.trace.end_stay("full")
                 full.add(link.worker_id)
                 if self.routable and all(other.worker_id in full for other in self.routable):
                     if not live.admitted:
@@ -188,6 +190,7 @@ class WorkerPool:
             self._cancel(link, sequence_ids)
         for live in stranded:
             live.num_moves += 1
+            live.trace.end_stay(why)
             _log.tell(
                 "request_moved",
                 request_id=live.request_id,

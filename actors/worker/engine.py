@@ -48,7 +48,7 @@ class Engine:
         max_queue: int,
         begin_step: BeginStep,
         on_events: Callable[[list[TokenEvent]], None],
-        slow_log_s: float = 0.0,
+        log: StepLog | None = None,
     ) -> None:
         """Make an engine.
 
@@ -59,14 +59,14 @@ class Engine:
             begin_step: told, before a step is computed, which it is, the key of each token, and whether it is one of
                 decoding.
             on_events: gets each step's events, from the engine's thread.
-            slow_log_s: a step that takes longer is logged; 0: none.
+            log: told of sequences and steps; None: one of its own.
         """
         self._scheduler = scheduler
         self._runner = runner
         self._max_queue = max_queue
         self._begin_step = begin_step
         self._on_events = on_events
-        self._log = StepLog(slow_log_s)
+        self._log = log or StepLog()
         self._num_begun = 0  # steps, those that failed too
         self._live: dict[str, _Live] = {}
         self._queue_times = QueueTimes()
@@ -118,7 +118,7 @@ class Engine:
                     self._log.taken(request)
             except (InputError, ValueError) as error:
                 for sequence_id in taken:
-                    self._drop(sequence_id)
+                    self._drop(sequence_id, FinishReason.CANCELLED)
                 raise InputError(str(error)) from error
             self._lock.notify_all()
 
@@ -127,7 +127,7 @@ class Engine:
         with self._lock:
             for sequence_id in sequence_ids:
                 if sequence_id in self._live:
-                    self._drop(sequence_id)
+                    self._drop(sequence_id, FinishReason.CANCELLED)
 
     def take_queue_times(self) -> list[float]:
         """Return how many seconds each sequence waited that has begun since the last call."""
@@ -162,12 +162,14 @@ class Engine:
             self._queue_times.begun((chunk.sequence_id for chunk in plan.chunks), started_s)
         try:
             with torch.inference_mode():
+                self._log.begins(step)
                 self._begin_step(step, *_tokens(plan.chunks, contexts))
                 sampled, failed = self._draw(plan, contexts, self._runner.run(plan.chunks))
         except Exception as error:  # noqa: BLE001 - it is logged, and the step's sequences are told
             self._log.failed(step, time.monotonic() - started_s, error)
             self._fail(plan, contexts, error)
         else:
+            self._log.drawn(sampled)
             self._commit(plan, contexts, sampled, failed)
         step_s = time.monotonic() - started_s
         self.busy_s += step_s
@@ -214,7 +216,7 @@ class Engine:
         with self._lock:
             lives = self._still_live(plan, contexts)
             for sequence_id in failed.keys() & lives.keys():
-                self._drop(sequence_id)
+                self._drop(sequence_id, FinishReason.ERROR)
                 events.append(_end(sequence_id, failed[sequence_id]))
             self._scheduler.commit(plan, {sequence_id: token for sequence_id, (token, _) in sampled.items()})
             for sequence_id, (token, event) in sampled.items():
@@ -224,9 +226,8 @@ class Engine:
                 live.output_ids.append(token)
                 events.append(event)
                 if event.finish_reason is not None:
-                    self._log.ended(event, self._num_begun)
                     self._scheduler.finish(sequence_id)
-                    self._forget(sequence_id)
+                    self._forget(sequence_id, event.finish_reason)
             for chunk in plan.chunks:
                 if chunk.sequence_id not in self._live:
                     self._runner.forget(chunk.sequence_id)  # it may have been cancelled while the step was computed
@@ -239,7 +240,7 @@ class Engine:
         with self._lock:
             lives = self._still_live(plan, contexts)
             for sequence_id in lives:
-                self._drop(sequence_id)
+                self._drop(sequence_id, FinishReason.ERROR)
             for chunk in plan.chunks:
                 if chunk.sequence_id not in self._live:
                     self._runner.forget(chunk.sequence_id)
@@ -251,12 +252,13 @@ class Engine:
         pairs = zip(plan.chunks, contexts, strict=True)
         return {chunk.sequence_id: live for chunk, live in pairs if self._live.get(chunk.sequence_id) is live}
 
-    def _drop(self, sequence_id: str) -> None:
+    def _drop(self, sequence_id: str, why: FinishReason) -> None:
         self._scheduler.cancel(sequence_id)
-        self._forget(sequence_id)
+        self._forget(sequence_id, why)
 
-    def _forget(self, sequence_id: str) -> None:
-        del self._live[sequence_id]
+    def _forget(self, sequence_id: str, why: FinishReason) -> None:
+        live = self._live.pop(sequence_id)
+        self._log.gone(sequence_id, self._num_begun, num_output_tokens=len(live.output_ids), outcome=why)
         self._queue_times.gone(sequence_id)
         self._runner.forget(sequence_id)
 

@@ -24,6 +24,7 @@ from expertmesh.actors.worker.engine import Engine
 from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.actors.worker.link_keeper import LinkKeeper
 from expertmesh.actors.worker.outbox import Outbox
+from expertmesh.actors.worker.step_log import open_step_log
 from expertmesh.cluster.counters import CLOCK
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -263,13 +264,17 @@ class Worker:
                 max_context=max_context,
             )
         )
+
+        def counters() -> tuple[float, int]:
+            return dispatcher.expert_s, dispatcher.num_retries
+
         return Engine(
             scheduler,
             runner,
             max_queue=settings.max_queue,
             begin_step=dispatcher.begin_step,
             on_events=self._hand_out,
-            slow_log_s=settings.slow_log_s,
+            log=open_step_log(settings, self._id, node_id(), counters),
         )
 
     def _choose_num_pages(self, bytes_per_token: int, max_context: int) -> int:
