@@ -49,6 +49,10 @@ EVENTS: tuple[Event, ...] = (
     Event("controller_away", _WARNING, "the controller is away, going on with {num_workers} workers: {reason}"),
     Event("controller_back", _INFO, "the controller answers again"),
     Event("readiness_changed", _INFO, "ready: {ready}"),
+    Event("keys_read", _INFO, "{path} holds {num_keys} keys now"),
+    Event("keys_unusable", _WARNING, "{reason}; the {num_keys} keys of before stay in force"),
+    Event("certificate_renewed", _INFO, "new connections get the certificate of serial number {serial_number}"),
+    Event("certificate_problem", _WARNING, "{reason}"),
     # Of a worker.
     Event("model_loaded", _INFO, "the dense half is loaded: {dense_bytes} bytes in {duration_s:.3f} s"),
     Event("sequence_taken", _DEBUG, "{sequence_id} waits: {prompt_tokens} prompt tokens, {output_tokens} made before"),

@@ -4,12 +4,15 @@ import asyncio
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from expertmesh.actors.gateway.request_trace import UNTRACED, RequestTrace
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
+
+Inbox: TypeAlias = asyncio.Queue[list[TokenEvent] | WorkerLost]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -39,7 +42,7 @@ class LiveRequest:
     admitted: bool = False
     num_moves: int = 0
     trace: RequestTrace = UNTRACED
-    inbox: asyncio.Queue[list[TokenEvent] | WorkerLost] = field(default_factory=asyncio.Queue)
+    inbox: Inbox = field(default_factory=asyncio.Queue)
 
     @property
     def unfinished(self) -> list[LiveSample]:
@@ -91,14 +94,27 @@ class Journal:
     def __iter__(self) -> Iterator[LiveRequest]:
         return iter(tuple(self._requests))
 
-    def open(self, request: ValidRequest, trace: RequestTrace = UNTRACED) -> LiveRequest:
-        """Enter a new request, and what traces it.
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that live at workers."""
+        return len(self._by_sequence)
+
+    def require_room(self) -> None:
+        """Refuse a new request that `open` would refuse.
 
         Raises:
             CapacityError: as many requests are alive as this gateway allows.
         """
         if len(self._requests) >= self._max_requests:
             raise CapacityError(f"{len(self._requests)} requests are alive at this gateway, as many as it allows")
+
+    def open(self, request: ValidRequest, trace: RequestTrace = UNTRACED) -> LiveRequest:
+        """Enter a new request, and what traces it.
+
+        Raises:
+            CapacityError: as many requests are alive as this gateway allows.
+        """
+        self.require_room()
         samples = tuple(LiveSample(index=index, sampling=sampling) for index, sampling in enumerate(request.sampling))
         live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples, trace=trace)
         self._requests[live] = None
