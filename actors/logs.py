@@ -6,6 +6,7 @@ what other libraries log come to one place, and a line below the level costs a c
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -143,7 +144,7 @@ def _joined(value: Value) -> Value:
 
 def _plain(value: Value) -> Value:
     if isinstance(value, float):
-        return round(value, 6)
+        return round(value, 6) if math.isfinite(value) else str(value)  # JSON has no NaN
     return _cut(value) if isinstance(value, str) else value
 
 

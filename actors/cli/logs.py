@@ -1,6 +1,7 @@
 """`expertmesh logs`: what the processes of a server on this machine logged, all of it or one request's way."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,6 +60,8 @@ class LogFiles:
 
     def _read_file(self, path: Path) -> Iterator[Line]:
         with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._read_bytes.get(path, 0):
+                self._read_bytes[path] = 0  # it was begun anew
             file.seek(self._read_bytes.get(path, 0))
             for line in file:
                 if not line.endswith(b"\n"):

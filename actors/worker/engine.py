@@ -171,9 +171,8 @@ class Engine:
         else:
             self._log.drawn(sampled)
             self._commit(plan, contexts, sampled, failed)
-        step_s = time.monotonic() - started_s
-        self.busy_s += step_s
-        self._log.done(step, step_s)
+            self._log.done(step, time.monotonic() - started_s)
+        self.busy_s += time.monotonic() - started_s
 
     def _draw(
         self, plan: StepPlan, contexts: list[_Live], logits_NV: Tensor

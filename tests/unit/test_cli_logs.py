@@ -78,6 +78,14 @@ def test_a_half_written_line_waits(tmp_path: Path) -> None:
     assert files.read(tmp_path) == []
 
 
+def test_a_file_that_is_begun_anew_is_read_from_its_beginning(tmp_path: Path) -> None:
+    files, path = LogFiles(), tmp_path / "worker-a-1.err"
+    write(path, WORKER)
+    assert files.read(tmp_path) == WORKER
+    write(path, WORKER[:1])
+    assert files.read(tmp_path) == WORKER[:1]
+
+
 def test_what_is_wrong_is_one_line(run: Run, folder: Path) -> None:
     code, _, err = run("logs", "--level", "loud")
     assert (code, err.count("\n")) == (2, 1)

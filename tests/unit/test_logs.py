@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Formatter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.actors.log_events import BY_NAME, EVENTS
@@ -61,6 +61,7 @@ def test_nothing_in_a_field_ends_a_line(form: str) -> None:
         assert lines.records[1]["request_id"] == EVIL
 
 
+@settings(deadline=None)
 @given(st.text(), st.lists(st.text(), max_size=3))
 def test_any_text_comes_back_from_its_line(reason: str, request_ids: list[str]) -> None:
     with logged() as lines:
@@ -74,6 +75,14 @@ def test_long_texts_are_cut() -> None:
         log.tell("request_rejected", request_id="r", outcome="400", reason="a" * 50_000)
     assert len(lines.text) < 6000
     assert lines.records[1]["reason"].endswith("a... (50000 characters)")
+
+
+def test_numbers_stay_json() -> None:
+    with logged() as lines:
+        log.tell("step_slow", step=1, duration_s=float("nan"))
+        log.tell("step_slow", step=2, duration_s=1 / 3)
+    _, odd, even = [json.loads(line, parse_constant=pytest.fail) for line in lines.text.splitlines()]
+    assert (odd["duration_s"], even["duration_s"]) == ("nan", 0.333333)
 
 
 def test_a_traceback_is_in_the_line() -> None:

@@ -1,7 +1,7 @@
 """Worker and shard tell of one step by the same number, and the worker's line says whose sequences were in it."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.shard.server import Peer, ShardServer
 from expertmesh.actors.worker.step import Step
+from expertmesh.cluster.errors import InputError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey
 from expertmesh.cluster.packets import PacketKind, first_sequence, step_of
 from expertmesh.cluster.requests import request_id_of
@@ -21,6 +22,7 @@ from tests.families import write_checkpoint
 from tests.fleet import CPU, link_pair
 from tests.log_lines import logged
 from tests.unit.test_dispatcher import EVERY, Batch, dispatcher_of, memory_fleet
+from tests.unit.test_engine import Bench, request_of
 from tests.unit.test_shard_server import Request
 
 STEP = Step(
@@ -108,3 +110,45 @@ def test_a_slow_packet_is_told_and_a_quick_one_is_not(weights: CheckpointWeights
     with logged() as lines, served(weights, slow_log_s=1000.0) as link:
         ask(link, 1, [0], step=9)
     assert not lines.of("packet_slow")
+
+
+def test_every_sequence_that_came_is_told_of_once_at_its_end() -> None:
+    bench = Bench(max_batch_tokens=64)
+    bench.runner.non_finite.add("odd#0~1")
+    with logged() as lines:
+        bench.engine.submit([request_of(f"{name}#0~1", seed=n) for n, name in enumerate(("whole", "odd", "left"))])
+        bench.engine.step()
+        bench.engine.cancel(["left#0~1", "unknown"])
+        bench.finish()
+        with pytest.raises(InputError):
+            bench.engine.submit([request_of("good#0~1"), request_of("long#0~1", length=1000)])
+    ended = {line["request_id"]: line for line in lines.of("sequence_ended")}
+    assert {name: line["outcome"] for name, line in ended.items()} == {
+        "whole": "length",
+        "odd": "error",
+        "left": "cancelled",
+        "good": "cancelled",
+    }
+    assert len(lines.of("sequence_ended")) == len(lines.of("sequence_taken")) == 4
+    assert ended["whole"]["output_tokens"] == len(bench.tokens("whole#0~1"))
+    steps = lines.of("step_done")
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert steps[0]["request_ids"] == ["whole", "odd", "left"]
+    assert ended["whole"]["step"] == steps[-1]["step"]
+
+
+def test_a_failed_step_has_its_requests_and_the_next_another_number() -> None:
+    bench = Bench()
+
+    def fail(chunks: Sequence[Chunk]) -> None:
+        if chunks[0].sequence_id == "first#0~1":
+            raise UnavailableError("every shard is away")
+
+    bench.runner.before = fail
+    with logged() as lines:
+        bench.engine.submit([request_of("first#0~1")])
+        bench.engine.step()
+        bench.run([request_of("second#0~1")])
+    (failed,) = lines.of("step_failed")
+    assert (failed["step"], failed["request_ids"], failed["reason"]) == (1, ["first"], "every shard is away")
+    assert lines.of("step_done")[0]["step"] == 2
