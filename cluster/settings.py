@@ -133,6 +133,21 @@ class ServeSettings(BaseModel):
         default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
     )
 
+    log_format: Literal["json", "text"] = Field(default="json", description="how a process's log lays out its lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least that is logged; debug has a line for each step"
+    )
+    slow_log_s: float = Field(default=5.0, ge=0, description="a step or packet that takes longer is logged; 0: none")
+
+    otlp_endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://[^\s@]+)?$",
+        description="http://host:port that traces are sent to; empty: OTEL_EXPORTER_OTLP_ENDPOINT, and without it none",
+    )
+    trace_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="part of the requests that are traced, of those that bring no trace"
+    )
+
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="of a Ray that is started; 0 takes a free one")
 
