@@ -120,6 +120,10 @@ class ServeSettings(BaseModel):
         default=3.0, ge=0, description="seconds between two looks at how replicas share their tokens; 0: never"
     )
 
+    absence_s: float = Field(
+        default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
+    )
+
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="of a Ray that is started; 0 takes a free one")
 

@@ -68,6 +68,10 @@ class ControllerActor:
         """See Controller.status."""
         return self._controller.status()
 
+    def live_view(self, epoch: int, after: int, life: int) -> dict[str, Any]:
+        """See Controller.live_view."""
+        return self._controller.live_view(epoch, after, life)
+
     def loads(self) -> list[dict[str, Any]]:
         """See Controller.loads."""
         return self._controller.loads()

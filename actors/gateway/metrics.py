@@ -63,6 +63,8 @@ class RequestMeter:
         self.by_key = KeyCounts(CODES)
         self.first_s: list[float] = []
         self.gaps_s: list[float] = []
+        # Told the times of first tokens and the gaps since the last report, in seconds.
+        self.on_report: Callable[[list[float], list[float]], None] = lambda _first_s, _gaps_s: None
         self.num_waiting = 0  # requests without a token so far
         self.served = ServiceRate()
 
@@ -98,7 +100,7 @@ class RequestMeter:
 
     @contextmanager
     def _says_when(self, num_own: int = 0) -> Iterator[None]:
-        """Say in a CapacityError raised inside when to ask again, unless it does; num_own of who waits are its own."""
+        """Add to a CapacityError raised inside when to ask again, unless it says so. num_own: of those waiting."""
         try:
             yield
         except CapacityError as error:
@@ -116,6 +118,7 @@ class RequestMeter:
         """
         first_s, self.first_s = self.first_s, []
         gaps_s, self.gaps_s = self.gaps_s, []
+        self.on_report(first_s, gaps_s)
         metrics.observe("expertmesh_time_to_first_token_seconds", first_s)
         metrics.observe("expertmesh_inter_token_seconds", gaps_s)
         for code, count in self.ended.items():

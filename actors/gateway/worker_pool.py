@@ -53,6 +53,8 @@ class WorkerPool:
         self._hung: dict[str, WorkerClient] = {}
         self._changed = asyncio.Event()
         self.num_failovers = 0
+        # Told the worker that is lost, how many of its requests move, and why.
+        self.on_failover: Callable[[str, int, str], None] = lambda _worker_id, _num_requests, _why: None
 
     @property
     def routable(self) -> list[WorkerLink]:
@@ -145,6 +147,8 @@ class WorkerPool:
             await self._changed.wait()
         # If all that are left now are full, ask one again: the caller decides when to give up.
         links = [link for link in self.routable if link.worker_id not in full] or self.routable
+        if len(links) == 1:
+            return links[0]  # however many requests there are to weigh
         outstanding = {link.worker_id: 0 for link in links}
         for other in self._journal:
             if other is not live and other.link is not None and other.link.worker_id in outstanding:
@@ -192,6 +196,7 @@ class WorkerPool:
         logger.warning("lost worker %s (%s); %d requests move", link.worker_id, why, len(stranded))
         self._forget(link)
         self.num_failovers += len(stranded)
+        self.on_failover(link.worker_id, len(stranded), why)
         # It may only be slow: then it must not go on with what now runs elsewhere.
         sequence_ids = [sample.sequence_id for live in stranded for sample in live.unfinished]
         if sequence_ids:
