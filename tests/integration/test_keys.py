@@ -36,9 +36,6 @@ class Keyed:
     secrets: dict[str, str]
     logs: Path
 
-    def create(self, name: str, *options: str) -> None:
-        self.secrets[name] = json.loads(keys("create", name, *options, "--file", str(self.file), "--json"))["secret"]
-
     def code(self, name: str) -> grpc.StatusCode:
         """Return what a short request of a key ends with."""
         request = GenerateRequest(token_ids=TokenIds(ids=[5, 6, 7]), max_tokens=2)
@@ -58,20 +55,25 @@ def keys(*args: str) -> str:
     return subprocess.run([*CLI, "keys", *args], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
+def create(file: Path, name: str, *options: str) -> str:
+    """Make a key and return its secret."""
+    return str(json.loads(keys("create", name, *options, "--file", str(file), "--json"))["secret"])
+
+
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     home = tmp_path_factory.mktemp("keys")
     config = home / "serve.toml"
     config.write_text(CONFIG)
+    file = home / "keys.toml"
+    secrets = {name: create(file, name) for name in ("alice", "bob")}
+    secrets["root"] = create(file, "root", "--role", "admin")
     # Short, as Ray's sockets are in it.
     logs = Path(tempfile.mkdtemp(prefix="em-keys-"))
-    found = Keyed(Server("", subprocess.Popen(["true"], text=True), home), home / "keys.toml", {}, logs)
-    for name, *options in (("alice",), ("bob",), ("root", "--role", "admin")):
-        found.create(name, *options)
-    options = ["--keys", str(found.file), "--config", str(config), "--dtype", "float32", "--http-port", "0"]
+    options = ["--keys", str(file), "--config", str(config), "--dtype", "float32", "--http-port", "0"]
     try:
-        with serving(POCKET, home, *options, env={"TMPDIR": str(logs)}) as found.server:
-            yield found
+        with serving(POCKET, home, *options, env={"TMPDIR": str(logs)}) as server:
+            yield Keyed(server, file, secrets, logs)
     finally:
         shutil.rmtree(logs, ignore_errors=True)
 
@@ -103,16 +105,16 @@ def test_roles_over_grpc_http_and_the_command_line(keyed: Keyed) -> None:
 
 
 def test_the_file_is_followed_while_streams_run(keyed: Keyed) -> None:
-    keyed.create("carol")
+    keyed.secrets["carol"] = create(keyed.file, "carol")
     assert until(keyed, "carol", grpc.StatusCode.OK)
-    request = GenerateRequest(token_ids=TokenIds(ids=[5, 6, 7]), max_tokens=600, ignore_eos=True)
+    request = GenerateRequest(token_ids=TokenIds(ids=[5, 6, 7]), max_tokens=300, ignore_eos=True)
     with keyed.server.channel() as channel:
-        stream = InferenceStub(channel).Generate(request, metadata=keyed.bearer("carol"), timeout=90)
+        stream = InferenceStub(channel).Generate(request, metadata=keyed.bearer("carol"))
         num_tokens = len(next(stream).token_ids)
         keys("revoke", "carol", "--file", str(keyed.file))
         assert until(keyed, "carol", grpc.StatusCode.UNAUTHENTICATED)
         num_tokens += sum(len(message.token_ids) for message in stream)
-    assert num_tokens == 600
+    assert num_tokens == 300
     whole = keyed.file.read_text()
     keyed.file.write_text("[[key]")
     time.sleep(1.5)  # the gateway looks twice a second; what it must not do has no event to wait for
@@ -131,8 +133,8 @@ async def test_a_flood_of_one_key_leaves_another_its_share(keyed: Keyed) -> None
     ended: list[str] = []
 
     async def run(stub: Any, name: str) -> None:
-        request = GenerateRequest(token_ids=TokenIds(ids=[5, 6, 7]), max_tokens=100, ignore_eos=True)
-        await stub.GenerateOnce(request, metadata=keyed.bearer(name), timeout=100)
+        request = GenerateRequest(token_ids=TokenIds(ids=[5, 6, 7]), max_tokens=24, ignore_eos=True)
+        await stub.GenerateOnce(request, metadata=keyed.bearer(name))
         ended.append(name)
 
     async with grpc.aio.insecure_channel(keyed.server.address) as channel:
