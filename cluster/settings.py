@@ -27,6 +27,12 @@ class GrpcSettings(BaseModel):
     max_message_bytes: int = Field(
         default=16 << 20, ge=1 << 16, le=1 << 30, description="largest message taken from a client"
     )
+    max_streams_per_connection: int = Field(
+        default=2048, ge=1, description="calls at once on one connection; a client holds further ones back"
+    )
+    handshake_timeout_s: float = Field(
+        default=20.0, ge=1, description="longest time in which a new connection must begin TLS and HTTP/2 in order"
+    )
     keepalive_s: float = Field(
         default=30.0, ge=1, description="silence of a connection after which the server asks whether the client lives"
     )
@@ -99,7 +105,12 @@ class ServeSettings(BaseModel):
         default=1024, ge=1, description="tokens of a step, prompt chunks and decodes together"
     )
     max_sequences: int = Field(default=64, ge=1, description="sequences in a worker's batch")
-    max_queue: int = Field(default=1024, ge=1, description="live sequences at a worker; more are refused")
+    max_queue: int = Field(
+        default=1024, ge=1, description="live sequences at a worker, and waiting ones at a gateway; more are refused"
+    )
+    max_unread_tokens: int = Field(
+        default=1_000_000, ge=1000, description="tokens that wait at the gateway for readers or are kept for them"
+    )
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
     dispatch: Literal["auto", "rendezvous", "quota", "concentrate"] = Field(
@@ -116,6 +127,10 @@ class ServeSettings(BaseModel):
     )
     weights_period_s: float = Field(
         default=3.0, ge=0, description="seconds between two looks at how replicas share their tokens; 0: never"
+    )
+
+    absence_s: float = Field(
+        default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
     )
 
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")

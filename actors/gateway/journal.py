@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import WorkerLink, WorkerLost
+from expertmesh.actors.gateway.worker_client import NotRead, WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
+from expertmesh.cluster.token_budget import Account
 
-Inbox: TypeAlias = asyncio.Queue[list[TokenEvent] | WorkerLost]
+Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead
+Inbox: TypeAlias = asyncio.Queue[Arrival]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -30,7 +32,7 @@ class LiveRequest:
     """A request that has not ended. Its unfinished samples all live at one worker, so that they share the prompt.
 
     link: None until it is placed. admitted: whether any worker ever took it. inbox: what the link's poll loop brings,
-    in order.
+    in order. unread: counts the tokens in it.
     """
 
     request_id: str
@@ -39,6 +41,7 @@ class LiveRequest:
     link: WorkerLink | None = None
     admitted: bool = False
     inbox: Inbox = field(default_factory=asyncio.Queue)
+    unread: Account = field(init=False)
 
     @property
     def unfinished(self) -> list[LiveSample]:
@@ -112,7 +115,7 @@ class Journal:
 
     def move(self, live: LiveRequest, link: WorkerLink) -> None:
         """Note that the request's unfinished samples begin a stay at `link`, under new sequence ids."""
-        self._forget_sequences(live)
+        self.forget_sequences(live)
         live.link = link
         for sample in live.unfinished:
             sample.sequence_id = f"{live.request_id}#{sample.index}~{self._rng.getrandbits(32):08x}"
@@ -133,9 +136,10 @@ class Journal:
 
     def close(self, live: LiveRequest) -> None:
         """Forget a request."""
-        self._forget_sequences(live)
+        self.forget_sequences(live)
         del self._requests[live]
 
-    def _forget_sequences(self, live: LiveRequest) -> None:
+    def forget_sequences(self, live: LiveRequest) -> None:
+        """Let nothing more come of a request."""
         for sample in live.samples:
             self._by_sequence.pop(sample.sequence_id, None)

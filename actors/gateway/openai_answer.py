@@ -13,6 +13,8 @@ from expertmesh.actors.gateway.openai_errors import to_http_error
 from expertmesh.actors.gateway.openai_responses import AnswerFormat, Fields, Part, usage_fields
 from expertmesh.actors.gateway.validation import ValidRequest
 
+_MAX_WAITING = 16  # pieces between the requests of an answer and what sends it
+
 
 class Answer(Response):
     """Runs requests while it is sent, so that whatever ends the sending ends them."""
@@ -49,7 +51,7 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, or as much of it as the client waits for."""
-        await _unless_disconnected(receive, self._send(scope, receive, send))
+        await unless_disconnected(receive, self._send(scope, receive, send))
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -112,16 +114,17 @@ async def merged(engine: Engine, requests: Sequence[ValidRequest]) -> AsyncGener
     Raises:
         ExpertMeshError: of the first that fails; the others are ended.
     """
-    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+    # Of a bounded length: what is not read then waits in the engine, where it is counted.
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(maxsize=_MAX_WAITING)
 
     async def run(request: ValidRequest, first: int) -> None:
         try:
             async with aclosing(engine.generate(request)) as pieces:
                 async for piece in pieces:
-                    queue.put_nowait((first + piece.index, piece))
-            queue.put_nowait(None)
+                    await queue.put((first + piece.index, piece))
+            await queue.put(None)
         except Exception as error:  # noqa: BLE001 - raised again by whoever reads
-            queue.put_nowait(error)
+            await queue.put(error)
 
     firsts = [sum(len(before.sampling) for before in requests[:index]) for index in range(len(requests))]
     tasks = [asyncio.create_task(run(request, first)) for request, first in zip(requests, firsts, strict=True)]
@@ -147,8 +150,13 @@ async def _send_event(send: Send, data: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
-async def _unless_disconnected(receive: Receive, work: Coroutine[None, None, None]) -> None:
-    """Do the work; leave it when the client goes away, or when this is cancelled."""
+async def unless_disconnected(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Do the work; leave it when the client goes away, or when this is cancelled.
+
+    Args:
+        receive: of an ASGI application.
+        work: what is done meanwhile.
+    """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(receive))
     try:

@@ -2,8 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,13 +64,15 @@ async def running(
     status: Callable[[], Any] = get_status,
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
-    max_queue: int | None = None,
     tls: TlsSettings | None = None,
     keys: KeyBook | None = None,
     host: str = "127.0.0.1",
+    **options: int | None,
 ) -> AsyncIterator[Running]:
+    """Serve while the block lasts; options are the engine's."""
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4, max_queue=max_queue)
+    engine = Engine(tokenizer=tokenizer, rng=rng, **{"max_requests": 4, **options})  # type: ignore[arg-type]
+    engine.admission.set_keys([] if keys is None else keys.names)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
         host=host,
@@ -78,8 +81,8 @@ async def running(
         open_inference=OpenInferenceService(engine, MODEL, tokenizer, rng),
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
-        tls=tls,
         keys=keys,
+        tls=tls,
     )
     engine.pool.set_workers(workers)
     try:
@@ -89,6 +92,28 @@ async def running(
         await server.stop(grace_s=0)
         await inference.close()
         await engine.pool.close()
+
+
+@contextmanager
+def running_in_a_thread(*workers: FakeWorker, **options: Any) -> Iterator[str]:
+    """Run the server in a thread of its own, for clients that block; yields its address."""
+    addresses: list[str] = []
+    started, over = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with running(*workers, **options) as up:
+            addresses.append(up.server.address)
+            started.set()
+            await asyncio.to_thread(over.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        assert started.wait(20)
+        yield addresses[0]
+    finally:
+        over.set()
+        thread.join(20)
 
 
 def request(*token_ids: int, **fields: Any) -> GenerateRequest:
