@@ -6,7 +6,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import version as installed_version
 
+import grpc
+
 from expertmesh.actors.gateway.engine import Engine
+from expertmesh.actors.gateway.grpc_access import ADMIT_AGAIN
 from expertmesh.actors.gateway.oip_metadata import (
     BACKEND,
     is_served,
@@ -116,7 +119,8 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
             async with aclosing(self._answers(request)) as responses:
                 async for response in responses:
                     async with writing:
-                        await context.write(response)
+                        if not await _is_written(context, response):
+                            break
             room.release()
 
         async with asyncio.TaskGroup() as tasks:
@@ -128,6 +132,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         """Yield the responses to one request of a stream, an error as the last of them."""
         request_id = self._request_id(request)
         try:
+            ADMIT_AGAIN.get()()
             asked = await self._read(request, request_id, may_stream=True)
             async with aclosing(self._engine.generate(asked.valid)) as pieces:
                 if asked.stream:
@@ -157,3 +162,12 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
 
     def _request_id(self, request: ModelInferRequest) -> str:
         return request.id or f"{self._rng.getrandbits(128):032x}"
+
+
+async def _is_written(context: Context, response: ModelStreamInferResponse) -> bool:
+    """Write a response; say False where the client has gone, before gRPC has cancelled the handler for it."""
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError:
+        return False
+    return True
