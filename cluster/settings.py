@@ -1,5 +1,6 @@
 """What an operator decides: checked once at the edge, frozen, unknown keys refused."""
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +44,19 @@ class GrpcSettings(BaseModel):
     )
 
 
+class TlsSettings(BaseModel):
+    """By which certificate the gateway is known, and whose certificates its clients need. Files are PEM."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cert_file: Path = Field(description="certificate chain, the server's own first; on the gateway's node")
+    key_file: Path = Field(description="private key of the certificate, not encrypted")
+    client_ca_file: Path | None = Field(
+        default=None,
+        description="authorities one of which must have signed a client's certificate; None: none is asked",
+    )
+
+
 class ServeSettings(BaseModel):
     """How a model is served. Read from the command line and `--config FILE` (TOML)."""
 
@@ -64,9 +78,19 @@ class ServeSettings(BaseModel):
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="0 takes a free one")
     grpc: GrpcSettings = GrpcSettings()
+    tls: TlsSettings | None = Field(default=None, description="None: gRPC and HTTP are in plaintext")
+    keys: Path | None = Field(
+        default=None, description="file of API keys (`expertmesh keys`); None: whoever reaches the server may generate"
+    )
     http: bool = Field(default=True, description="whether OpenAI's HTTP is served beside gRPC")
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    max_body_bytes: int = Field(
+        default=16 << 20, ge=1 << 16, le=1 << 30, description="largest body taken from an HTTP client"
+    )
+    max_requests: int = Field(
+        default=4096, ge=1, le=9999, description="requests that are alive at a gateway; more are refused"
+    )
     state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
 
     page_size: int = Field(default=16, ge=1, le=1024, description="tokens a KV page")
@@ -75,7 +99,9 @@ class ServeSettings(BaseModel):
         default=1024, ge=1, description="tokens of a step, prompt chunks and decodes together"
     )
     max_sequences: int = Field(default=64, ge=1, description="sequences in a worker's batch")
-    max_queue: int = Field(default=1024, ge=1, description="live sequences at a worker; more are refused")
+    max_queue: int = Field(
+        default=1024, ge=1, description="live sequences at a worker, and waiting ones at a gateway; more are refused"
+    )
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
     dispatch: Literal["auto", "rendezvous", "quota", "concentrate"] = Field(
@@ -140,6 +166,16 @@ class ServeSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _client_certificates_are_asked_on_every_way(self) -> "ServeSettings":
+        asks_clients = self.tls is not None and self.tls.client_ca_file is not None
+        if asks_clients and self.http and not is_loopback(self.http_host):
+            raise ValueError(
+                f"tls.client_ca_file is refused with http_host={self.http_host}: Ray Serve's HTTP asks no client for a "
+                "certificate; keep HTTP on loopback behind a proxy that does, or serve none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _replicas_fit(self) -> "ServeSettings":
         if self.replicas > self.shards:
             raise ValueError(f"replicas={self.replicas} needs at least as many shards, there are shards={self.shards}")
@@ -164,3 +200,11 @@ class ServeSettings(BaseModel):
             if count > tier.max_count:
                 raise ValueError(f"{name}={count} is above the most that the autoscaler may have, {tier.max_count}")
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`. Of names it is known of localhost alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -58,12 +58,14 @@ class Keeper:
         self.shard_ids: list[ShardId] = []
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
-        # Told how many seconds each change of placement took.
-        self.on_moved: Callable[[float], None] = lambda _: None
+        # Told how many seconds each change of placement took, and why the load asked for it, if it did.
+        self.on_moved: Callable[[float, str], None] = lambda _duration_s, _why: None
+        # Told that the members have just been asked.
+        self.on_asked: Callable[[], None] = lambda: None
         self._proposal: tuple[Placement, str] | None = None
         self._alarm = threading.Event()
         self._lost = threading.Event()
-        self._reviver = Reviver(self.start_member, self._is_member, self._note_and_look)
+        self._reviver = Reviver(self.start_member, self._is_member, self._log_and_look)
         self._away_since_s: dict[str, float] = {}
         self._said_away: frozenset[str] = frozenset()
         self._stopping = threading.Event()
@@ -171,8 +173,8 @@ class Keeper:
         self.each_round()
         proposal, self._proposal = self._proposal, None
         if proposal is not None and self.is_calm and proposal[0].epoch == self.placement.epoch + 1:
-            self._note(f"epoch {proposal[0].epoch}: {proposal[1]}")
-            self._move_to(proposal[0])
+            _log.info("epoch %d: %s", proposal[0].epoch, proposal[1])
+            self._move_to(proposal[0], why=proposal[1])
 
     @property
     def is_calm(self) -> bool:
@@ -220,6 +222,7 @@ class Keeper:
         """Ask shards and workers how they are."""
         self.shards.ask(timeout_s)
         self.workers.ask(timeout_s)
+        self.on_asked()
 
     @property
     def replicas(self) -> int:
@@ -292,12 +295,13 @@ class Keeper:
         """The ready members that have what a placement gave them; a new process has nothing yet."""
         return [s for s in self.shards.ready if s in self.shard_ids and self.shards.facts[s]["epoch"]]
 
-    def _move_to(self, target: Placement, *, urgent: bool = False) -> None:
+    def _move_to(self, target: Placement, *, urgent: bool = False, why: str = "") -> None:
         """Bring what the target adds to the shards, publish it, and only then free what it drops.
 
         Args:
             target: the placement to go to.
             urgent: requests wait for it; else those that are served meanwhile come first.
+            why: what of the load asks for it.
 
         Raises:
             ExpertMeshError: a shard could not take experts, or one was lost meanwhile; the old placement stays in
@@ -314,14 +318,14 @@ class Keeper:
         self._save()
         self._mover.publish(target)
         self._mover.settle(target, [slots.shard for slots in target.shards])
-        self.on_moved(time.monotonic() - began_s)
+        self.on_moved(time.monotonic() - began_s, why)
         self.ask(_ALARM_TIMEOUT_S)
 
     def _is_member(self, member: ShardId | WorkerId) -> bool:
         return member in self.shard_ids or member in self.worker_ids
 
-    def _note_and_look(self, line: str) -> None:
-        self._note(line)
+    def _log_and_look(self, line: str) -> None:
+        _log.info(line)
         self._alarm.set()
 
     def _tier(self, member: str) -> Any:

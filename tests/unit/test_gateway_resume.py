@@ -6,6 +6,9 @@ from typing import Any
 import grpc
 import pytest
 
+from expertmesh.actors.gateway.kept_streams import KeptStreams
+from expertmesh.actors.gateway.validation import ValidRequest
+from expertmesh.cluster.requests import FinishReason
 from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.inference_pb2 import (
@@ -143,7 +146,7 @@ async def test_what_is_not_kept_is_not_found() -> None:
 
 
 async def test_cancel_ends_the_samples_and_leaves_the_batch() -> None:
-    worker = FakeWorker("a")
+    worker = FakeWorker("a", step_s=0.01)
     async with running(worker) as up:
         call = up.inference.Generate(kept(500, n=2))
         got = []
@@ -155,6 +158,21 @@ async def test_cancel_ends_the_samples_and_leaves_the_batch() -> None:
     last = {one.index: one for one in got if one.finish_reason}
     assert [last[index].finish_reason for index in (0, 1)] == [FINISH_REASON_CANCELLED] * 2
     assert last[0].usage.completion_tokens == len(tokens(got))
+
+
+async def test_who_reads_in_the_moment_of_the_cancel_gets_the_end_too() -> None:
+    async with running(FakeWorker("a")) as up:
+        kept_streams = KeptStreams(up.engine, resume_s=30, max_ended=1)
+        valid = ValidRequest(request_id="r", prompt_ids=PROMPT, sampling=(sampling(6, 500),), stop=())
+        stream = kept_streams.open(valid, "k", b"", owner="")
+        reader = stream.read()
+        await anext(reader)
+        stream.end()
+        while not stream.task.done():  # noqa: ASYNC110 - the moment after is what is tested
+            await asyncio.sleep(0)
+        rest = [piece async for piece in reader]
+        await kept_streams.close()
+    assert [piece.finish_reason for piece in rest if piece.finish_reason] == [FinishReason.CANCELLED]
 
 
 async def test_a_stream_without_a_reader_ends_in_time() -> None:
