@@ -4,9 +4,9 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import pytest
@@ -22,6 +22,8 @@ from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker
+
+T = TypeVar("T")
 
 
 async def get_status() -> dict[str, object]:
@@ -83,22 +85,22 @@ async def running(
 
 
 @contextmanager
-def running_in_a_thread(*workers: FakeWorker, **options: Any) -> Iterator[str]:
-    """Run the server in a thread of its own, for clients that block; yields its address."""
-    addresses: list[str] = []
+def in_a_thread(what: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """Enter a context in an event loop of a thread of its own, for clients that block."""
+    entered: list[T] = []
     started, over = threading.Event(), threading.Event()
 
-    async def serve() -> None:
-        async with running(*workers, **options) as up:
-            addresses.append(up.server.address)
+    async def run() -> None:
+        async with what as value:
+            entered.append(value)
             started.set()
             await asyncio.to_thread(over.wait)
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
     try:
         assert started.wait(20)
-        yield addresses[0]
+        yield entered[0]
     finally:
         over.set()
         thread.join(20)
