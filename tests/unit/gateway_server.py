@@ -2,11 +2,10 @@
 
 import asyncio
 import random
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import pytest
@@ -22,8 +21,6 @@ from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker
-
-T = TypeVar("T")
 
 
 async def get_status() -> dict[str, object]:
@@ -82,28 +79,6 @@ async def running(
         await server.stop(grace_s=0)
         await inference.close()
         await engine.pool.close()
-
-
-@contextmanager
-def in_a_thread(what: AbstractAsyncContextManager[T]) -> Iterator[T]:
-    """Enter a context in an event loop of a thread of its own, for clients that block."""
-    entered: list[T] = []
-    started, over = threading.Event(), threading.Event()
-
-    async def run() -> None:
-        async with what as value:
-            entered.append(value)
-            started.set()
-            await asyncio.to_thread(over.wait)
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    try:
-        assert started.wait(20)
-        yield entered[0]
-    finally:
-        over.set()
-        thread.join(20)
 
 
 def request(*token_ids: int, **fields: Any) -> GenerateRequest:

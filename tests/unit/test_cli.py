@@ -14,8 +14,9 @@ from expertmesh.actors.cli.server_options import Server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.admin_pb2 import AutoscalerStatus, ShardStatus, StatusResponse
+from tests.in_a_thread import in_a_thread
 from tests.unit.gateway_fakes import STATUS, FakeWorker, fake_output, fake_text, save_tokenizer
-from tests.unit.gateway_server import in_a_thread, running
+from tests.unit.gateway_server import running
 
 CALLS = itertools.count()
 Run = Callable[..., tuple[int, str, str]]

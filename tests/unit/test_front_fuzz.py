@@ -25,9 +25,10 @@ from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.inference_pb2 import GenerateRequest, GetModelRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
+from tests.in_a_thread import in_a_thread
 from tests.unit import http2
 from tests.unit.gateway_fakes import FakeWorker, fake_output, save_tokenizer
-from tests.unit.gateway_server import Running, in_a_thread, request, running, sampling, until
+from tests.unit.gateway_server import Running, request, running, sampling, until
 from tests.unit.http2 import Http2Client, frame, grpc_message
 
 PROMPT = (10, 20, 30)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.in_a_thread import in_a_thread
 from tests.unit.gateway_fakes import FakeWorker
-from tests.unit.gateway_server import in_a_thread
 from tests.unit.openai_server import Running, running
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
