@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from expertmesh.actors.controller.actor import start_controller
 from expertmesh.actors.gateway.credentials import CertificateWatch
 from expertmesh.actors.gateway.deployment import deploy_gateway
+from expertmesh.actors.gateway.key_book import read_keys
 from expertmesh.actors.port_claim import PortClaim, require_http, url_host
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, metrics_address, start_local_ray, yield_to_actors
 from expertmesh.actors.state import connect
@@ -56,8 +57,9 @@ class Deployment:
         """
         # Our own Ray is for this machine alone, and so are its links.
         own = {} if ray_address else {"link_host": "127.0.0.1"}
+        keys = settings.keys and settings.keys.resolve()
         self._settings = settings.model_copy(
-            update={"model": settings.model.resolve(), "tls": _absolute(settings.tls), **own}
+            update={"model": settings.model.resolve(), "tls": _absolute(settings.tls), "keys": keys, **own}
         )
         self._ray_address = ray_address
         self._say = say
@@ -75,7 +77,8 @@ class Deployment:
         """Bring everything up.
 
         Raises:
-            InputError: the port is in use, a certificate cannot be used, or the settings do not fit.
+            InputError: the port is in use, a certificate cannot be used, the file of keys is wrong, or the settings do
+                not fit.
             CheckpointError: the model cannot be served.
             CapacityError: too little memory or too few accelerators.
             UnavailableError: something did not come up.
@@ -88,6 +91,8 @@ class Deployment:
             self._say(f"TLS by the certificate in {settings.tls.cert_file}, valid until {until}")
         if settings.http:
             self._http_port = PortClaim(settings.http_host, settings.http_port)
+        if settings.keys is not None:
+            read_keys(settings.keys)
         if settings.state:
             connect(settings.state).close()
         self._say(f"checking {settings.model}")

@@ -55,7 +55,7 @@ class TokenStreamServer:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 await _serve(reader, writer, secret, poll)
-            except (OSError, EOFError, ValueError, TypeError, TimeoutError) as error:
+            except (OSError, EOFError, ValueError, TypeError, TimeoutError, UnavailableError) as error:
                 _logger.info("a gateway's connection ended: %r", error)
             finally:
                 writer.close()

@@ -85,9 +85,18 @@ class ServeSettings(BaseModel):
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="0 takes a free one")
     grpc: GrpcSettings = GrpcSettings()
     tls: TlsSettings | None = Field(default=None, description="None: gRPC and HTTP are in plaintext")
+    keys: Path | None = Field(
+        default=None, description="file of API keys (`expertmesh keys`); None: whoever reaches the server may generate"
+    )
     http: bool = Field(default=True, description="whether OpenAI's HTTP is served beside gRPC")
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    max_body_bytes: int = Field(
+        default=16 << 20, ge=1 << 16, le=1 << 30, description="largest body taken from an HTTP client"
+    )
+    max_requests: int = Field(
+        default=4096, ge=1, le=9999, description="requests that are alive at a gateway; more are refused"
+    )
     state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
 
     page_size: int = Field(default=16, ge=1, le=1024, description="tokens a KV page")
@@ -96,7 +105,9 @@ class ServeSettings(BaseModel):
         default=1024, ge=1, description="tokens of a step, prompt chunks and decodes together"
     )
     max_sequences: int = Field(default=64, ge=1, description="sequences in a worker's batch")
-    max_queue: int = Field(default=1024, ge=1, description="live sequences at a worker; more are refused")
+    max_queue: int = Field(
+        default=1024, ge=1, description="live sequences at a worker, and waiting ones at a gateway; more are refused"
+    )
     max_unread_tokens: int = Field(
         default=1_000_000, ge=1000, description="tokens that wait at the gateway for readers or are kept for them"
     )
@@ -116,6 +127,10 @@ class ServeSettings(BaseModel):
     )
     weights_period_s: float = Field(
         default=3.0, ge=0, description="seconds between two looks at how replicas share their tokens; 0: never"
+    )
+
+    absence_s: float = Field(
+        default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
     )
 
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")

@@ -37,6 +37,7 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Have gRPC's clients show a certificate of these authorities.")
     ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys; see `expertmesh keys`.")] = None,
     state: Annotated[str | None, typer.Option(help="redis://..; an embedded server unless given.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; start one here unless given.")] = None,
     autoscale: Annotated[bool | None, typer.Option(help="Let the load decide how many there are.")] = None,
@@ -71,6 +72,7 @@ def serve(
         "http_host": http_host,
         "http_port": http_port,
         "http": http,
+        "keys": keys,
         "state": state,
         "dtype": dtype,
         "deterministic": deterministic or None,

@@ -12,11 +12,17 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.cores import step_back
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.chat_template import open_chat_template
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
+from expertmesh.actors.gateway.live_feed import LiveFeed
+from expertmesh.actors.gateway.live_routes import live_routes
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.actors.gateway.server import GatewayServer, start_server
@@ -77,28 +83,45 @@ class Gateway:
         self._engine = Engine(
             tokenizer=tokenizer,
             rng=random.Random(),
+            max_requests=settings.max_requests,
+            batch_sequences=settings.max_sequences,
+            max_queue=settings.max_queue,
             call_timeout_s=settings.worker_timeout_s,
             max_unread_tokens=settings.max_unread_tokens,
         )
+        self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
+        self._keys = KeyBook(settings.keys)
+        self._engine.admission.set_keys(self._keys.names)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
             port=settings.grpc_port,
             inference=self._inference,
+            open_inference=OpenInferenceService(self._engine, model, tokenizer, random.Random()),
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
             settings=settings.grpc,
             tls=settings.tls,
+            keys=self._keys,
         )
+        self._http_access = Access(self._keys, settings.http_host)
+        self._live = LiveFeed(model, self._engine, self._live_view, is_serving=lambda: self._server.is_serving)
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it; asked for where HTTP is served
         server = self._server
-        return build_app(
-            OpenAIFront(engine=self._engine, reader=self._reader, is_ready=lambda: server.is_serving, now_s=time.time)
+        front = OpenAIFront(
+            engine=self._engine,
+            reader=self._reader,
+            is_ready=lambda: server.is_serving,
+            now_s=time.time,
+            access=self._http_access,
         )
+        app = build_app(front, self._max_body_bytes)
+        app.include_router(live_routes(self._live))
+        return app
 
     async def address(self) -> str:
         """Look at the fleet, and return host:port of the gRPC server."""
@@ -108,6 +131,7 @@ class Gateway:
     async def shut_down(self, grace_s: float) -> None:
         """Take no new requests and give the running ones grace_s seconds."""
         self._watch_task.cancel()
+        await self._live.close()
         await asyncio.gather(self._server.stop(grace_s), self._until_idle(grace_s))
         await self._inference.close()
         await self._engine.pool.close()
@@ -121,18 +145,24 @@ class Gateway:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_VIEW_PERIOD_S)
+            if self._keys.look():
+                self._engine.admission.set_keys(self._keys.names)
+            self._keys.report(self._metrics)
             self._engine.report(self._metrics)
             try:
                 async with asyncio.timeout(_VIEW_TIMEOUT_S):
                     await self._look()
             except (UnavailableError, TimeoutError) as error:
+                self._live.events.unheard(str(error) or type(error).__name__)
                 _log.warning("the controller is away, going on with %d workers: %r", len(self._clients), error)
                 # Those that were lost to a passing fault are tried again.
                 self._engine.pool.set_workers([client for _, client in self._clients.values()])
 
     async def _look(self) -> None:
         """Ask the controller for workers and readiness."""
-        view = await _call(self._controller.gateway_view.remote())
+        admission = self._engine.admission
+        backlog = Backlog(admission.num_waiting, admission.waiting_tokens)
+        view = await _call(self._controller.gateway_view.remote(self._id, backlog))
         if not view["started"]:
             return  # a controller that has just come back knows less than this gateway
         for worker_id, handle in view["workers"].items():
@@ -144,6 +174,7 @@ class Gateway:
         for worker_id in view["leaving"]:
             self._engine.pool.evacuate(worker_id)
         await self._server.set_serving(view["ready"])
+        self._live.events.heard(view["ready"], view["reason"])
 
     async def _status(self) -> dict[str, object]:
         status = await _call(self._controller.status.remote())
@@ -153,6 +184,10 @@ class Gateway:
             "grpc_address": self._server.address,
             "model": {name: list(value) if isinstance(value, tuple) else value for name, value in model.items()},
         }
+
+    async def _live_view(self, epoch: int, after: int, life: int) -> dict[str, Any]:
+        view: dict[str, Any] = await _call(self._controller.live_view.remote(epoch, after, life))
+        return view
 
     async def _loads(self) -> list[dict[str, object]]:
         loads: list[dict[str, object]] = await _call(self._controller.loads.remote())

@@ -2,12 +2,15 @@
 
 import logging
 import random
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
-from expertmesh.actors.gateway.metrics import RequestMeter
+from expertmesh.actors.gateway.admission import Admission, Ticket
+from expertmesh.actors.gateway.callers import CALLER, Caller
+from expertmesh.actors.gateway.journal import Inbox, Journal, LiveRequest, LiveSample
+from expertmesh.actors.gateway.metrics import RequestMeter, RequestTimes
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import NotRead, WorkerLost
@@ -19,6 +22,8 @@ from expertmesh.cluster.token_budget import TokenBudget, num_tokens
 from expertmesh.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+# Of a piece at most: a message must stay below what clients take, 4 MiB unless they say otherwise.
+MOST_EVENTS = 256
 
 NOT_READ = "the stream was not read as fast as it was generated, and holds more tokens than any other"
 
@@ -43,15 +48,32 @@ class Engine:
         tokenizer: Tokenizer | None,
         rng: random.Random,
         max_requests: int = 1024,
+        batch_sequences: int | None = None,
+        max_queue: int | None = None,
         call_timeout_s: float = 30.0,
         max_unread_tokens: int = 1_000_000,
     ) -> None:
-        """Start with no workers; see WorkerPool, Journal and TokenBudget for the arguments."""
+        """Start with no workers; see WorkerPool, Journal, Admission and TokenBudget for the arguments.
+
+        max_queue: sequences that may live at a worker, and of those that may wait here; None: that is not known.
+        """
         self.unread = TokenBudget(max_unread_tokens)
         self._tokenizer = tokenizer
+        # With bounded batches what a worker would refuse waits here.
+        self._max_queue = max_queue if batch_sequences is None else None
+        self._nobody = Caller()
         self.meter = RequestMeter()
         self._journal = Journal(max_requests=max_requests, rng=rng)
-        self.pool = WorkerPool(self._journal, rng=rng, call_timeout_s=call_timeout_s)
+        self.admission = Admission(
+            num_workers=lambda: len(self.pool.routable),
+            batch_sequences=batch_sequences,
+            max_sequences=max_requests,
+            max_queue=max_requests if max_queue is None else max_queue,
+            clock=self.meter.clock,
+            counts=self.meter.by_key,
+        )
+        on_workers = self.admission.pump
+        self.pool = WorkerPool(self._journal, rng=rng, call_timeout_s=call_timeout_s, on_workers=on_workers)
 
     @property
     def num_live_requests(self) -> int:
@@ -61,6 +83,22 @@ class Engine:
     def report(self, metrics: Metrics) -> None:
         """Hand on what was counted since the last call."""
         self.meter.report(metrics, num_live=self.num_live_requests, num_failovers=self.pool.num_failovers)
+        self.admission.report(metrics)
+
+    def require_room(self) -> None:
+        """Refuse at once what would be refused later: before anybody reads its prompt, or asks a worker.
+
+        Raises:
+            CapacityError: the gateway or all workers are full, or the caller is above its limits.
+        """
+        self._journal.require_room()
+        self.admission.require_room(self._caller)
+        num_workers = len(self.pool.routable)
+        if self._max_queue is None or not num_workers:
+            return
+        num_live, most = self._journal.num_sequences, self._max_queue * num_workers
+        if num_live >= most:
+            raise CapacityError(f"{num_live} sequences are live at {num_workers} workers, {most} is the most")
 
     async def generate(self, request: ValidRequest) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; those of different samples interleave.
@@ -68,18 +106,15 @@ class Engine:
         Close the generator (contextlib.aclosing) when the client goes away: its sequences then leave the batch at once.
 
         Raises:
-            InputError: no worker can ever run it.
-            CapacityError: the gateway or all workers are full, or too many tokens waited to be read.
+            InputError: no worker can ever run it, or the limits of its key never allow it.
+            CapacityError: the gateway or all workers are full, its key is above its limits, or its tokens are not read.
             ExpertMeshError: a worker could not go on.
         """
-        with self.meter.request() as times:
-            live = self._journal.open(request)
-            live.unread = self.unread.open(partial(self.pool.give_up, live))
+        async with self._admitted(request) as (times, live, ticket):
             texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
-            try:
-                await self.pool.place(live)
-                while live.unfinished:
-                    item = await live.inbox.get()
+            await self.pool.place(live)
+            while live.unfinished:
+                for item in await _arrived(live.inbox):
                     if isinstance(item, NotRead):
                         raise CapacityError(NOT_READ)
                     if isinstance(item, WorkerLost):
@@ -91,11 +126,28 @@ class Engine:
                         piece = self._absorb(live, sample, texts[sample.index], events)
                         if piece.tokens:
                             times.tokens_came(sample.index)
+                            self.admission.served(ticket, len(piece.tokens))
+                        if piece.finish_reason is not None:
+                            self.admission.sample_ended(ticket)
                         yield piece
+
+    @asynccontextmanager
+    async def _admitted(self, request: ValidRequest) -> AsyncIterator[tuple[RequestTimes, LiveRequest, Ticket]]:
+        """Hold a live request while the block lasts, which begins when its turn has come."""
+        with self.meter.request() as times:
+            live = self._journal.open(request)
+            live.unread = self.unread.open(partial(self.pool.give_up, live))
+            try:
+                async with self.admission.entered(self._caller, request) as ticket:
+                    yield times, live, ticket
             finally:
                 times.is_complete = not live.unfinished
                 live.unread.close()
                 self.pool.release(live)
+
+    @property
+    def _caller(self) -> Caller:
+        return CALLER.get(self._nobody)
 
     def _absorb(self, live: LiveRequest, sample: LiveSample, text: TextStream, events: list[TokenEvent]) -> Piece:
         """Enter a sample's events into the journal and turn them into a piece."""
@@ -128,6 +180,22 @@ class Engine:
             finish_reason=finish_reason,
             num_output_tokens=len(sample.output_ids),
         )
+
+
+async def _arrived(inbox: Inbox) -> list[list[TokenEvent] | WorkerLost | NotRead]:
+    """Wait for what comes next. What lies there already, as a client reads slowly, is taken together."""
+    first = await inbox.get()
+    items = [first]
+    num_events = len(first) if isinstance(first, list) else 0
+    while num_events < MOST_EVENTS and not inbox.empty():
+        item = inbox.get_nowait()
+        last = items[-1]
+        if isinstance(item, list) and isinstance(last, list):
+            last.extend(item)
+        else:
+            items.append(item)
+        num_events += len(item) if isinstance(item, list) else 0
+    return items
 
 
 def _by_sample(live: LiveRequest, events: Iterable[TokenEvent]) -> list[tuple[LiveSample, list[TokenEvent]]]:

@@ -13,10 +13,13 @@ import pytest
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.cluster.settings import GrpcSettings, TlsSettings
 from expertmesh.models.tokenizer import Tokenizer
+from expertmesh.oip.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
@@ -45,6 +48,10 @@ class Running:
         return InferenceStub(self.channel)
 
     @property
+    def open_inference(self) -> Any:
+        return GRPCInferenceServiceStub(self.channel)
+
+    @property
     def admin(self) -> Any:
         return AdminStub(self.channel)
 
@@ -57,18 +64,23 @@ async def running(
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
     tls: TlsSettings | None = None,
-    max_requests: int = 4,
-    max_unread_tokens: int = 1_000_000,
+    keys: KeyBook | None = None,
+    host: str = "127.0.0.1",
+    **options: int | None,
 ) -> AsyncIterator[Running]:
+    """Serve while the block lasts; options are the engine's."""
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=max_requests, max_unread_tokens=max_unread_tokens)
+    engine = Engine(tokenizer=tokenizer, rng=rng, **{"max_requests": 4, **options})  # type: ignore[arg-type]
+    engine.admission.set_keys([] if keys is None else keys.names)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
-        host="127.0.0.1",
+        host=host,
         port=0,
         inference=inference,
+        open_inference=OpenInferenceService(engine, MODEL, tokenizer, rng),
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
+        keys=keys,
         tls=tls,
     )
     engine.pool.set_workers(workers)

@@ -53,9 +53,10 @@ RULES = {
         ours=frozenset({"models", "kernels", "cluster"}),
         others=frozenset({"torch", "transformers", "safetensors", "tokenizers", "numpy"}),
     ),
+    "oip": Rule(ours=frozenset({"oip"}), others=frozenset({"grpc", "google"})),
     "v1": Rule(ours=frozenset({"v1"}), others=frozenset({"grpc", "google"})),
     "client": Rule(ours=frozenset({"client", "v1"}), others=frozenset({"grpc", "google"})),
-    "actors": Rule(ours=frozenset({"actors", "cluster", "kernels", "models", "v1", "client"}), others=None),
+    "actors": Rule(ours=frozenset({"actors", "client", "cluster", "kernels", "models", "oip", "v1"}), others=None),
 }
 NEVER = frozenset({"tests", "benchmarks", "examples"})
 
