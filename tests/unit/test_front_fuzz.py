@@ -236,6 +236,15 @@ async def test_floods_of_control_frames() -> None:
             await on_a_connection(up, partial(act, flood))
 
 
+async def test_a_connection_that_says_nothing_is_closed() -> None:
+    async with running(FakeWorker("a"), settings=GrpcSettings(handshake_timeout_s=1)) as up, undisturbed(up):
+        pairs = [await asyncio.open_connection("127.0.0.1", up.server.port) for _ in range(50)]
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(reader.read() for reader, _ in pairs))
+        for _, writer in pairs:
+            writer.close()
+
+
 async def test_clients_that_vanish() -> None:
     async def come_and_go(number: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", up.server.port)

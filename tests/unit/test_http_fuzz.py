@@ -95,7 +95,7 @@ def http() -> Iterator[httpx2.Client]:
         yield client
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(path=st.sampled_from(PATHS), body=st.dictionaries(st.sampled_from([*NAMES, "x"]), VALUES, max_size=6))
 def test_a_body_of_any_fields_is_served_or_refused(http: httpx2.Client, path: str, body: dict[str, object]) -> None:
     content = json.dumps({"model": "fake", "max_tokens": 3, **body}).encode()
