@@ -9,7 +9,7 @@ from functools import partial
 
 from expertmesh.actors.gateway.admission import Admission, Ticket
 from expertmesh.actors.gateway.callers import CALLER, Caller
-from expertmesh.actors.gateway.journal import Inbox, Journal, LiveRequest, LiveSample
+from expertmesh.actors.gateway.journal import Arrival, Inbox, Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter, RequestTimes
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
@@ -107,7 +107,8 @@ class Engine:
 
         Raises:
             InputError: no worker can ever run it, or the limits of its key never allow it.
-            CapacityError: the gateway or all workers are full, its key is above its limits, or its tokens are not read.
+            CapacityError: the gateway or all workers are full, its key is above its limits, or too many tokens waited
+                to be read.
             ExpertMeshError: a worker could not go on.
         """
         async with self._admitted(request) as (times, live, ticket):
@@ -182,7 +183,7 @@ class Engine:
         )
 
 
-async def _arrived(inbox: Inbox) -> list[list[TokenEvent] | WorkerLost | NotRead]:
+async def _arrived(inbox: Inbox) -> list[Arrival]:
     """Wait for what comes next. What lies there already, as a client reads slowly, is taken together."""
     first = await inbox.get()
     items = [first]

@@ -12,7 +12,8 @@ from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
 from expertmesh.cluster.token_budget import Account
 
-Inbox: TypeAlias = asyncio.Queue[list[TokenEvent] | WorkerLost | NotRead]
+Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead
+Inbox: TypeAlias = asyncio.Queue[Arrival]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)

@@ -40,10 +40,10 @@ async def running(
     *workers: FakeWorker,
     tokenizer: Tokenizer | None = None,
     template: str | None = TEMPLATE,
-    max_unread_tokens: int = 1_000_000,
     max_body_bytes: int = 1 << 20,
     keys: KeyBook | None = None,
     host: str = "127.0.0.1",
+    max_unread_tokens: int = 1_000_000,
 ) -> AsyncIterator[Running]:
     """Serve while the block lasts; no request may be left then."""
     rng = random.Random(4)
