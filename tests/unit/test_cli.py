@@ -14,8 +14,9 @@ from expertmesh.actors.cli.server_options import Server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.admin_pb2 import AutoscalerStatus, ShardStatus, StatusResponse
+from tests.in_a_thread import in_a_thread
 from tests.unit.gateway_fakes import STATUS, FakeWorker, fake_output, fake_text, save_tokenizer
-from tests.unit.gateway_server import running_in_a_thread
+from tests.unit.gateway_server import running
 
 CALLS = itertools.count()
 Run = Callable[..., tuple[int, str, str]]
@@ -40,8 +41,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def url(tokenizer: Tokenizer) -> Iterator[str]:
     """Address of a server that runs in a thread of its own, as the commands block."""
-    with running_in_a_thread(FakeWorker("a"), tokenizer=tokenizer, max_requests=1024) as address:
-        yield address
+    with in_a_thread(running(FakeWorker("a"), tokenizer=tokenizer, max_requests=1024)) as up:
+        yield up.server.address
 
 
 @pytest.fixture
