@@ -49,6 +49,8 @@ EVENTS: tuple[Event, ...] = (
     Event("controller_away", _WARNING, "the controller is away, going on with {num_workers} workers: {reason}"),
     Event("controller_back", _INFO, "the controller answers again"),
     Event("readiness_changed", _INFO, "ready: {ready}"),
+    Event("live_look_failed", _ERROR, "a look for the live page failed"),
+    Event("viewer_let_go", _INFO, "a viewer of the live page is {num_messages} messages behind; it is let go"),
     Event("keys_read", _INFO, "{path} holds {num_keys} keys now"),
     Event("keys_unusable", _WARNING, "{reason}; the {num_keys} keys of before stay in force"),
     Event("certificate_renewed", _INFO, "new connections get the certificate of serial number {serial_number}"),

@@ -72,6 +72,9 @@ METRICS: tuple[Metric, ...] = (
     _histogram("inter_token_seconds", _GAP_S, "between two messages of a sample with new tokens, at the gateway"),
     _counter("request_failovers_total", "requests", "requests that went on at another worker"),
     _counter("refused_calls_total", "calls", "calls without an API key, or with one of the wrong role", "code"),
+    _counter("key_requests_total", "requests", "requests that ended, by API key (-: none) and status", "key", "code"),
+    _counter("key_tokens_total", "tokens", "tokens served, by API key; kind: prompt, output", "key", "kind"),
+    _gauge("queued_sequences", "sequences", "sequences that wait at a gateway for room at workers"),
     # Of workers.
     _histogram("queue_seconds", _WAIT_S, "from a sequence's arrival at a worker to the first step that computes it"),
     _gauge("running_sequences", "sequences", "sequences in the batch", "worker"),

@@ -55,7 +55,7 @@ class TokenStreamServer:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 await _serve(reader, writer, secret, poll)
-            except (OSError, EOFError, ValueError, TypeError, TimeoutError) as error:
+            except (OSError, EOFError, ValueError, TypeError, TimeoutError, UnavailableError) as error:
                 _log.tell("gateway_gone", reason=repr(error))
             finally:
                 writer.close()

@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--calls", type=int, default=200, help="unary calls of a round")
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=100, help="messages of a stream")
+    parser.add_argument("--tokens", type=int, default=200, help="messages of a stream")
     parser.add_argument("--profile", help="where to write what cProfile says of the gateway")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results")

@@ -1,7 +1,7 @@
 """How evenly a placement spreads a load over the shards.
 
 Shape suffixes: L MoE layers (by position in Placement.layers), E experts of a layer, S shards (by position in
-Placement.shards), R replicas of an expert.
+Placement.shards), N replicas of all experts.
 """
 
 import numpy as np
@@ -24,23 +24,21 @@ def shard_load_LS(load_LE: npt.ArrayLike, placement: Placement) -> npt.NDArray[n
         NoReplicaError: an expert with load has no replica.
     """
     load = np.asarray(load_LE, dtype=np.float64)
-    shard_LER, weight_LER = placement.replica_table
-    if load.shape != shard_LER.shape[:2]:
-        raise InputError(
-            f"a load of shape {load.shape} for {shard_LER.shape[0]} layers of {shard_LER.shape[1]} experts"
-        )
+    num_layers, num_experts, num_shards = len(placement.layers), placement.num_experts, len(placement.shards)
+    if load.shape != (num_layers, num_experts):
+        raise InputError(f"a load of shape {load.shape} for {num_layers} layers of {num_experts} experts")
     if not (np.isfinite(load) & (load >= 0)).all():
         raise InputError("a load must be finite and not negative")
-    total_LE = weight_LER.sum(axis=-1)
+    row_N, shard_N, weight_N = placement.replica_pairs
+    total_LE = np.bincount(row_N, weight_N, load.size).reshape(load.shape)
     lost = np.argwhere((load > 0) & (total_LE == 0))
     if len(lost):
         layer, expert = lost[0].tolist()
         raise NoReplicaError(f"expert {ExpertKey(placement.layers[layer], expert)} has load and no replica")
-    load_LER = weight_LER * (load / np.maximum(total_LE, 1))[..., None]
-    load_LS = np.zeros((len(placement.layers), len(placement.shards)))
-    hosted_LER = shard_LER >= 0
-    np.add.at(load_LS, (np.nonzero(hosted_LER)[0], shard_LER[hosted_LER]), load_LER[hosted_LER])
-    return load_LS
+    load_N = weight_N * (load / np.maximum(total_LE, 1)).ravel()[row_N]
+    position_N = row_N // num_experts * num_shards + shard_N
+    sums: npt.NDArray[np.float64] = np.bincount(position_N, load_N, num_layers * num_shards).astype(np.float64)
+    return sums.reshape(num_layers, num_shards)
 
 
 def balancedness(load_LS: npt.ArrayLike) -> float:

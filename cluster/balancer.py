@@ -6,6 +6,7 @@ each layer's search the steps with the largest gain for each copy, while they sa
 Shape suffixes: L layers (by position in Placement.layers), E experts of a layer, S shards (by position in `shards`).
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -166,21 +167,20 @@ def _improve(layers: Sequence[Layer], at_start: Sequence[Bools], budget: int, le
     """Take the best steps of all layers for at most `budget` copies, each of at least this gain; return the copies."""
     paths = [_search(layer, hosts_SE) for layer, hosts_SE in zip(layers, at_start, strict=True)]
     taken, left = [0] * len(paths), budget
-    while True:
-        options = [
-            (option.gain_per_copy, -layer, option)
-            for layer, path in enumerate(paths)
-            if (option := _next_option(path, taken[layer], left)) is not None
-        ]
-        if not options:
+    # The best option of each layer, the best of all first; they stay what they are until taken, or beyond what is left.
+    options = [_entry(option, layer) for layer, path in enumerate(paths) if (option := _next_option(path, 0, left))]
+    heapq.heapify(options)
+    while options:
+        _, layer, option = heapq.heappop(options)
+        if option.gain_per_copy < least_gain:
             break
-        gain_per_copy, minus_layer, option = max(options, key=lambda entry: entry[:2])
-        if gain_per_copy < least_gain:
-            break
-        taken[-minus_layer] = option.end
-        left -= option.num_copies
-    for layer, path, end in zip(layers, paths, taken, strict=True):
-        layer.restore(path[end].state)
+        if option.num_copies <= left:
+            taken[layer] = option.end
+            left -= option.num_copies
+        if (following := _next_option(paths[layer], taken[layer], left)) is not None:
+            heapq.heappush(options, _entry(following, layer))
+    for found, path, end in zip(layers, paths, taken, strict=True):
+        found.restore(path[end].state)
     return budget - left
 
 
@@ -188,6 +188,11 @@ class _Option(NamedTuple):
     gain_per_copy: float
     end: int
     num_copies: int
+
+
+def _entry(option: _Option, layer: int) -> tuple[float, int, _Option]:
+    """Return an entry of a heap: the largest gain per copy first, then the first layer."""
+    return -option.gain_per_copy, layer, option
 
 
 def _next_option(path: Sequence[_Step], begin: int, budget: int) -> _Option | None:
@@ -211,7 +216,9 @@ def _search(layer: Layer, at_start_SE: Bools) -> list[_Step]:
 
 
 def _step(layer: Layer, at_start_SE: Bools) -> _Step:
-    return _Step(float(layer.time_S.max()), int((layer.hosts_SE & ~at_start_SE).sum()), layer.snapshot())
+    expert_P, shard_P, _ = layer.replicas
+    num_copies = int((~at_start_SE[shard_P, expert_P]).sum())
+    return _Step(float(layer.time_S.max()), num_copies, layer.snapshot())
 
 
 def _is_empty_S(hosts: Sequence[Bools]) -> Bools:  # noqa: N802

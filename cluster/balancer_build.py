@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from expertmesh.cluster.balancer_layer import Floats, Ints, Layer
+from expertmesh.cluster.balancer_layer import Floats, Ints, Layer, Snapshot
 from expertmesh.cluster.balancer_types import ShardFacts
 from expertmesh.cluster.errors import CapacityError, InputError
 from expertmesh.cluster.ids import ExpertKey
@@ -98,11 +98,11 @@ def load_current(layers: Sequence[Layer], current: Placement, shards: Sequence[S
         share_ER[share_ER.sum(axis=1) == 0] = 1.0
         share_ER *= alive_ER
         share_ER *= (layer.load_E / np.maximum(share_ER.sum(axis=1), 1e-300))[:, None]
-        expert_N, replica_N = np.nonzero(alive_ER)
-        shard_N = shard_ER[expert_N, replica_N]
-        layer.hosts_SE[shard_N, expert_N] = True
-        layer.share_SE[shard_N, expert_N] = share_ER[expert_N, replica_N]
-        layer.load_S = layer.share_SE.sum(axis=1)
+        expert_P, replica_P = np.nonzero(alive_ER)
+        # Facts may name shards in another order than the placement.
+        position_P = expert_P * len(shards) + shard_ER[expert_P, replica_P]
+        order_P = np.argsort(position_P)
+        layer.restore(Snapshot(position_P[order_P].astype(np.int32), share_ER[expert_P, replica_P][order_P]))
 
 
 def to_placement(
@@ -114,16 +114,13 @@ def to_placement(
         for layer_id, layer in zip(layer_ids, layers, strict=True)
         for expert, replica_weights in layer.quantise().items()
     }
+    keys_S: list[list[ExpertKey]] = [[] for _ in shards]
+    for layer_id, layer in zip(layer_ids, layers, strict=True):
+        for expert, position in zip(*(part.tolist() for part in layer.replicas[:2]), strict=True):
+            keys_S[position].append(ExpertKey(layer_id, expert))
     hosted = [
-        ShardSlots(
-            shard=facts.shard,
-            experts=tuple(
-                ExpertKey(layer_id, expert)
-                for layer_id, layer in zip(layer_ids, layers, strict=True)
-                for expert in np.flatnonzero(layer.hosts_SE[position]).tolist()
-            ),
-        )
-        for position, facts in enumerate(shards)
+        ShardSlots(shard=facts.shard, experts=tuple(keys))
+        for facts, keys in zip(shards, keys_S, strict=True)
         if not facts.is_draining
     ]
     return Placement(

@@ -59,8 +59,8 @@ class FairQueue(Generic[Item]):
     def __len__(self) -> int:
         return sum(len(flow.waiting) for flow in self._waiting.values())
 
-    def push(self, flow_name: str, item: Item, *, weight: float, num_sequences: int, num_prompt_tokens: int) -> None:
-        """Let a request wait behind the others of its flow.
+    def require_room(self, flow_name: str, num_sequences: int) -> None:
+        """Refuse what `push` would.
 
         Raises:
             CapacityError: the queue, or the flow's part of it, is full.
@@ -77,6 +77,15 @@ class FairQueue(Generic[Item]):
                 f"{flow.num_sequences} sequences of this API key wait and {num_sequences} more are asked for; it may "
                 f"not have more than are still free in the queue, which are {free}"
             )
+
+    def push(self, flow_name: str, item: Item, *, weight: float, num_sequences: int, num_prompt_tokens: int) -> None:
+        """Let a request wait behind the others of its flow.
+
+        Raises:
+            CapacityError: the queue, or the flow's part of it, is full.
+        """
+        self.require_room(flow_name, num_sequences)
+        flow = self._flow(flow_name)
         flow.weight = weight
         if not flow.waiting:
             self._lift(flow)

@@ -19,9 +19,11 @@ from expertmesh.cluster.dispatch_weights import changed_weights, level_weights
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.load_windows import Load
 from expertmesh.cluster.placement import Placement
+from expertmesh.cluster.unevenness import uneven_layers
 
-# Weights that move less than this part of an expert's tokens stay: noise must not change which replica computes what.
-_DEAD_BAND = 0.05
+# Weights that move less than this part of a replica's even share stay, a twentieth of the tokens of an expert with two:
+# a small gain must not change which replica computes what.
+_DEAD_BAND = 0.1
 # Fewer tokens than this for each expert and layer say too little.
 _LEAST_TOKENS = 8
 # A load has changed when the best weights stay below this balancedness, in as many looks one after the other, counted
@@ -69,7 +71,11 @@ class LoadFollower:
         load_LE = _total_LE(seen.fast)
         if load_LE.sum() < _LEAST_TOKENS * load_LE.size:
             return None
-        best = replace(placement, epoch=placement.epoch + 1, weights=level_weights(load_LE, placement))
+        uneven_L = uneven_layers(load_LE, placement)
+        best = placement
+        if uneven_L.any():
+            levelled = level_weights(load_LE, placement, only_L=uneven_L)
+            best = replace(placement, epoch=placement.epoch + 1, weights=levelled)
         if self._has_changed(load_LE, best):
             self._looks_changed = 0
             part, whole = float(load_LE.sum()), float(_total_LE(seen.slow).sum())
@@ -145,10 +151,11 @@ def shard_facts(
     num_replicas = len(placement.layers) * placement.num_experts * min(replicas, len(shards))
     even = -(-num_replicas // len(shards))
     spare = max(round(even * spare_slots), len(placement.layers) if spare_slots else 0)
+    used = {slots.shard: len(slots.experts) for slots in placement.shards}
     return [
         ShardFacts(
             shard=shard,
-            num_slots=max(even + spare, placement.num_slots(shard)),
+            num_slots=max(even + spare, used.get(shard, 0)),
             node=nodes[shard],
             domain=nodes[shard],
         )

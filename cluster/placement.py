@@ -1,7 +1,7 @@
 """Which expert shard hosts which experts, and in what proportions replicas share their tokens.
 
 Shape suffixes: L MoE layers (by position in Placement.layers), E experts of a layer, S shards (by position in
-Placement.shards), R the most replicas that any expert has, N slots.
+Placement.shards), R the most replicas that any expert has, N replicas of all experts.
 """
 
 import heapq
@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -20,11 +20,21 @@ from expertmesh.cluster.errors import CapacityError, InputError, StateError
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.spread import node_indices, spread_over_nodes
 
-EVEN_WEIGHT = 1 << 8  # what the replicas of an expert without weights of its own share
+# What the replicas of an expert without weights of its own share. With a thousand shards an expert may have a hundred
+# replicas, each of which needs some forty steps for its part to be exact to a hundredth.
+EVEN_WEIGHT = 1 << 12
 
 _HEADER = struct.Struct(">4sHI")  # magic, version, CRC-32 of the msgpack body that follows
 _MAGIC = b"EMPL"
 _VERSION = 1
+
+
+class ReplicaPairs(NamedTuple):
+    """A placement's replicas one by one, read-only, sorted by layer and expert, then in the order of the shards."""
+
+    row_N: npt.NDArray[np.int64]  # position of the layer * num_experts + expert
+    shard_N: npt.NDArray[np.int64]
+    weight_N: npt.NDArray[np.int64]
 
 
 class ReplicaTable(NamedTuple):
@@ -69,9 +79,10 @@ class Placement:
             _refuse_repeats(f"expert of shard {slots.shard}", slots.experts)
             for key in slots.experts:
                 self._refuse_unknown(key)
+        count_LE = self._count_LE if self.weights else []
         for key, weights in self.weights.items():
             self._refuse_unknown(key)
-            num_replicas = len(self.replicas(key))
+            num_replicas = count_LE[self._row(key)]
             if len(weights) != num_replicas or min(weights, default=0) < 0 or not any(weights):
                 raise InputError(f"expert {key} has {num_replicas} replicas and weights {weights}")
 
@@ -107,24 +118,31 @@ class Placement:
         )
 
     @cached_property
-    def replica_table(self) -> ReplicaTable:
-        """The placement as arrays, for dispatch and for arithmetic on loads."""
-        num_rows = len(self.layers) * self.num_experts
-        row_N = np.array([self._row(key) for slots in self.shards for key in slots.experts], dtype=np.int64)
-        shard_N = np.repeat(np.arange(len(self.shards)), [len(slots.experts) for slots in self.shards])
+    def replica_pairs(self) -> ReplicaPairs:
+        """The placement's replicas one by one, for arithmetic on loads."""
+        row_N = self._row_N
         order_N = np.argsort(row_N, kind="stable")  # stable: replicas stay in the order of the shards
-        count_LE = np.bincount(row_N, minlength=num_rows)
-        rank_N = np.arange(len(row_N)) - np.repeat(np.cumsum(count_LE) - count_LE, count_LE)
-        shape = (num_rows, max(1, int(count_LE.max(initial=0))))
-        shard_LER, weight_LER = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.int64)
-        shard_LER[row_N[order_N], rank_N] = shard_N[order_N]
-        weight_LER[row_N[order_N], rank_N] = np.maximum(1, EVEN_WEIGHT // count_LE[row_N[order_N]])
+        shard_N = np.repeat(np.arange(len(self.shards)), [len(slots.experts) for slots in self.shards])
+        count_LE = np.array(self._count_LE)
+        weight_N = np.maximum(1, EVEN_WEIGHT // count_LE[row_N[order_N]])
+        begin_LE = (np.cumsum(count_LE) - count_LE).tolist()
         for key, weights in self.weights.items():
-            weight_LER[self._row(key), : len(weights)] = weights
-        for table in (shard_LER, weight_LER):
-            table.flags.writeable = False
+            begin = begin_LE[self._row(key)]
+            weight_N[begin : begin + len(weights)] = weights
+        return ReplicaPairs(*_read_only(row_N[order_N], shard_N[order_N], weight_N))
+
+    @cached_property
+    def replica_table(self) -> ReplicaTable:
+        """The placement as arrays, for dispatch."""
+        row_N, shard_N, weight_N = self.replica_pairs
+        count_LE = np.array(self._count_LE)
+        rank_N = np.arange(len(row_N)) - np.repeat(np.cumsum(count_LE) - count_LE, count_LE)
+        shape = (len(count_LE), max(1, int(count_LE.max(initial=0))))
+        shard_LER, weight_LER = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.int64)
+        shard_LER[row_N, rank_N] = shard_N
+        weight_LER[row_N, rank_N] = weight_N
         shape_LER = (len(self.layers), self.num_experts, shape[1])
-        return ReplicaTable(shard_LER.reshape(shape_LER), weight_LER.reshape(shape_LER))
+        return ReplicaTable(*_read_only(shard_LER.reshape(shape_LER), weight_LER.reshape(shape_LER)))
 
     def to_bytes(self) -> bytes:
         """Pack the placement into a versioned record with a checksum."""
@@ -173,6 +191,17 @@ class Placement:
     @cached_property
     def _position_of_layer(self) -> dict[int, int]:
         return {layer: position for position, layer in enumerate(self.layers)}
+
+    @cached_property
+    def _row_N(self) -> npt.NDArray[np.int64]:  # noqa: N802  # a shape suffix
+        """The row of each replica, shard after shard."""
+        return np.array([self._row(key) for slots in self.shards for key in slots.experts], dtype=np.int64)
+
+    @cached_property
+    def _count_LE(self) -> list[int]:  # noqa: N802
+        """The replicas of each row."""
+        counts: list[int] = np.bincount(self._row_N, minlength=len(self.layers) * self.num_experts).tolist()
+        return counts
 
     def _row(self, key: ExpertKey) -> int:
         return self._position_of_layer[key.layer] * self.num_experts + key.expert
@@ -300,6 +329,12 @@ def _deal(num_slots_S: Sequence[int], num_experts: int, replicas: int, *, seed: 
             heapq.heappush(heap, (minus_left + 1, tie, shard))
         hosts_E.append(sorted(shard for _, _, shard in taken))
     return hosts_E
+
+
+def _read_only(*arrays: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+    for array in arrays:
+        array.flags.writeable = False
+    return arrays
 
 
 def _refuse_repeats(what: str, values: Sequence[object]) -> None:

@@ -69,14 +69,12 @@ class RateLimiter:
         self.tokens = _resized(self.tokens, limits.tokens_per_minute, now_s)
         self.limits = limits
 
-    def admit(self, *, num_sequences: int, num_prompt_tokens: int, now_s: float) -> None:
-        """Count a new request, or refuse it and count nothing. `release` its sequences when it ends.
+    def require_room(self, num_sequences: int, now_s: float) -> None:
+        """Refuse what `admit` would whatever the prompt is, and count nothing.
 
         Raises:
-            RateLimitError: a limit is reached; it says when there will be room, except for sequences at once.
-            InputError: the prompt or the samples alone are more than the limits ever allow.
+            RateLimitError: as of `admit`.
         """
-        self._require_possible(num_sequences, num_prompt_tokens)
         limit = self.limits.max_concurrent
         if limit is not None and self.num_sequences + num_sequences > limit:
             raise RateLimitError(
@@ -89,6 +87,16 @@ class RateLimiter:
                 f"{wait_s:.1f} s",
                 retry_after_s=wait_s,
             )
+
+    def admit(self, *, num_sequences: int, num_prompt_tokens: int, now_s: float) -> None:
+        """Count a new request, or refuse it and count nothing. `release` its sequences when it ends.
+
+        Raises:
+            RateLimitError: a limit is reached; it says when there will be room, except for sequences at once.
+            InputError: the prompt or the samples alone are more than the limits ever allow.
+        """
+        self._require_possible(num_sequences, num_prompt_tokens)
+        self.require_room(num_sequences, now_s)
         if self.tokens is not None and (wait_s := self.tokens.wait_s(num_prompt_tokens, now_s)) > 0:
             raise RateLimitError(
                 f"this API key may use {self.limits.tokens_per_minute} tokens a minute, and the prompt has "

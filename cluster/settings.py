@@ -99,7 +99,9 @@ class ServeSettings(BaseModel):
         default=1024, ge=1, description="tokens of a step, prompt chunks and decodes together"
     )
     max_sequences: int = Field(default=64, ge=1, description="sequences in a worker's batch")
-    max_queue: int = Field(default=1024, ge=1, description="live sequences at a worker; more are refused")
+    max_queue: int = Field(
+        default=1024, ge=1, description="live sequences at a worker, and waiting ones at a gateway; more are refused"
+    )
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
     dispatch: Literal["auto", "rendezvous", "quota", "concentrate"] = Field(
@@ -131,6 +133,9 @@ class ServeSettings(BaseModel):
     )
     trace_ratio: float = Field(
         default=1.0, ge=0, le=1, description="part of the requests that are traced, of those that bring no trace"
+    )
+    absence_s: float = Field(
+        default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
     )
 
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")

@@ -31,6 +31,8 @@ class StopMatcher:
 
         Text that may be the beginning of a stop string is held back. After a match all further text is cut.
         """
+        if not self._stop:
+            return text, False
         if self._matched:
             return "", True
         held = self._held + text

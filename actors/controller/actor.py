@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.cores import python_that_gives_way
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, actor_env, on_this_node
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -35,9 +36,9 @@ class ControllerActor:
         """See Controller.progress."""
         return self._controller.progress(after)
 
-    def gateway_view(self) -> dict[str, Any]:
+    def gateway_view(self, gateway_id: str, backlog: Backlog) -> dict[str, Any]:
         """See Controller.gateway_view."""
-        return self._controller.gateway_view()
+        return self._controller.gateway_view(gateway_id, backlog)
 
     def scale(self, shards: int | None, workers: int | None) -> dict[str, Any]:
         """See Controller.scale."""
@@ -66,6 +67,10 @@ class ControllerActor:
     def status(self) -> dict[str, Any]:
         """See Controller.status."""
         return self._controller.status()
+
+    def live_view(self, epoch: int, after: int, life: int) -> dict[str, Any]:
+        """See Controller.live_view."""
+        return self._controller.live_view(epoch, after, life)
 
     def loads(self) -> list[dict[str, Any]]:
         """See Controller.loads."""

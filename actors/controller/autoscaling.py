@@ -13,6 +13,7 @@ from typing import Any
 from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.measuring import Measuring
 from expertmesh.actors.controller.operator import Operator
+from expertmesh.actors.controller.queues import GatewayQueues
 from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.autoscaler import Autoscaler, Decision
 from expertmesh.cluster.errors import ExpertMeshError, InputError
@@ -41,6 +42,7 @@ class Autoscaling:
         self._tiers = {"shards": shards, "workers": settings.workers}
         self._autoscaler = Autoscaler(shards, settings.workers)
         self._measuring = Measuring()
+        self.queues = GatewayQueues()  # told by whoever hears from gateways
         self._keeper = keeper
         self._operator = operator
         self._period_s = settings.period_s
@@ -94,6 +96,7 @@ class Autoscaling:
             dict(keeper.shards.facts),
             dict(keeper.workers.facts),
             needed_bytes=keeper.expert_bytes * self._needed_slots,
+            backlog=self.queues.sum(now_s),
         )
         last, decision = self._decision, self._autoscaler.decide(now_s, *inputs)
         self._decision, self._decided_s = decision, now_s

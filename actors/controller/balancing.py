@@ -97,7 +97,7 @@ class Balancing:
 
     def _see(self, placement: Placement) -> Seen:
         keeper, now_s = self._keeper, time.time()
-        shards = list(keeper.shard_ids)
+        shards = [slots.shard for slots in placement.shards]  # without those that are away for long
         nodes = {shard: str(keeper.shards.facts.get(shard, {}).get("node", "")) for shard in shards}
         replicas, spare_slots = keeper.replicas, self._settings.spare_slots
         return Seen(

@@ -20,9 +20,11 @@ from ray.exceptions import RayError
 from expertmesh.actors.controller.autoscaling import Autoscaling
 from expertmesh.actors.controller.balancing import Balancing
 from expertmesh.actors.controller.keeper import Keeper
+from expertmesh.actors.controller.live_view import LiveView
 from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.metrics import FleetMeter
 from expertmesh.actors.controller.operator import Operator
+from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.cores import step_back, take_part
@@ -74,7 +76,6 @@ class Controller:
         self._keeper = Keeper(settings, model, records, self._shards, self._workers, self._note, self._watchdog)
         self._collector = LoadCollector(model, store, self._workers)
         self._meter = FleetMeter(model, hot_experts=settings.hot_experts)
-        self._keeper.on_moved = self._meter.placement_changed
         self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog, self._report)
         self._operator = Operator(self._keeper, store, room_timeout_s=settings.room_timeout_s)
         self._autoscaling = (
@@ -82,6 +83,9 @@ class Controller:
             if settings.autoscale
             else None
         )
+        self._live = LiveView(model, self._keeper, self._collector, self._operator, spare_slots=settings.spare_slots)
+        self._keeper.on_asked, self._keeper.on_moved = self._live.look, self._moved
+        self._operator.on_noted = self._live.operation
         self._keeper.each_round = self._operator.step
         if self._redis is not None:
             records.ensure_store = self._redis.ensure
@@ -113,6 +117,7 @@ class Controller:
 
     def _begin(self) -> None:
         self._operator.resume()
+        self._live.remember()
         take_part()
         step_back()
         self._note("ready")
@@ -125,14 +130,21 @@ class Controller:
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
         """Hear from a worker that its link to a shard broke."""
         _log.tell("link_lost_reported", worker=worker, shard=shard)
+        self._live.lost_link(worker, shard)
         self._keeper.report_lost()
 
     def progress(self, after: int) -> list[str]:
         """Return what `start` has said so far, from line number `after` on."""
         return self._progress[after:]
 
-    def gateway_view(self) -> dict[str, Any]:
-        """Return what a gateway needs: workers that can take requests, and whether each expert has a live replica."""
+    def gateway_view(self, gateway_id: str, backlog: Backlog) -> dict[str, Any]:
+        """Hear what waits at a gateway.
+
+        Returns:
+            What it needs: workers that can take requests, and whether each expert has a live replica.
+        """
+        if self._autoscaling is not None:
+            self._autoscaling.queues.hear(gateway_id, backlog, time.monotonic())
         reason = self._not_ready_reason()
         handles = dict(self._workers.handles)
         ready = {w: handles[w] for w in self._workers.ready if w in handles}
@@ -235,6 +247,10 @@ class Controller:
             "autoscaler": self._autoscaling.status(time.monotonic()) if self._autoscaling else None,
         }
 
+    def live_view(self, epoch: int, after: int, life: int) -> dict[str, Any]:
+        """Return what the live page shows; see LiveView.view."""
+        return self._live.view(self.status(), epoch, after, life)
+
     def loads(self) -> list[dict[str, Any]]:
         """Return the fields of LayerLoad of each layer: what was counted since start."""
         counters = self._counters()
@@ -272,6 +288,10 @@ class Controller:
             slow=self._collector.slow(now_s),
             recent=self._collector.fast(now_s),
         )
+
+    def _moved(self, duration_s: float, why: str) -> None:
+        self._meter.placement_changed(duration_s)
+        self._live.moved(duration_s, why)
 
     def _require_started(self) -> None:
         if not self._started:
@@ -342,6 +362,7 @@ class Controller:
 
     def _note(self, line: str) -> None:
         _log.tell("fleet_progress", line=line)
+        self._live.note(line)
         if not self._started:
             self._progress.append(line)
 

@@ -15,6 +15,7 @@ from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.reviver import Reviver
 from expertmesh.actors.controller.tiers import Tier, natural, wait_for
 from expertmesh.actors.logs import EventLog, reason_of
+from expertmesh.cluster.attendance import given_up, is_settled, still_away
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
@@ -57,12 +58,16 @@ class Keeper:
         self.shard_ids: list[ShardId] = []
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
-        # Told how many seconds each change of placement took.
-        self.on_moved: Callable[[float], None] = lambda _: None
+        # Told how many seconds each change of placement took, and why the load asked for it, if it did.
+        self.on_moved: Callable[[float, str], None] = lambda _duration_s, _why: None
+        # Told that the members have just been asked.
+        self.on_asked: Callable[[], None] = lambda: None
         self._proposal: tuple[Placement, str] | None = None
         self._alarm = threading.Event()
         self._lost = threading.Event()
-        self._reviver = Reviver(self.start_member, self._is_member, self._note_and_look)
+        self._reviver = Reviver(self.start_member, self._is_member, self._log_and_look)
+        self._away_since_s: dict[str, float] = {}
+        self._said_away: frozenset[str] = frozenset()
         self._stopping = threading.Event()
         self._mover = Mover(shards, workers, settings.start_timeout_s)
 
@@ -151,6 +156,7 @@ class Keeper:
         assert self.placement is not None, "round() before bring_up()"
         self.ask(ask_timeout_s)
         live, hosting = [s for s in self.shards.ready if s in self.shard_ids], self._hosting
+        self._call_the_roll(hosting)
         self._records.keep(self.placement, (self.shard_ids, self.worker_ids))
         missing = self.placement.missing(hosting)
         if missing and hosting:
@@ -167,15 +173,35 @@ class Keeper:
         self.each_round()
         proposal, self._proposal = self._proposal, None
         if proposal is not None and self.is_calm and proposal[0].epoch == self.placement.epoch + 1:
-            self._note(f"epoch {proposal[0].epoch}: {proposal[1]}")
-            self._move_to(proposal[0])
+            _log.tell("fleet_progress", line=f"epoch {proposal[0].epoch}: {proposal[1]}")
+            self._move_to(proposal[0], why=proposal[1])
 
     @property
     def is_calm(self) -> bool:
-        """Whether all shards that are to be there host what the placement says, and none is being started."""
+        """Whether all shards that are to be there host what the placement says, and none is being started.
+
+        Those that have been away for too long are not counted (cluster/attendance.py).
+        """
+        return self._is_settled(given_up(self._away_since_s, time.monotonic(), self._settings.absence_s))
+
+    def _is_settled(self, absent: frozenset[str]) -> bool:
         assert self.placement is not None, "asked before bring_up()"
-        hosting = set(self._hosting)
-        return not self._reviver.is_busy and hosting == set(self.shard_ids) == {s.shard for s in self.placement.shards}
+        return is_settled(
+            shards=self.shard_ids,
+            placed=[slots.shard for slots in self.placement.shards],
+            hosting=self._hosting,
+            starting=self._reviver.starting,
+            absent=absent,
+        )
+
+    def _call_the_roll(self, hosting: list[ShardId]) -> None:
+        """Note who is away, and say so once it is for good."""
+        now_s, absence_s = time.monotonic(), self._settings.absence_s
+        before, there = self._away_since_s, {*hosting, *self.workers.ready}
+        self._away_since_s = still_away(before, [*self.shard_ids, *self.worker_ids], there, now_s)
+        for member in sorted(given_up(self._away_since_s, now_s, absence_s) - self._said_away, key=natural):
+            self._note(f"{member} has been away for {absence_s:g} s; the others are balanced without it")
+        self._said_away = given_up(self._away_since_s, now_s, absence_s)
 
     def propose(self, target: Placement, reason: str) -> None:
         """Have the next round go to a placement, if it still follows the one in force. Any thread."""
@@ -189,7 +215,7 @@ class Keeper:
         Raises:
             ExpertMeshError: it could not be reached; the old one stays in force.
         """
-        if not self.is_calm:
+        if not self._is_settled(frozenset()):
             raise UnavailableError("shards are being started or left out; ask again when `status` shows all ready")
         self._move_to(target)
 
@@ -197,6 +223,7 @@ class Keeper:
         """Ask shards and workers how they are."""
         self.shards.ask(timeout_s)
         self.workers.ask(timeout_s)
+        self.on_asked()
 
     @property
     def replicas(self) -> int:
@@ -269,12 +296,13 @@ class Keeper:
         """The ready members that have what a placement gave them; a new process has nothing yet."""
         return [s for s in self.shards.ready if s in self.shard_ids and self.shards.facts[s]["epoch"]]
 
-    def _move_to(self, target: Placement, *, urgent: bool = False) -> None:
+    def _move_to(self, target: Placement, *, urgent: bool = False, why: str = "") -> None:
         """Bring what the target adds to the shards, publish it, and only then free what it drops.
 
         Args:
             target: the placement to go to.
             urgent: requests wait for it; else those that are served meanwhile come first.
+            why: what of the load asks for it.
 
         Raises:
             ExpertMeshError: a shard could not take experts, or one was lost meanwhile; the old placement stays in
@@ -292,15 +320,15 @@ class Keeper:
         self._mover.publish(target)
         self._mover.settle(target, [slots.shard for slots in target.shards])
         duration_s = time.monotonic() - began_s
-        _log.tell("placement_changed", epoch=target.epoch, duration_s=duration_s, urgent=urgent)
-        self.on_moved(duration_s)
+        _log.tell("placement_changed", epoch=target.epoch, duration_s=duration_s, urgent=urgent, reason=why)
+        self.on_moved(duration_s, why)
         self.ask(_ALARM_TIMEOUT_S)
 
     def _is_member(self, member: ShardId | WorkerId) -> bool:
         return member in self.shard_ids or member in self.worker_ids
 
-    def _note_and_look(self, line: str) -> None:
-        self._note(line)
+    def _log_and_look(self, line: str) -> None:
+        _log.tell("fleet_progress", line=line)
         self._alarm.set()
 
     def _tier(self, member: str) -> Any:

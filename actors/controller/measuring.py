@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from expertmesh.actors.controller.queues import Backlog
 from expertmesh.cluster.autoscaler import ShardInputs, WorkerInputs
 from expertmesh.cluster.counters import CLOCK, Growth
 from expertmesh.cluster.errors import UnavailableError
@@ -11,6 +12,7 @@ from expertmesh.cluster.ids import ShardId, WorkerId
 
 Id = TypeVar("Id", ShardId, WorkerId)
 Facts = Mapping[str, Any]
+NO_BACKLOG = Backlog()
 # What a member said last, and by how much its counters grew since the look before.
 News = Sequence[tuple[Facts, dict[str, float]]]
 
@@ -23,7 +25,12 @@ class Measuring:
         self._tokens_per_s = 0.0
 
     def look(
-        self, shards: Mapping[ShardId, Facts], workers: Mapping[WorkerId, Facts], *, needed_bytes: int
+        self,
+        shards: Mapping[ShardId, Facts],
+        workers: Mapping[WorkerId, Facts],
+        *,
+        needed_bytes: int,
+        backlog: Backlog = NO_BACKLOG,
     ) -> tuple[ShardInputs, WorkerInputs]:
         """Return what is known of the time since the last look.
 
@@ -31,6 +38,7 @@ class Measuring:
             shards: what `ShardActor.describe` answered last, by id.
             workers: what `WorkerActor.describe` answered last, by id.
             needed_bytes: of all experts with their fewest replicas.
+            backlog: what waits at the gateways.
 
         Raises:
             UnavailableError: no shard, or no worker, said anything new; the first look, for one.
@@ -52,9 +60,9 @@ class Measuring:
             needed_bytes=needed_bytes,
             shard_bytes=max(1, _room_bytes([facts for facts, _ in shard_news])),
         )
-        return shard_inputs, self._worker_inputs(worker_news)
+        return shard_inputs, self._worker_inputs(worker_news, backlog)
 
-    def _worker_inputs(self, news: News) -> WorkerInputs:
+    def _worker_inputs(self, news: News, backlog: Backlog) -> WorkerInputs:
         busy_s = sum(grown["busy_s"] for _, grown in news)
         if busy_s > 0:
             # Of the time in steps alone: what a worker makes while it has something to do.
@@ -62,11 +70,11 @@ class Measuring:
         num_pages = sum(facts["num_pages"] for facts, _ in news)
         return WorkerInputs(
             current=len(news),
-            outstanding_tokens=sum(facts["outstanding_tokens"] for facts, _ in news),
+            outstanding_tokens=sum(facts["outstanding_tokens"] for facts, _ in news) + backlog.num_tokens,
             tokens_per_s=self._tokens_per_s,
             # A model that keeps its own cache has no pages to run out of.
             free_page_fraction=sum(facts["free_pages"] for facts, _ in news) / num_pages if num_pages else 1.0,
-            num_waiting=sum(facts["waiting"] for facts, _ in news),
+            num_waiting=sum(facts["waiting"] for facts, _ in news) + backlog.num_sequences,
         )
 
 

@@ -7,7 +7,7 @@ waiting. An operation under way goes on when the controller was killed and start
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -55,6 +55,8 @@ class Operator:
         self._starting: threading.Thread | None = None
         self._start_error: ExpertMeshError | None = None
         self._lock = threading.Lock()
+        # Told of each operation that begins, goes on or ends.
+        self.on_noted: Callable[[Operation], None] = lambda _: None
 
     def resume(self) -> None:
         """Read the operations of a former life. Call it before the keeper's rounds begin."""
@@ -328,6 +330,7 @@ class Operator:
             reason=operation.error,
             duration_s=time.time() - operation.started_s,
         )
+        self.on_noted(operation)
         try:
             self._store.save_operation(operation)
         except UnavailableError as error:

@@ -40,6 +40,11 @@ class Reviver:
         return bool(self._under_way)
 
     @property
+    def starting(self) -> frozenset[Id]:
+        """The members that are being started."""
+        return frozenset(self._under_way)
+
+    @property
     def may_be_soon_done(self) -> bool:
         """Whether one that is gone may be back in a moment, so that nothing need move because of it."""
         now_s = time.monotonic()

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.cores import step_back
 from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.admin_service import AdminService
@@ -19,6 +20,8 @@ from expertmesh.actors.gateway.chat_template import open_chat_template
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.key_book import KeyBook
+from expertmesh.actors.gateway.live_feed import LiveFeed
+from expertmesh.actors.gateway.live_routes import live_routes
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
@@ -86,6 +89,7 @@ class Gateway:
             tokenizer=tokenizer,
             rng=random.Random(),
             max_requests=settings.max_requests,
+            batch_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
             call_timeout_s=settings.worker_timeout_s,
             tracer=RequestTracer(self._tracing, model.name),
@@ -93,6 +97,7 @@ class Gateway:
         self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
         self._keys = KeyBook(settings.keys)
+        self._engine.admission.set_keys(self._keys.names)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._is_alone = False  # the controller did not answer last
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
@@ -107,6 +112,7 @@ class Gateway:
             keys=self._keys,
         )
         self._http_access = Access(self._keys, settings.http_host)
+        self._live = LiveFeed(model, self._engine, self._live_view, is_serving=lambda: self._server.is_serving)
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())
 
@@ -119,7 +125,9 @@ class Gateway:
             now_s=time.time,
             access=self._http_access,
         )
-        return build_app(front, self._max_body_bytes)
+        app = build_app(front, self._max_body_bytes)
+        app.include_router(live_routes(self._live))
+        return app
 
     async def address(self) -> str:
         """Look at the fleet, and return host:port of the gRPC server."""
@@ -129,6 +137,7 @@ class Gateway:
     async def shut_down(self, grace_s: float) -> None:
         """Take no new requests and give the running ones grace_s seconds."""
         self._watch_task.cancel()
+        await self._live.close()
         await asyncio.gather(self._server.stop(grace_s), self._until_idle(grace_s))
         await self._inference.close()
         await self._engine.pool.close()
@@ -144,13 +153,15 @@ class Gateway:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_VIEW_PERIOD_S)
-            self._keys.look()
+            if self._keys.look():
+                self._engine.admission.set_keys(self._keys.names)
             self._keys.report(self._metrics)
             self._engine.report(self._metrics)
             try:
                 async with asyncio.timeout(_VIEW_TIMEOUT_S):
                     await self._look()
             except (UnavailableError, TimeoutError) as error:
+                self._live.events.unheard(str(error) or type(error).__name__)
                 if not self._is_alone:
                     _log.tell("controller_away", num_workers=len(self._clients), reason=reason_of(error))
                 self._is_alone = True
@@ -163,7 +174,9 @@ class Gateway:
 
     async def _look(self) -> None:
         """Ask the controller for workers and readiness."""
-        view = await _call(self._controller.gateway_view.remote())
+        admission = self._engine.admission
+        backlog = Backlog(admission.num_waiting, admission.waiting_tokens)
+        view = await _call(self._controller.gateway_view.remote(self._id, backlog))
         if not view["started"]:
             return  # a controller that has just come back knows less than this gateway
         for worker_id, handle in view["workers"].items():
@@ -177,6 +190,7 @@ class Gateway:
         if view["ready"] != self._server.is_serving:
             _log.tell("readiness_changed", ready=view["ready"], reason=view["reason"] or None)
         await self._server.set_serving(view["ready"])
+        self._live.events.heard(view["ready"], view["reason"])
 
     async def _status(self) -> dict[str, object]:
         status = await _call(self._controller.status.remote())
@@ -186,6 +200,10 @@ class Gateway:
             "grpc_address": self._server.address,
             "model": {name: list(value) if isinstance(value, tuple) else value for name, value in model.items()},
         }
+
+    async def _live_view(self, epoch: int, after: int, life: int) -> dict[str, Any]:
+        view: dict[str, Any] = await _call(self._controller.live_view.remote(epoch, after, life))
+        return view
 
     async def _loads(self) -> list[dict[str, object]]:
         loads: list[dict[str, object]] = await _call(self._controller.loads.remote())

@@ -1,11 +1,14 @@
 """From a valid request to pieces of its samples, whatever happens to the workers meanwhile."""
 
 import random
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from expertmesh.actors.gateway.admission import Admission, Ticket
+from expertmesh.actors.gateway.callers import CALLER, Caller
 from expertmesh.actors.gateway.journal import Inbox, Journal, LiveRequest, LiveSample
-from expertmesh.actors.gateway.metrics import RequestMeter
+from expertmesh.actors.gateway.metrics import RequestMeter, RequestTimes
 from expertmesh.actors.gateway.request_log import told
 from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.text import TextStream
@@ -41,20 +44,33 @@ class Engine:
         tokenizer: Tokenizer | None,
         rng: random.Random,
         max_requests: int = 1024,
+        batch_sequences: int | None = None,
         max_queue: int | None = None,
         call_timeout_s: float = 30.0,
         tracer: RequestTracer | None = None,
     ) -> None:
-        """Start with no workers; see WorkerPool and Journal for the arguments.
+        """Start with no workers; see WorkerPool, Journal and Admission for the arguments.
 
-        max_queue: of a worker, if known. tracer: None: nothing is traced.
+        max_queue: sequences that may live at a worker, and of those that may wait here; None: that is not known.
+        tracer: None: nothing is traced.
         """
         self._tracer = tracer or RequestTracer()
         self._tokenizer = tokenizer
-        self._max_queue = max_queue
+        # With bounded batches what a worker would refuse waits here.
+        self._max_queue = max_queue if batch_sequences is None else None
+        self._nobody = Caller()
         self.meter = RequestMeter()
         self._journal = Journal(max_requests=max_requests, rng=rng)
-        self.pool = WorkerPool(self._journal, rng=rng, call_timeout_s=call_timeout_s)
+        self.admission = Admission(
+            num_workers=lambda: len(self.pool.routable),
+            batch_sequences=batch_sequences,
+            max_sequences=max_requests,
+            max_queue=max_requests if max_queue is None else max_queue,
+            clock=self.meter.clock,
+            counts=self.meter.by_key,
+        )
+        on_workers = self.admission.pump
+        self.pool = WorkerPool(self._journal, rng=rng, call_timeout_s=call_timeout_s, on_workers=on_workers)
 
     @property
     def num_live_requests(self) -> int:
@@ -64,14 +80,16 @@ class Engine:
     def report(self, metrics: Metrics) -> None:
         """Hand on what was counted since the last call."""
         self.meter.report(metrics, num_live=self.num_live_requests, num_failovers=self.pool.num_failovers)
+        self.admission.report(metrics)
 
     def require_room(self) -> None:
         """Refuse at once what would be refused later: before anybody reads its prompt, or asks a worker.
 
         Raises:
-            CapacityError: the gateway or all workers are full.
+            CapacityError: the gateway or all workers are full, or the caller is above its limits.
         """
         self._journal.require_room()
+        self.admission.require_room(self._caller)
         num_workers = len(self.pool.routable)
         if self._max_queue is None or not num_workers:
             return
@@ -85,29 +103,43 @@ class Engine:
         Close the generator (contextlib.aclosing) when the client goes away: its sequences then leave the batch at once.
 
         Raises:
-            InputError: no worker can ever run it.
-            CapacityError: the gateway or all workers are full.
+            InputError: no worker can ever run it, or the limits of its key never allow it.
+            CapacityError: the gateway or all workers are full, or its key is above its limits.
             ExpertMeshError: a worker could not go on.
         """
+        async with self._admitted(request) as (times, live, ticket):
+            texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
+            await self.pool.place(live)
+            while live.unfinished:
+                for item in await _arrived(live.inbox):
+                    if isinstance(item, WorkerLost):
+                        if item.link is live.link:
+                            await self.pool.place(live)
+                        continue
+                    for sample, events in _by_sample(live, item):
+                        piece = self._absorb(live, sample, texts[sample.index], events)
+                        if piece.tokens:
+                            times.tokens_came(sample.index)
+                            self.admission.served(ticket, len(piece.tokens))
+                        if piece.finish_reason is not None:
+                            self.admission.sample_ended(ticket)
+                        yield piece
+
+    @asynccontextmanager
+    async def _admitted(self, request: ValidRequest) -> AsyncIterator[tuple[RequestTimes, LiveRequest, Ticket]]:
+        """Hold a live request while the block lasts, which begins when its turn has come."""
         with self.meter.request() as times, told(request, times, self._tracer.begin(request)) as story:
             live = story.live = self._journal.open(request, story.trace)
-            texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
             try:
-                await self.pool.place(live)
-                while live.unfinished:
-                    for item in await _arrived(live.inbox):
-                        if isinstance(item, WorkerLost):
-                            if item.link is live.link:
-                                await self.pool.place(live)
-                            continue
-                        for sample, events in _by_sample(live, item):
-                            piece = self._absorb(live, sample, texts[sample.index], events)
-                            if piece.tokens:
-                                times.tokens_came(sample.index)
-                            yield piece
+                async with self.admission.entered(self._caller, request) as ticket:
+                    yield times, live, ticket
             finally:
                 times.is_complete = not live.unfinished
                 self.pool.release(live)
+
+    @property
+    def _caller(self) -> Caller:
+        return CALLER.get(self._nobody)
 
     def _absorb(self, live: LiveRequest, sample: LiveSample, text: TextStream, events: list[TokenEvent]) -> Piece:
         """Enter a sample's events into the journal and turn them into a piece."""

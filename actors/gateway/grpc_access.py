@@ -1,12 +1,14 @@
 """Which gRPC methods need which role, and the interceptor that holds them to it."""
 
 from collections.abc import Awaitable, Callable, Iterable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 
 from expertmesh.actors.gateway.access import Access
-from expertmesh.actors.gateway.callers import CALLER
+from expertmesh.actors.gateway.callers import CALLER, Caller
 from expertmesh.actors.gateway.status_codes import Context, status_of
 from expertmesh.cluster.api_keys import Role
 from expertmesh.cluster.errors import ForbiddenError, UnauthenticatedError
@@ -23,6 +25,10 @@ NEEDED_ROLES: dict[str, Role | None] = {
     "expertmesh.v1.Inference": Role.INFERENCE,
     "expertmesh.v1.Admin": Role.ADMIN,
 }
+
+# Admits the caller of the call at hand once more, or raises what `Access.admit` does: a call that brings many requests
+# asks for each of them, as its key may be gone meanwhile.
+ADMIT_AGAIN: ContextVar[Callable[[], Caller]] = ContextVar("admit_again")
 
 # None: there is no such method.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
@@ -48,11 +54,12 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler:
         """Go on as the caller, or refuse."""
         authorization = _first(handler_call_details.invocation_metadata or (), "authorization")
+        admit = partial(self._access.admit, needed_role(handler_call_details.method), authorization)
         try:
-            caller = self._access.admit(needed_role(handler_call_details.method), authorization)
+            CALLER.set(admit())
         except (UnauthenticatedError, ForbiddenError) as error:
             return _refusal(error)
-        CALLER.set(caller)
+        ADMIT_AGAIN.set(admit)
         return await continuation(handler_call_details)
 
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from expertmesh.actors.gateway.callers import caller_name
+from expertmesh.actors.gateway.key_metrics import KeyCounts
 from expertmesh.actors.gateway.openai_errors import HttpError
 from expertmesh.actors.metrics import Metrics
 from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
@@ -65,8 +67,11 @@ class RequestMeter:
         """Count nothing yet; clock gives seconds that do not step back."""
         self.clock = clock
         self.ended = dict.fromkeys(CODES, 0)
+        self.by_key = KeyCounts(CODES)
         self.first_s: list[float] = []
         self.gaps_s: list[float] = []
+        # Told the times of first tokens and the gaps since the last report, in seconds.
+        self.on_report: Callable[[list[float], list[float]], None] = lambda _first_s, _gaps_s: None
         self.num_waiting = 0  # requests without a token so far
         self.served = ServiceRate()
 
@@ -79,10 +84,10 @@ class RequestMeter:
             with self._says_when(num_own=1):
                 yield times
         except BaseException as error:
-            self.ended["OK" if times.is_complete else code_of(error)] += 1
+            self._count("OK" if times.is_complete else code_of(error))
             raise
         else:
-            self.ended["OK"] += 1
+            self._count("OK")
         finally:
             times.ended()
 
@@ -98,11 +103,11 @@ class RequestMeter:
 
     def refused(self, error: BaseException) -> None:
         """Count a request that is refused with this error."""
-        self.ended[code_of(error)] += 1
+        self._count(code_of(error))
 
     @contextmanager
     def _says_when(self, num_own: int = 0) -> Iterator[None]:
-        """Say in a CapacityError raised inside when to ask again, unless it does; num_own of who waits are its own."""
+        """Add to a CapacityError raised inside when to ask again, unless it says so. num_own: of those waiting."""
         try:
             yield
         except CapacityError as error:
@@ -120,12 +125,18 @@ class RequestMeter:
         """
         first_s, self.first_s = self.first_s, []
         gaps_s, self.gaps_s = self.gaps_s, []
+        self.on_report(first_s, gaps_s)
         metrics.observe("expertmesh_time_to_first_token_seconds", first_s)
         metrics.observe("expertmesh_inter_token_seconds", gaps_s)
         for code, count in self.ended.items():
             metrics.count("expertmesh_requests_total", count, code=code)
         metrics.count("expertmesh_request_failovers_total", num_failovers)
         metrics.set("expertmesh_live_requests", num_live)
+        self.by_key.report(metrics)
+
+    def _count(self, code: str) -> None:
+        self.ended[code] += 1
+        self.by_key.request_ended(caller_name(), code)
 
 
 def code_of(error: BaseException) -> str:

@@ -7,7 +7,10 @@ from contextlib import aclosing
 from dataclasses import replace
 from importlib.metadata import version as installed_version
 
+import grpc
+
 from expertmesh.actors.gateway.engine import Engine
+from expertmesh.actors.gateway.grpc_access import ADMIT_AGAIN
 from expertmesh.actors.gateway.oip_metadata import (
     BACKEND,
     is_served,
@@ -119,7 +122,8 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
             async with aclosing(self._answers(request, _trace(context))) as responses:
                 async for response in responses:
                     async with writing:
-                        await context.write(response)
+                        if not await _is_written(context, response):
+                            break
             room.release()
 
         async with asyncio.TaskGroup() as tasks:
@@ -133,6 +137,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         """Yield the responses to one request of a stream, an error as the last of them."""
         request_id = self._request_id(request)
         try:
+            ADMIT_AGAIN.get()()
             asked = await self._read(request, request_id, trace, may_stream=True)
             async with aclosing(self._engine.generate(asked.valid)) as pieces:
                 if asked.stream:
@@ -156,6 +161,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         require_served(self._model, request.model_name, request.model_version)
         seed = self._rng.getrandbits(63)
         with self._engine.meter.refusals(), refusals_told(request_id):
+            self._engine.require_room()
             asked = await asyncio.to_thread(read) if request.ByteSize() > LONG_REQUEST_BYTES else read()
             if asked.stream and not may_stream:
                 raise InputError("stream: ModelInfer gives one response; use ModelStreamInfer", field="stream")
@@ -167,3 +173,12 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
 
 def _trace(context: Context) -> TraceHeaders:
     return TraceHeaders.of(context.invocation_metadata() or ())
+
+
+async def _is_written(context: Context, response: ModelStreamInferResponse) -> bool:
+    """Write a response; say False where the client has gone, before gRPC has cancelled the handler for it."""
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError:
+        return False
+    return True

@@ -49,7 +49,7 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, or as much of it as the client waits for."""
-        await _unless_disconnected(receive, self._send(scope, receive, send))
+        await unless_disconnected(receive, self._send(scope, receive, send))
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -147,8 +147,13 @@ async def _send_event(send: Send, data: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
-async def _unless_disconnected(receive: Receive, work: Coroutine[None, None, None]) -> None:
-    """Do the work; leave it when the client goes away, or when this is cancelled."""
+async def unless_disconnected(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Do the work; leave it when the client goes away, or when this is cancelled.
+
+    Args:
+        receive: of an ASGI application.
+        work: what is done meanwhile.
+    """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(receive))
     try:

@@ -164,6 +164,7 @@ def build_app(front: OpenAIFront, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) 
     app.add_exception_handler(HttpError, _on_http_error)
     app.add_exception_handler(RequestValidationError, on_malformed)
     app.add_exception_handler(HTTPException, _on_unknown_path)
+    # The last that is added comes first.
     app.add_middleware(HttpAccess, access=front.access)
     return app
 

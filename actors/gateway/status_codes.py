@@ -32,7 +32,15 @@ DETAILS_KEY = "grpc-status-details-bin"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 # What is the client's to handle; all else is a fault of the server.
-_TOLD = (InputError, CapacityError, ConflictError, NotFoundError, UnavailableError)
+_TOLD = (
+    InputError,
+    CapacityError,
+    ConflictError,
+    NotFoundError,
+    UnauthenticatedError,
+    ForbiddenError,
+    UnavailableError,
+)
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.router import choose_worker
@@ -25,7 +25,13 @@ class WorkerPool:
     """
 
     def __init__(
-        self, journal: Journal, *, rng: random.Random, call_timeout_s: float = 30.0, retry_delay_s: float = 0.2
+        self,
+        journal: Journal,
+        *,
+        rng: random.Random,
+        call_timeout_s: float = 30.0,
+        retry_delay_s: float = 0.2,
+        on_workers: Callable[[], None] = lambda: None,
     ) -> None:
         """Start with no workers.
 
@@ -34,17 +40,21 @@ class WorkerPool:
             rng: for the router.
             call_timeout_s: longest wait for a worker's answer; above the time that a poll waits at the worker.
             retry_delay_s: pause before a resumed request asks full workers again.
+            on_workers: called when there may be more that new requests may go to.
         """
         self._journal = journal
         self._rng = rng
         self._call_timeout_s = call_timeout_s
         self._retry_delay_s = retry_delay_s
+        self._on_workers = on_workers
         self._links: dict[str, WorkerLink] = {}
         self._polls: dict[WorkerLink, asyncio.Task[None]] = {}
         self._cancels: set[asyncio.Task[None]] = set()
         self._hung: dict[str, WorkerClient] = {}
         self._changed = asyncio.Event()
         self.num_failovers = 0
+        # Told the worker that is lost, how many of its requests move, and why.
+        self.on_failover: Callable[[str, int, str], None] = lambda _worker_id, _num_requests, _why: None
 
     @property
     def routable(self) -> list[WorkerLink]:
@@ -71,7 +81,7 @@ class WorkerPool:
                 _log.tell("worker_found", worker=worker_id)
                 self._polls[link] = asyncio.create_task(self._poll(link), name=f"poll {worker_id}")
         self._hung = {worker_id: worker for worker_id, worker in self._hung.items() if worker_id in named}
-        self._changed.set()
+        self._tell()
 
     def evacuate(self, worker_id: str) -> None:
         """Let the requests of a worker that is to leave go on at others; none is lost. Unknown ids are passed over."""
@@ -141,6 +151,8 @@ class WorkerPool:
             await self._changed.wait()
         # If all that are left now are full, ask one again: the caller decides when to give up.
         links = [link for link in self.routable if link.worker_id not in full] or self.routable
+        if len(links) == 1:
+            return links[0]  # however many requests there are to weigh
         outstanding = {link.worker_id: 0 for link in links}
         for other in self._journal:
             if other is not live and other.link is not None and other.link.worker_id in outstanding:
@@ -157,7 +169,7 @@ class WorkerPool:
                 if link.suspect:
                     link.suspect = False
                     self._hung.pop(link.worker_id, None)
-                    self._changed.set()
+                    self._tell()
         except UnavailableError as error:
             self._lose(link, f"poll: {error}")
         except TimeoutError:
@@ -165,6 +177,10 @@ class WorkerPool:
         except Exception as error:  # noqa: BLE001 - it is logged, and the worker is left
             _log.tell("worker_call_failed", error, worker=link.worker_id, call="poll")
             self._lose(link, "poll failed")
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._on_workers()
 
     def _deliver(self, events: Iterable[TokenEvent]) -> None:
         by_request: dict[LiveRequest, list[TokenEvent]] = {}
@@ -184,6 +200,7 @@ class WorkerPool:
         _log.tell("worker_lost", worker=link.worker_id, reason=why, num_requests=len(stranded), hung=hung)
         self._forget(link)
         self.num_failovers += len(stranded)
+        self.on_failover(link.worker_id, len(stranded), why)
         # It may only be slow: then it must not go on with what now runs elsewhere.
         sequence_ids = [sample.sequence_id for live in stranded for sample in live.unfinished]
         if sequence_ids:

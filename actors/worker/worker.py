@@ -23,7 +23,7 @@ from expertmesh.actors.worker.dispatcher import Dispatcher
 from expertmesh.actors.worker.engine import Engine
 from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.actors.worker.link_keeper import LinkKeeper
-from expertmesh.actors.worker.outbox import Outbox
+from expertmesh.actors.worker.outboxes import Outboxes
 from expertmesh.actors.worker.step_log import open_step_log
 from expertmesh.cluster.counters import CLOCK
 from expertmesh.cluster.errors import CapacityError, UnavailableError
@@ -66,8 +66,7 @@ class Worker:
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self._link_keeper: LinkKeeper | None = None
         self._generation = 0
-        self._outboxes: dict[str, Outbox] = {}
-        self._gateway_of: dict[str, str] = {}
+        self._outboxes = Outboxes(time.monotonic)
         self._engine: Engine | None = None
         self._dispatcher: Dispatcher | None = None
         self._architecture: Architecture | None = None
@@ -121,21 +120,19 @@ class Worker:
         """See WorkerClient.submit."""
         if self._engine is None:
             raise UnavailableError(f"{self._id} is still loading")
-        for request in requests:
-            self._gateway_of[request.sequence_id] = gateway_id
+        sequence_ids = [request.sequence_id for request in requests]
+        self._outboxes.assign(gateway_id, sequence_ids)
         try:
             self._engine.submit(requests)
         except Exception:
-            for request in requests:
-                self._gateway_of.pop(request.sequence_id, None)
+            self._outboxes.release(sequence_ids)
             raise
 
     async def cancel(self, sequence_ids: list[str]) -> None:
         """See WorkerClient.cancel."""
         if self._engine is not None:
             self._engine.cancel(sequence_ids)
-        for sequence_id in sequence_ids:
-            self._gateway_of.pop(sequence_id, None)
+        self._outboxes.release(sequence_ids)
 
     async def stream_address(self) -> StreamAddress:
         """Return where gateways get their new tokens."""
@@ -145,11 +142,13 @@ class Worker:
         return self._stream.address
 
     async def _poll(self, gateway_id: str, after: int) -> tuple[int, list[TokenEvent]]:
-        return await self._outboxes.setdefault(gateway_id, Outbox()).poll(after, self._settings.worker_timeout_s / 2)
+        return await self._outboxes.poll(gateway_id, after, self._settings.worker_timeout_s / 2)
 
     async def describe(self) -> dict[str, Any]:
-        """Return what `status` shows of a worker."""
+        """Return what `status` shows of a worker. Being asked again and again, give up gateways that are gone."""
         engine = self._engine
+        if abandoned := self._outboxes.give_up_silent():
+            await self.cancel(abandoned)
         self._metrics.observe("expertmesh_queue_seconds", engine.take_queue_times() if engine else ())
         return {
             "id": self._id,
@@ -303,19 +302,7 @@ class Worker:
     def _hand_out(self, events: list[TokenEvent]) -> None:
         """Pass a step's events to the event loop; called from the engine's thread."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._sort_out, events)
-
-    def _sort_out(self, events: list[TokenEvent]) -> None:
-        by_gateway: dict[str, list[TokenEvent]] = {}
-        for event in events:
-            gateway_id = self._gateway_of.get(event.sequence_id)
-            if gateway_id is None:
-                continue  # cancelled
-            by_gateway.setdefault(gateway_id, []).append(event)
-            if event.finish_reason is not None:
-                del self._gateway_of[event.sequence_id]
-        for gateway_id, own_events in by_gateway.items():
-            self._outboxes.setdefault(gateway_id, Outbox()).put(own_events)
+        self._loop.call_soon_threadsafe(self._outboxes.put, events)
 
 
 def _run(engine: Engine) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from expertmesh.cluster.attendance import given_up, is_settled
 from expertmesh.cluster.balancer_types import ShardFacts
 from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.ids import ShardId
@@ -113,10 +114,15 @@ class Fleet:
     def _live(self) -> list[ShardId]:
         return [shard for shard in self.members if shard not in self._dead_since_s]
 
-    @property
-    def _is_calm(self) -> bool:
-        placed = {slots.shard for slots in self.placement.shards}
-        return self._move is None and not self._dead_since_s and placed == self._holding == set(self.members)
+    def _is_calm(self, now_s: float) -> bool:
+        absent = given_up(self._dead_since_s, now_s, self._settings.absence_s)
+        return self._move is None and is_settled(
+            shards=self.members,
+            placed=[slots.shard for slots in self.placement.shards],
+            hosting=self._holding,
+            starting=self._dead_since_s,
+            absent=absent,
+        )
 
     def _fail(self, fault: Fault, now_s: float) -> float:
         """Let shards die; what only they had is loaded by the others. Return how long steps stand still."""
@@ -177,7 +183,7 @@ class Fleet:
                 )
             return
         members = self._scaling.due_members(now_s)
-        if members is not None and self._is_calm:
+        if members is not None and self._is_calm(now_s) and not self._dead_since_s:
             text = f"shards go from {len(self.members)} to {len(members)}"
             self._move_to(self._spread(members), now_s, "scale", text, members)
 
@@ -227,7 +233,7 @@ class Fleet:
             self.observation.collect(now_s)
             self._scaling.look(now_s, self.observation, self.members)
             return
-        if not self._is_calm:
+        if not self._is_calm(now_s):
             return
         self.looks[name] += 1
         decide = self._follower.level if name == "level" else self._follower.rebalance
@@ -255,8 +261,8 @@ class Fleet:
     @property
     def _facts(self) -> list[ShardFacts]:
         replicas, spare_slots = self._settings.replicas, self._settings.spare_slots
-        racks = self._racks(self.members)
-        return shard_facts(self.placement, self.members, racks, replicas=replicas, spare_slots=spare_slots)
+        shards = [slots.shard for slots in self.placement.shards]
+        return shard_facts(self.placement, shards, self._racks(shards), replicas=replicas, spare_slots=spare_slots)
 
 
 def _number(shard: ShardId) -> int:

@@ -33,15 +33,14 @@ class Routing:
     """
 
     def __init__(self, placement: Placement, alive_S: npt.NDArray[np.bool_]) -> None:
-        shard_LER, weight_LER = placement.replica_table
-        num_layers, num_experts, _ = shard_LER.shape
-        self._shape_LS = (num_layers, len(placement.shards))
+        row_N, shard_N, weight_N = placement.replica_pairs
+        num_rows, num_shards = len(placement.layers) * placement.num_experts, len(placement.shards)
+        self._shape_LS = (len(placement.layers), num_shards)
         self._num_live = int(alive_S.sum())
-        share_LER = live_shares(weight_LER, np.append(alive_S, False)[shard_LER])
-        layer_N, expert_N, replica_N = np.nonzero(share_LER)
-        self.row_N = layer_N * len(placement.shards) + shard_LER[layer_N, expert_N, replica_N]
-        self.expert_N = layer_N * num_experts + expert_N
-        self.share_N = share_LER[layer_N, expert_N, replica_N]
+        share_N = live_shares(weight_N, alive_S[shard_N], row_N, num_rows)
+        computes_N = share_N > 0
+        self.expert_N, self.share_N = row_N[computes_N], share_N[computes_N]
+        self.row_N = self.expert_N // placement.num_experts * num_shards + shard_N[computes_N]
 
     @property
     def num_live(self) -> int:

@@ -31,6 +31,9 @@ class SimulationSettings(BaseModel):
     spread_after_s: float = Field(
         default=15.0, ge=0, description="how long a dead shard may be away before others help"
     )
+    absence_s: float = Field(
+        default=60.0, ge=0, description="how long one may be away before the others are balanced without it"
+    )
     restart_s: float | None = Field(default=20.0, ge=0, description="until a dead shard is back, empty; None: never")
     start_s: float = Field(default=20.0, ge=0, description="until a new shard is ready, empty")
     copying: BalanceSettings = Field(default=BalanceSettings(), description="bandwidths of one shard's copies")

@@ -63,13 +63,15 @@ async def running(
     status: Callable[[], Any] = get_status,
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
-    max_queue: int | None = None,
     tls: TlsSettings | None = None,
     keys: KeyBook | None = None,
     host: str = "127.0.0.1",
+    **options: int | None,
 ) -> AsyncIterator[Running]:
+    """Serve while the block lasts; options are the engine's."""
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4, max_queue=max_queue)
+    engine = Engine(tokenizer=tokenizer, rng=rng, **{"max_requests": 4, **options})  # type: ignore[arg-type]
+    engine.admission.set_keys([] if keys is None else keys.names)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
         host=host,
@@ -78,8 +80,8 @@ async def running(
         open_inference=OpenInferenceService(engine, MODEL, tokenizer, rng),
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
-        tls=tls,
         keys=keys,
+        tls=tls,
     )
     engine.pool.set_workers(workers)
     try:

@@ -11,6 +11,7 @@ import pytest
 
 from expertmesh.actors.controller.autoscaling import Autoscaling
 from expertmesh.actors.controller.measuring import Measuring
+from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.links.ends import LinkEnd
 from expertmesh.cluster.autoscaler import ShardTierSettings, WorkerTierSettings
 from expertmesh.cluster.errors import CapacityError, ConflictError, InputError, UnavailableError
@@ -259,6 +260,23 @@ def test_members_that_are_away_are_not_measured() -> None:
     fleet.workers.facts["w-0"] = {**fleet.workers.facts["w-0"], "state": "unresponsive"}
     with pytest.raises(UnavailableError, match="no worker said"):
         measuring.look(fleet.shards.facts, fleet.workers.facts, needed_bytes=0)
+
+
+def test_what_waits_at_gateways_is_work_of_the_workers() -> None:
+    loop = Loop(Fleet())
+    loop.fleet.pass_time()
+    for gateway, backlog, told_s in (
+        ("gone", Backlog(500, 500_000), -1.0),
+        ("a", Backlog(9, 9_000), 0.0),
+        ("a", Backlog(3, 3_000), 4.0),
+        ("b", Backlog(4, 4_000), 4.5),
+    ):
+        loop.scaling.queues.hear(gateway, backlog, told_s)
+    loop.scaling.step(5.0)
+    decision = loop.scaling._decision
+    assert decision is not None
+    assert decision.inputs["workers"]["num_waiting"] == 7
+    assert decision.inputs["workers"]["outstanding_tokens"] == 7_070
 
 
 def test_the_speed_of_a_worker_is_remembered_while_none_works() -> None:

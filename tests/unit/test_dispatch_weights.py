@@ -14,6 +14,7 @@ from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.placement import EVEN_WEIGHT, Placement, ShardSlots
 
 LAYER = 3
+HALF = (EVEN_WEIGHT // 2, EVEN_WEIGHT // 2)
 Hosts = list[frozenset[int]]
 
 
@@ -99,26 +100,26 @@ def test_the_busiest_live_shard_is_as_little_busy_as_the_cuts_allow(
 def test_worked_example_a_shared_expert_fills_the_idle_shard() -> None:
     placement = placement_of([frozenset({0, 1}), frozenset({0})], 2)
     # 30 + 10 on two shards: 20 each, so 10 of the shared 30 stay on the first.
-    assert level_weights([[30, 10]], placement) == {key(0): (85, 171)}
+    assert level_weights([[30, 10]], placement) == {key(0): (1365, 2731)}
     # The second shard is three times as fast: 10 and 30.
-    assert level_weights([[30, 10]], placement, speed_S=[1, 3]) == {key(0): (0, 256)}
+    assert level_weights([[30, 10]], placement, speed_S=[1, 3]) == {key(0): (0, EVEN_WEIGHT)}
 
 
 def test_only_what_can_be_divided_or_lost_a_replica_has_an_entry() -> None:
     hosts_E = [frozenset({0}), frozenset({0, 1}), frozenset({0, 1}), frozenset({1, 2}), frozenset({2})]
     weights = level_weights([[5, 5, 0, 0, 7]], placement_of(hosts_E, 3), alive_S=[True, True, False])
     # Expert 2 has no load and no dead replica; expert 4 has no live replica.
-    assert weights == {key(1): (0, 256), key(3): (256, 0)}
+    assert weights == {key(1): (0, EVEN_WEIGHT), key(3): (EVEN_WEIGHT, 0)}
     assert list(weights) == sorted(weights)
 
 
 def test_an_expert_without_load_falls_back_to_even_weights() -> None:
     hosts_E = [frozenset({0, 1}), frozenset({0, 1})]
     placement = placement_of(hosts_E, 2, {key(0): (1, 255), key(1): (128, 128)})
-    assert level_weights([[0, 10]], placement) == {key(1): (128, 128)}
+    assert level_weights([[0, 10]], placement) == {key(1): HALF}
 
 
-@pytest.mark.parametrize("weights", [(192, 64), (64, 192)])
+@pytest.mark.parametrize("weights", [(3072, 1024), (1024, 3072)])
 def test_of_equal_solutions_the_one_nearest_to_the_current_weights_is_taken(weights: tuple[int, int]) -> None:
     current = {key(0): weights, key(1): weights[::-1]}
     placement = placement_of([frozenset({0, 1}), frozenset({0, 1})], 2, current)
@@ -127,7 +128,7 @@ def test_of_equal_solutions_the_one_nearest_to_the_current_weights_is_taken(weig
 
 def test_levelling_comes_before_few_moves() -> None:
     placement = placement_of([frozenset({0, 1})], 2, {key(0): (129, 127)})
-    assert level_weights([[1000]], placement) == {key(0): (128, 128)}
+    assert level_weights([[1000]], placement) == {key(0): HALF}
 
 
 def test_equal_arguments_give_equal_weights_whatever_the_order_of_the_current_ones() -> None:
@@ -149,7 +150,7 @@ def test_layers_are_levelled_apart() -> None:
     )
     placement = Placement(epoch=0, num_experts=2, layers=(0, 7), shards=shards)
     weights = level_weights([[30, 10], [10, 30]], placement)
-    assert weights == {ExpertKey(0, 0): (85, 171), ExpertKey(7, 0): (0, 256)}
+    assert weights == {ExpertKey(0, 0): (1365, 2731), ExpertKey(7, 0): (0, EVEN_WEIGHT)}
 
 
 @pytest.mark.parametrize(
@@ -172,19 +173,42 @@ def test_unfit_arguments_are_refused(arguments: dict[str, list[float]], text: st
 def test_small_changes_of_share_are_left_undone() -> None:
     old = {key(0): (128, 128), key(1): (100, 156), key(3): (0, 256)}
     new = {key(0): (130, 126), key(1): (140, 116), key(2): (129, 127), key(3): (0, 256), key(4): (200, 56)}
-    assert changed_weights(old, new, 0.02) == {
+    assert changed_weights(old, new, 0.04) == {
         key(0): (128, 128),
         key(1): (140, 116),
         key(3): (0, 256),
         key(4): (200, 56),
     }
     assert changed_weights(old, new, 0.0) == new
-    assert changed_weights(old, {}, 0.05) == {key(0): (128, 128)}, "even again, but the first hardly changes"
-    assert changed_weights(old, new, 1.0) == old
+    assert changed_weights(old, {}, 0.1) == {key(0): (128, 128)}, "even again, but the first hardly changes"
+    assert changed_weights(old, new, 2.0) == old
 
 
-def test_a_dead_band_outside_a_share_or_for_other_replicas_is_refused() -> None:
-    with pytest.raises(InputError, match="threshold of 2"):
-        changed_weights({}, {}, 2)
+def test_a_negative_dead_band_or_one_for_other_replicas_is_refused() -> None:
+    with pytest.raises(InputError, match="threshold of -1"):
+        changed_weights({}, {}, -1)
     with pytest.raises(InputError, match=r"L3E0 has weights \(1, 2\) and then \(1, 2, 3\)"):
         changed_weights({key(0): (1, 2)}, {key(0): (1, 2, 3)}, 0.1)
+
+
+def test_layers_that_are_not_to_be_levelled_keep_their_weights() -> None:
+    shards = tuple(
+        ShardSlots(shard=ShardId(name), experts=tuple(ExpertKey(layer, e) for layer in (0, 7) for e in experts))
+        for name, experts in (("a", (0, 1)), ("b", (0,)))
+    )
+    placement = Placement(epoch=0, num_experts=2, layers=(0, 7), shards=shards, weights={ExpertKey(7, 0): (1, 2)})
+    load_LE = [[30, 10], [10, 30]]
+    kept, levelled = {ExpertKey(7, 0): (1, 2)}, {ExpertKey(0, 0): (1365, 2731)}
+    assert level_weights(load_LE, placement, only_L=[True, False]) == kept | levelled
+    assert level_weights(load_LE, placement, only_L=[False, False]) == kept
+    with pytest.raises(InputError, match=r"2 layers are to be levelled was given as shape \(1,\)"):
+        level_weights(load_LE, placement, only_L=[True])
+
+
+@pytest.mark.parametrize(("num_replicas", "moved", "is_kept"), [(2, 0.04, True), (2, 0.06, False), (50, 0.004, False)])
+def test_a_change_is_small_beside_the_even_share_of_a_replica(num_replicas: int, moved: float, is_kept: bool) -> None:
+    step = round(moved * EVEN_WEIGHT)
+    even = EVEN_WEIGHT // num_replicas
+    old = {key(0): (even,) * num_replicas}
+    new = {key(0): (even + step, even - step, *(even,) * (num_replicas - 2))}
+    assert changed_weights(old, new, 0.1) == (old if is_kept else new)

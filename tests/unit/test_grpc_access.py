@@ -14,6 +14,7 @@ from expertmesh.actors.gateway.access import is_loopback
 from expertmesh.actors.gateway.grpc_access import needed_role
 from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.cluster.api_keys import Role
+from expertmesh.oip import open_inference_pb2
 from expertmesh.v1 import admin_pb2, inference_pb2
 from expertmesh.v1.admin_pb2 import GetStatusRequest, WatchLoadRequest
 from expertmesh.v1.inference_pb2 import CancelRequest, GetModelRequest, ResumeRequest
@@ -122,6 +123,10 @@ def test_every_method_that_we_serve_has_a_role_and_any_other_needs_admin() -> No
     for file, role in ((inference_pb2, Role.INFERENCE), (admin_pb2, Role.ADMIN)):
         for service in file.DESCRIPTOR.services_by_name.values():
             assert {needed_role(f"/{service.full_name}/{method.name}") for method in service.methods} == {role}
+    (service,) = open_inference_pb2.DESCRIPTOR.services_by_name.values()
+    roles = {method.name: needed_role(f"/{service.full_name}/{method.name}") for method in service.methods}
+    is_open = {"ServerLive", "ServerReady", "ModelReady"}
+    assert roles == {name: None if name in is_open else Role.INFERENCE for name in roles}
     for unknown in ("/new.Service/Do", "/grpc.health.v1.Healthy/Check", "nothing", "", "//expertmesh.v1.Inference/X"):
         assert needed_role(unknown) is Role.ADMIN
 

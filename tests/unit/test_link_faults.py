@@ -27,6 +27,7 @@ from expertmesh.actors.worker.dispatcher import Dispatcher
 from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.actors.worker.step import Step
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
+from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ExpertKey, ShardId
 from expertmesh.cluster.packets import PacketHeader
 from expertmesh.cluster.placement import Placement, ShardSlots
@@ -38,7 +39,9 @@ from tests.fleet import CPU, break_link, link_pair
 
 A, B = ShardId("shard-a"), ShardId("shard-b")
 LAYER, NUM_EXPERTS, HIDDEN = 1, 8, 32
-DEADLINE_S = 0.3
+DEADLINE_S = 30.0
+# Of a link whose next answer does not come, so that the test need not wait longer.
+SHORT_DEADLINE_S = 0.3
 KEYS = tuple(ExpertKey(LAYER, expert) for expert in range(NUM_EXPERTS))
 # Everything goes to shard a as long as its link stands.
 PLACEMENT = Placement(
@@ -65,9 +68,9 @@ class FaultyLink(Link):
         self.num_answers += 1
         former, self._former = self._former, (header, [part.clone() for part in parts])
         if fault == "slow":
-            time.sleep(DEADLINE_S / 2)
+            time.sleep(SHORT_DEADLINE_S)
         elif fault == "late":
-            time.sleep(DEADLINE_S * 2)
+            time.sleep(SHORT_DEADLINE_S * 3)
         elif fault == "truncated":
             self._send_a_part(header, parts)
             return
@@ -88,7 +91,10 @@ class FaultyLink(Link):
         """Send the beginning of a message, as one does that dies or is cut off in the middle of it."""
         if isinstance(self._inner, LocalLink):
             payload = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
-            self._inner._socket.sendall(header.pack() + payload[: len(payload) // 2].numpy().tobytes())
+            try:
+                self._inner._socket.sendall(header.pack() + payload[: len(payload) // 2].numpy().tobytes())
+            except OSError as error:  # the other end may have given up already
+                raise LinkError(str(error)) from error
         else:
             # Gloo knows the size of each message; only one that is sent in two can lack its second half.
             assert isinstance(self._inner, GlooLink)
@@ -120,8 +126,14 @@ class TwoShards:
     def join_a(self) -> None:
         """Form the link to shard a, anew if there was one, and use it."""
         self._generation += 1
-        link, self.a = self._serve(A)
-        self.dispatcher.set_fleet(Fleet(PLACEMENT, {A: link, B: self._link_b}))
+        self._link_a, self.a = self._serve(A)
+        self.dispatcher.set_fleet(Fleet(PLACEMENT, {A: self._link_a, B: self._link_b}))
+
+    def spoil(self, fault: str) -> None:
+        """Have the next answer of shard a go wrong."""
+        self.a.faults.append(fault)
+        if fault in ("late", "truncated"):
+            self._link_a._timeout_s = SHORT_DEADLINE_S  # type: ignore[attr-defined]  # each kind has it
 
     def run(self, seed: int = 0) -> Tensor:
         """Run the layer for twelve tokens."""
@@ -172,7 +184,7 @@ def shards(request: pytest.FixtureRequest, weights: CheckpointWeights) -> Iterat
 
 def test_a_slow_link_only_slows(shards: TwoShards) -> None:
     expected = shards.run()
-    shards.a.faults.append("slow")
+    shards.spoil("slow")
     assert torch.equal(shards.run(), expected)
     assert not shards.lost
     assert shards.num_packets == (2, 0)
@@ -182,7 +194,7 @@ def test_a_slow_link_only_slows(shards: TwoShards) -> None:
 def test_a_spoiled_answer_is_not_used_and_the_link_is_formed_anew(shards: TwoShards, fault: str) -> None:
     expected = shards.run(seed=1)
     shards.run(seed=0)  # the former answer is to other tokens, in a packet of the same size
-    shards.a.faults.append(fault)
+    shards.spoil(fault)
     assert torch.equal(shards.run(seed=1), expected), "shard b computed it"
     assert shards.lost == [A]
     assert shards.num_packets[1] == 1
@@ -202,6 +214,6 @@ def test_a_link_that_spoils_every_answer_changes_no_result(shards: TwoShards) ->
             shards.lost.clear()
             shards.join_a()
             shards.run(seed=7)
-        shards.a.faults.append(fault)
+        shards.spoil(fault)
         assert torch.equal(shards.run(seed), expected[seed]), fault
         assert bool(shards.lost) == (fault not in ("", "slow")), fault

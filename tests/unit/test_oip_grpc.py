@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from expertmesh.actors.gateway import oip_service
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.oip import open_inference_pb2
 from expertmesh.oip.open_inference_pb2 import ModelInferRequest, ModelStreamInferResponse
+from tests.unit.api_keys import bearer, book, key, write_keys
 from tests.unit.gateway_fakes import EOS_ID, FakeWorker, fake_output, fake_text, fake_token, letter_id, save_tokenizer
 from tests.unit.gateway_server import Running, error_of, running, sampling, until
 from tests.unit.oip_requests import infer_request, outputs
@@ -147,12 +150,27 @@ async def test_without_the_input_stream_there_is_one_response(tokenizer: Tokeniz
     assert is_final(one)
 
 
+async def test_a_client_that_sends_too_many_requests_at_once_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oip_service, "MAX_STREAM_REQUESTS", 2)
+    live: list[int] = []
+
+    def token(prompt_ids: Sequence[int], settings: SamplingParams, position: int) -> int:
+        live.append(len(worker.live_ids))
+        return fake_token(prompt_ids, settings, position)
+
+    worker = FakeWorker("a", token=token)
+    async with running(worker) as up:
+        got = await answers(up, *(seeded_ids(20) for _ in range(6)))
+    assert sum(is_final(one) for one in got) == 6
+    assert max(live) == 2
+
+
 async def test_a_stream_without_requests_ends() -> None:
     async with running(FakeWorker("a")) as up:
         assert await answers(up) == []
 
 
-async def test_a_cancelled_stream_ends_all_its_requests() -> None:
+async def test_a_cancelled_stream_ends_all_its_requests(caplog: pytest.LogCaptureFixture) -> None:
     worker = FakeWorker("a")
     async with running(worker) as up:
         forever = asyncio.Event()
@@ -169,7 +187,8 @@ async def test_a_cancelled_stream_ends_all_its_requests() -> None:
         await until(lambda: len(worker.live_ids) == 3)
         call.cancel()
         await until(lambda: not worker.live_ids and up.engine.num_live_requests == 0)
-        assert sorted(worker.cancelled) == sorted(one.sequence_id for one in worker.submitted)
+        await until(lambda: sorted(worker.cancelled) == sorted(one.sequence_id for one in worker.submitted))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_closed_channel_ends_the_requests_of_its_stream() -> None:
@@ -249,6 +268,63 @@ async def test_full_workers_and_faults(tokenizer: Tokenizer, caplog: pytest.LogC
     told = "request find-me-too: internal error; look for find-me-too in the gateway's log"
     assert one.error_message == told
     assert "secret cause" in caplog.text
+
+
+async def test_a_full_gateway_refuses_before_it_reads_the_prompt(tokenizer: Tokenizer) -> None:
+    async with running(FakeWorker("a"), tokenizer=tokenizer) as up:
+        streams = [up.open_inference.ModelStreamInfer(iter([seeded(seed, 500, **STREAM)])) for seed in range(4)]
+        for stream in streams:
+            await stream.read()
+        # Wrong as well, which nobody looks at.
+        error = await error_of(up.open_inference.ModelInfer(infer_request(None)))
+        (one,) = await answers(up, infer_request(None, request_id="r"))
+        for stream in streams:
+            stream.cancel()
+    full = "4 requests are alive at this gateway, as many as it allows"
+    assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, full)
+    assert one.error_message == f"request r: {full}"
+    assert up.engine.meter.ended["INVALID_ARGUMENT"] == 0
+
+
+async def test_every_call_but_health_needs_a_key_where_there_are_keys(tmp_path: Path) -> None:
+    ready = open_inference_pb2.ModelReadyRequest(name="fake")
+    metadata = open_inference_pb2.ModelMetadataRequest(name="fake")
+    async with running(FakeWorker("a"), keys=book(tmp_path, key("alice"))) as up:
+        stub = up.open_inference
+        assert (await stub.ServerLive(open_inference_pb2.ServerLiveRequest())).live
+        assert not (await stub.ModelReady(ready)).ready
+        for call in (
+            stub.ModelInfer(seeded_ids(5)),
+            stub.ModelStreamInfer(iter([seeded_ids(5)])),
+            stub.ModelMetadata(metadata),
+            stub.ServerMetadata(open_inference_pb2.ServerMetadataRequest()),
+        ):
+            assert (await error_of(call)).code() is grpc.StatusCode.UNAUTHENTICATED
+        assert (await stub.ModelMetadata(metadata, metadata=bearer("alice"))).name == "fake"
+
+
+async def test_a_key_that_is_revoked_ends_no_request_and_begins_none(tmp_path: Path) -> None:
+    keys = book(tmp_path, key("alice"))
+    begun = asyncio.Event()
+
+    async def requests() -> AsyncIterator[ModelInferRequest]:
+        yield infer_request(None, input_ids=("INT32", [5]), parameters={"max_tokens": 200}, request_id="old", **STREAM)
+        await begun.wait()
+        yield infer_request(None, input_ids=("INT32", [5]), request_id="new")
+
+    got: list[ModelStreamInferResponse] = []
+    async with running(FakeWorker("a"), keys=keys) as up:
+        async for one in up.open_inference.ModelStreamInfer(requests(), metadata=bearer("alice")):
+            got.append(one)
+            if not begun.is_set():
+                write_keys(tmp_path / "keys.toml", key("bob"))
+                assert keys.look()
+                begun.set()
+    assert [one.error_message for one in got if one.infer_response.id == "new"] == [
+        "request new: the API key is unknown, revoked or expired"
+    ]
+    (last,) = [one for one in got if one.infer_response.id == "old" and is_final(one)]
+    assert outputs(last.infer_response)["finish_reason"] == "length"
 
 
 async def test_a_long_prompt_is_read_beside_the_loop(tokenizer: Tokenizer) -> None:

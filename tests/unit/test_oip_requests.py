@@ -4,16 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from expertmesh.actors.gateway.oip_requests import InferRequest, InferRequestReader
+from expertmesh.actors.gateway.oip_schema import SETTINGS
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.requests import SamplingParams
-from expertmesh.oip.open_inference_pb2 import ModelInferRequest
+from expertmesh.oip.open_inference_pb2 import InferParameter, ModelInferRequest
 from tests.unit.gateway_fakes import EOS_ID, MODEL, letter_id, save_tokenizer
 from tests.unit.oip_requests import infer_request, sampling_parameters
 
 PROMPT_IDS = tuple(letter_id(letter) for letter in "abc")
-SETTINGS: dict[str, Any] = {
+GIVEN: dict[str, Any] = {
     "max_tokens": 7,
     "temperature": 0.5,
     "top_k": 5,
@@ -22,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "repetition_penalty": 1.5,
     "seed": 2**62,
 }
-SAMPLING = SamplingParams(**SETTINGS, stop_token_ids=(EOS_ID,))
+SAMPLING = SamplingParams(**GIVEN, stop_token_ids=(EOS_ID,))
 TENSORS: dict[str, Any] = {
     "max_tokens": ("INT32", [7]),
     "temperature": ("FP32", [0.5]),
@@ -53,11 +56,11 @@ def error_of(reader: InferRequestReader, request: ModelInferRequest) -> InputErr
 @pytest.mark.parametrize(
     "request_",
     [
-        infer_request(parameters=SETTINGS),
-        infer_request(parameters={name: str(value) for name, value in SETTINGS.items()}),
-        infer_request(sampling_parameters=sampling_parameters(**SETTINGS, stop=None)),
+        infer_request(parameters=GIVEN),
+        infer_request(parameters={name: str(value) for name, value in GIVEN.items()}),
+        infer_request(sampling_parameters=sampling_parameters(**GIVEN, stop=None)),
         # As the client of Triton's vLLM backend writes them.
-        infer_request(sampling_parameters=sampling_parameters(**{n: str(v) for n, v in SETTINGS.items()})),
+        infer_request(sampling_parameters=sampling_parameters(**{n: str(v) for n, v in GIVEN.items()})),
         infer_request(**TENSORS),
     ],
     ids=["parameters", "parameters as strings", "sampling_parameters", "sampling_parameters as strings", "tensors"],
@@ -218,6 +221,40 @@ def test_what_cannot_be_served_is_refused_by_name(
     error = error_of(reader, request_)
     assert error.field == field
     assert message in str(error)
+
+
+# What numbers and the words of booleans are made of, and some more.
+TEXT = st.text("019.-+einftruasx ü\n", max_size=6)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+PARAMETER = (
+    st.booleans().map(lambda value: InferParameter(bool_param=value))
+    | st.integers(-(2**63), 2**63 - 1).map(lambda value: InferParameter(int64_param=value))
+    | st.integers(0, 2**64 - 1).map(lambda value: InferParameter(uint64_param=value))
+    | st.floats().map(lambda value: InferParameter(double_param=value))
+    | TEXT.map(lambda value: InferParameter(string_param=value))
+)
+
+
+@settings(deadline=None)
+@given(
+    fields=st.dictionaries(st.sampled_from(sorted(SETTINGS)), JSON, max_size=4),
+    parameters=st.dictionaries(st.sampled_from(sorted(SETTINGS)), PARAMETER, max_size=4),
+)
+def test_whatever_is_set_is_read_or_refused_in_one_line(
+    reader: InferRequestReader, fields: dict[str, Any], parameters: dict[str, InferParameter]
+) -> None:
+    request = infer_request(sampling_parameters=sampling_parameters(**fields))
+    for name, value in parameters.items():
+        request.parameters[name].CopyFrom(value)
+    try:
+        is_sound = read(reader, request).valid.prompt_ids == PROMPT_IDS
+    except InputError as error:
+        is_sound = error.field in SETTINGS and "\n" not in str(error)
+    assert is_sound
 
 
 def test_a_parameter_without_a_value_is_refused(reader: InferRequestReader) -> None:

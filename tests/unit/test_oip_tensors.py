@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.actors.gateway.oip_schema import DataType, TensorSpec, input_specs
@@ -27,6 +27,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("datatype", CONTENTS)
+@settings(deadline=None)
 @given(data=st.data(), is_raw=st.booleans(), has_batch=st.booleans())
 def test_values_arrive_typed_and_raw(datatype: str, data: st.DataObject, is_raw: bool, has_batch: bool) -> None:
     field, elements = CONTENTS[datatype]
@@ -42,12 +43,14 @@ def test_values_arrive_typed_and_raw(datatype: str, data: st.DataObject, is_raw:
     assert (read.name, read.datatype, read.values) == ("x", datatype, values)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=20), max_size=5), st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5))
 def test_raw_outputs_are_as_clients_read_them(texts: list[bytes], numbers: list[int]) -> None:
     assert to_raw(DataType.BYTES, texts) == raw("BYTES", texts)
     assert to_raw(DataType.INT32, numbers) == raw("INT32", numbers)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40), st.integers(-2, 2**40))
 def test_any_bytes_are_read_or_refused_by_name(content: bytes, length: int) -> None:
     for name, datatype in (("stop", "BYTES"), ("input_ids", "INT64")):

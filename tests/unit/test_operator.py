@@ -103,3 +103,13 @@ def test_nothing_is_moved_onto_a_shard_that_is_being_started() -> None:
     with pytest.raises(UnavailableError, match="shard-1 is being started; ask again"):
         found.drain("shard-0")
     assert not found.all()
+
+
+def test_each_step_of_an_operation_is_told() -> None:
+    found, _ = operator([])
+    told: list[tuple[str, Phase]] = []
+    found.on_noted = lambda operation: told.append((operation.request, operation.phase))
+    found.scale(2, None)
+    for _ in range(3):
+        found.step()
+    assert told == [("scale to 2 shards", phase) for phase in (Phase.PREPARE, Phase.COMMIT, Phase.DRAIN, Phase.DONE)]

@@ -17,6 +17,7 @@ from expertmesh.v1.inference_pb2 import GenerateRequest
 from tests.unit import openai_server
 from tests.unit.gateway_fakes import MODEL, FakeWorker, fake_output, save_tokenizer
 from tests.unit.gateway_server import Running, error_of, request, running, sampling, until
+from tests.unit.oip_requests import infer_request
 from tests.unit.test_gateway_failover import running as engine_running
 from tests.unit.test_gateway_failover import valid
 
@@ -56,6 +57,8 @@ async def test_a_full_gateway_refuses_before_it_reads_the_prompt(
         assert error.code().name == "RESOURCE_EXHAUSTED"
         assert error.details() == "4 requests are alive at this gateway, as many as it allows"
         assert up.engine.meter.ended["RESOURCE_EXHAUSTED"] == 1
+        assert (await error_of(up.open_inference.ModelInfer(infer_request()))).code().name == "RESOURCE_EXHAUSTED"
+        assert up.engine.meter.ended["RESOURCE_EXHAUSTED"] == 2
 
 
 async def test_full_workers_are_not_asked() -> None:

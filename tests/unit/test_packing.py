@@ -120,8 +120,10 @@ def test_shares_are_as_level_as_a_linear_programme_makes_them(seed: int, num_sha
     random = np.random.default_rng(seed)
     speed_S = random.choice([1.0, 2.0], num_shards).tolist()
     layer = layer_of(random.pareto(1.2, num_experts), [num_experts] * num_shards, speed_S=speed_S)
-    layer.hosts_SE = random.random((num_shards, num_experts)) < 0.4
-    layer.hosts_SE[random.integers(num_shards, size=num_experts), np.arange(num_experts)] = True
+    hosts_SE = random.random((num_shards, num_experts)) < 0.4
+    hosts_SE[random.integers(num_shards, size=num_experts), np.arange(num_experts)] = True
+    for shard, expert in np.argwhere(hosts_SE).tolist():
+        layer.add(shard, expert)
     layer.level()
     check(layer)
     assert layer.time_S.max() <= least_largest_time(layer) * 1.01 + 1e-9
@@ -133,7 +135,8 @@ def test_weights_are_within_a_step_of_the_shares(share: list[float]) -> None:
     # Idle shards of these speeds share in proportion to speed, so the exact shares are known.
     speed_S = [part + 1e-3 for part in share]
     layer = layer_of([10.0], [1] * len(share), speed_S=speed_S)
-    layer.hosts_SE[:] = True
+    for shard in range(len(share)):
+        layer.add(shard, 0)
     layer.level()
     weights = np.array(layer.quantise()[0])
     assert weights.sum() == EVEN_WEIGHT
@@ -147,7 +150,7 @@ def test_experts_with_one_replica_or_without_load_get_no_weights() -> None:
         layer.add(shard, expert)
     layer.level()
     # Shards end up with 3 each: expert 1's 2 on the first, so 1 and 3 of expert 0's 4.
-    assert layer.quantise() == {0: (64, 192)}
+    assert layer.quantise() == {0: (1024, 3072)}
 
 
 def test_the_tightest_placement_is_found_by_a_chain() -> None:

@@ -194,3 +194,13 @@ def test_the_knee_is_where_a_doubling_stops_paying() -> None:
     assert position == len(points) - 1 or gain_per_doubling(found, points[position + 1]) < 0.1
     assert [one.gpus for one in points] == [1, 2, 4, 8, 16]
     assert knee(points[:1]) is points[0]
+
+
+def test_one_that_stays_away_keeps_nobody_from_following_the_load() -> None:
+    looks: dict[str, Any] = {"weights_period_s": 1.0, "rebalance_period_s": 0.0}
+    # Spread over the others by second 26, given up at second 40, back long after the end.
+    waits, goes_on = (
+        broken(SHARD_3, restart_s=1e4, absence_s=absence_s, **looks).looks["level"] for absence_s in (1e4, 30.0)
+    )
+    assert 5 <= waits <= 10, "the looks before the failure"
+    assert waits + 15 <= goes_on <= waits + 21
