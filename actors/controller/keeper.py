@@ -173,6 +173,7 @@ class Keeper:
         self.each_round()
         proposal, self._proposal = self._proposal, None
         if proposal is not None and self.is_calm and proposal[0].epoch == self.placement.epoch + 1:
+            _log.tell("fleet_progress", line=f"epoch {proposal[0].epoch}: {proposal[1]}")
             self._move_to(proposal[0], why=proposal[1])
 
     @property
@@ -319,7 +320,7 @@ class Keeper:
         self._mover.publish(target)
         self._mover.settle(target, [slots.shard for slots in target.shards])
         duration_s = time.monotonic() - began_s
-        _log.tell("placement_changed", epoch=target.epoch, duration_s=duration_s, urgent=urgent)
+        _log.tell("placement_changed", epoch=target.epoch, duration_s=duration_s, urgent=urgent, reason=why)
         self.on_moved(duration_s, why)
         self.ask(_ALARM_TIMEOUT_S)
 

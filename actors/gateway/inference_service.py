@@ -156,7 +156,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> tuple[ValidRequest, AsyncGenerator[Piece, None]]:
         """Return the request that is generated, an earlier one under the same key, and its pieces."""
         if not (request.HasField("idempotency_key") and self._kept.has(request.idempotency_key, owner=caller_name())):
-            with self._engine.meter.refusals():
+            with self._engine.meter.refusals(), refusals_told(request_id):
                 self._engine.require_room()
         valid = await self._validate(request, request_id)
         valid = replace(valid, trace=TraceHeaders.of(context.invocation_metadata() or ()))

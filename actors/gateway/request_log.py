@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from expertmesh.actors.gateway.callers import caller_name
 from expertmesh.actors.gateway.journal import LiveRequest
 from expertmesh.actors.gateway.metrics import RequestTimes, code_of
 from expertmesh.actors.gateway.openai_errors import HttpError
@@ -18,16 +19,17 @@ _log = EventLog(__name__)
 
 @dataclass
 class Story:
-    """A request under way, and what traces it. live: None until the journal has it."""
+    """A request under way, what traces it, and the name of its key. live: None until the journal has it."""
 
     trace: RequestTrace
+    caller: str
     live: LiveRequest | None = None
 
 
 @contextmanager
 def told(request: ValidRequest, times: RequestTimes, trace: RequestTrace) -> Iterator[Story]:
     """Tell how the block ends as how a request ended, under the name of the gRPC status that its client gets."""
-    story = Story(trace)
+    story = Story(trace, caller_name())
     _log.tell(
         "request_accepted",
         request_id=request.request_id,
@@ -59,7 +61,14 @@ def tell_refusal(request_id: str, error: BaseException) -> None:
     # What quotes another library's words may quote the prompt in them.
     reason = reason_of(error) if error.__cause__ is None else type(error.__cause__).__name__
     outcome = str(error.status) if isinstance(error, HttpError) else code_of(error)
-    _log.tell("request_rejected", request_id=request_id, outcome=outcome, reason=reason, field=field or None)
+    _log.tell(
+        "request_rejected",
+        request_id=request_id,
+        caller=caller_name(),
+        outcome=outcome,
+        reason=reason,
+        field=field or None,
+    )
 
 
 def _tell_end(request: ValidRequest, times: RequestTimes, story: Story, error: BaseException | None) -> None:
@@ -75,6 +84,7 @@ def _tell_end(request: ValidRequest, times: RequestTimes, story: Story, error: B
     _log.tell(
         "request_ended",
         request_id=request.request_id,
+        caller=story.caller,
         outcome=outcome,
         prompt_tokens=len(request.prompt_ids),
         output_tokens=num_output_tokens,
