@@ -1,0 +1,165 @@
+"""What KubeRay's RayService does with its serveConfigV2: Ray Serve builds the application and runs it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import httpx2
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from expertmesh.v1.admin_pb2 import GetStatusRequest, StatusResponse
+from expertmesh.v1.admin_pb2_grpc import AdminStub
+from expertmesh.v1.inference_pb2 import GenerateRequest
+from expertmesh.v1.inference_pb2_grpc import InferenceStub
+from tests.integration.conftest import POCKET
+from tests.integration.ray_nodes import ray_nodes
+
+pytestmark = pytest.mark.timeout(280)  # four nodes and a fleet are started
+PROMPT = "def main():"
+TIER = "expertmesh.io/tier"
+DOMAIN = "expertmesh.io/failure-domain"
+DRAIN_S = 60
+START_S = 150
+LONG = 800
+
+
+@dataclass
+class Application:
+    """A running application, and who runs `serve run`."""
+
+    grpc_address: str
+    http_url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def channel(self) -> grpc.Channel:
+        return grpc.insecure_channel(self.grpc_address)
+
+    def status(self) -> StatusResponse:
+        with self.channel() as channel:
+            response: StatusResponse = AdminStub(channel).GetStatus(GetStatusRequest(), timeout=20)
+            return response
+
+    def is_serving(self) -> bool:
+        with self.channel() as channel:
+            try:
+                answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            except grpc.RpcError:
+                return False
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def write_configuration(home: Path, grpc_port: int, http_port: int) -> Path:
+    """Write what the ConfigMap and the RayService hold, with paths and ports of this machine."""
+    (home / "serve.toml").write_text(
+        f"""
+        model = "{POCKET}"
+        dtype = "float32"
+        shards = 2
+        replicas = 2
+        member_cpus = 1
+        grpc_port = {grpc_port}
+        [nodes]
+        shards = {{ "{TIER}" = "experts" }}
+        workers = {{ "{TIER}" = "attention" }}
+        gateways = {{ "{TIER}" = "gateway" }}
+        controller = {{ "{TIER}" = "control" }}
+        domain_label = "{DOMAIN}"
+        """
+    )
+    arguments = {"config": str(home / "serve.toml"), "drain_s": DRAIN_S, "state_dir": str(home / "state")}
+    application = {
+        "name": "expertmesh",
+        "route_prefix": "/",
+        "import_path": "expertmesh.actors.gateway.application:build",
+        "args": arguments,
+    }
+    path = home / "application.yaml"
+    http_options = {"host": "127.0.0.1", "port": http_port}
+    path.write_text(yaml.safe_dump({"http_options": http_options, "applications": [application]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    """A head that computes nothing, and a node for each tier as the manifests have them, both shards on one."""
+    home = tmp_path_factory.mktemp("application")
+    grpc_port, http_port = free_port(), free_port()
+    path = write_configuration(home, grpc_port, http_port)
+    log = home / "serve.log"
+    with ray_nodes() as nodes:
+        nodes.start(0, labels={TIER: "control"})
+        for tier, cpus in (("experts", 2), ("attention", 2), ("gateway", 1)):
+            nodes.start(cpus, labels={TIER: tier, DOMAIN: "host-a"})
+        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", nodes.address, str(path)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **nodes.env})
+        started = Application(f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}", process, log)
+        try:
+            deadline_s = time.monotonic() + START_S
+            while not started.is_serving():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline_s, log.read_text()
+                time.sleep(0.2)
+            yield started
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def test_serve_starts_the_fleet_on_the_nodes_of_its_tiers_and_serves(application: Application) -> None:
+    status = application.status()
+    assert status.ready, status.not_ready_reason
+    shard_nodes, worker_nodes = {s.node for s in status.shards}, {w.node for w in status.workers}
+    assert (len(status.shards), len(shard_nodes), len(worker_nodes)) == (2, 1, 1)
+    assert len(shard_nodes | worker_nodes | {status.controller.node}) == 3
+    with application.channel() as channel:
+        request = GenerateRequest(text=PROMPT, max_tokens=24, ignore_eos=True)
+        text = InferenceStub(channel).GenerateOnce(request, timeout=60).outputs[0].text
+    body = {"model": POCKET.name, "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    answer = httpx2.post(f"{application.http_url}/v1/completions", json=body, timeout=60)
+    assert text
+    assert json.loads(answer.text)["choices"][0]["text"] == text
+
+
+def test_a_gateway_that_serve_ends_lets_its_streams_end_first(application: Application) -> None:
+    """The last test of this application: the signal ends it."""
+    began = threading.Event()
+    finished: list[int] = []
+
+    def stream() -> None:
+        with application.channel() as channel:
+            request = GenerateRequest(text=PROMPT, max_tokens=LONG, ignore_eos=True)
+            for message in InferenceStub(channel).Generate(request, timeout=120):
+                began.set()
+                if message.finish_reason:
+                    finished.append(message.usage.completion_tokens)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    assert began.wait(60)
+    application.process.send_signal(signal.SIGINT)
+    thread.join(120)
+    assert finished == [LONG], application.log.read_text()
