@@ -34,8 +34,10 @@ class ApplicationArguments(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    config: Path = Field(description="TOML of the settings, on every node")
-    secrets: Path | None = Field(default=None, description="TOML of settings that are nobody's business")
+    config: Path = Field(
+        description="settings: a TOML file, or a folder of them, read in the order of their names; on every node"
+    )
+    secrets: Path | None = Field(default=None, description="likewise, of settings that are nobody's business")
     drain_s: float = Field(default=30.0, ge=0, description="how long running streams are given when a gateway ends")
     state_dir: Path = Field(
         default=Path("/tmp/expertmesh-state"),  # noqa: S108 - the node's own, beside Ray's
@@ -49,7 +51,8 @@ def build(arguments: ApplicationArguments) -> serve.Application:
     Raises:
         InputError: a file cannot be read, or a setting is unknown or out of range.
     """
-    settings = read_settings(arguments.config, _read_secrets(arguments.secrets))
+    secrets = {} if arguments.secrets is None else _read(arguments.secrets)
+    settings = read_settings(None, {**_read(arguments.config), **secrets})
     deployment = gateway_deployment(
         ApplicationGateway,
         with_http=settings.http,
@@ -105,11 +108,17 @@ async def _facts(settings: ServeSettings) -> CheckpointFacts:
     return facts
 
 
-def _read_secrets(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a TOML file holds, or all those of a folder, in which the last that names a key has it.
+
+    Raises:
+        InputError: a file cannot be read. The message says nothing of its content, which may not be for logs.
+    """
     try:
-        return tomllib.loads(path.read_text())
+        files = sorted(path.glob("*.toml")) if path.is_dir() else [path]
+        values: dict[str, Any] = {}
+        for file in files:
+            values |= tomllib.loads(file.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        # Not what it says of the content, which is not for logs.
-        raise InputError(f"secrets {path}: cannot be read as TOML ({type(error).__name__})") from None
+        raise InputError(f"{path}: cannot be read as TOML ({type(error).__name__})") from None
+    return values

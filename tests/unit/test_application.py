@@ -45,8 +45,15 @@ def test_what_is_wrong_with_secrets_is_said_without_them(tmp_path: Path, secrets
     assert refused.value.__cause__ is None
 
 
+def test_of_a_folder_the_last_file_that_names_a_key_has_it(tmp_path: Path) -> None:
+    written(tmp_path, **{"50-b.toml": "shards = 3\n", "10-a.toml": 'model = "m"\nshards = 2\nworkers = 2\n', "c": "[["})
+    (tmp_path / "none").mkdir()
+    _, settings = bound(ApplicationArguments(config=tmp_path, secrets=tmp_path / "none"))
+    assert (settings.shards, settings.workers) == (3, 2)
+
+
 def test_wrong_files_and_arguments_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="missing"):
+    with pytest.raises(InputError, match="FileNotFoundError"):
         build(ApplicationArguments(config=tmp_path / "missing"))
     files = written(tmp_path, config='model = "m"\nshard = 4\n')
     with pytest.raises(InputError, match="shard"):
