@@ -34,7 +34,8 @@ def leave(
 
 def _drain(address: str, node_ip: str, grace_s: float) -> str:
     """Tell Ray of the node's end, and return its id. Ray Serve then ends the replicas of the node in order."""
-    from ray._raylet import GcsClient  # after the environment was looked at; what `ray drain-node` uses
+    # After the environment was looked at. What `ray drain-node` uses; Ray's stubs leave it out.
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
     from ray.exceptions import RaySystemError, RpcError
 

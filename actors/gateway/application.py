@@ -5,7 +5,6 @@ through it shards and workers, and they all end with the cluster. The controller
 """
 
 import asyncio
-import logging
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +23,8 @@ from expertmesh.cluster.errors import ExpertMeshError, InputError
 from expertmesh.cluster.model_info import CheckpointFacts, require_divisible
 from expertmesh.cluster.settings import ServeSettings
 
-_log = logging.getLogger(__name__)
 # What Serve's own steps of a replica's end may take beside the streams' time.
-_STOP_S = 5.0
+STOP_S = 5.0
 
 
 class ApplicationArguments(BaseModel):
@@ -57,7 +55,7 @@ def build(arguments: ApplicationArguments) -> serve.Application:
         ApplicationGateway,
         with_http=settings.http,
         node_labels=settings.nodes.gateways,
-        graceful_shutdown_timeout_s=arguments.drain_s + _STOP_S,
+        graceful_shutdown_timeout_s=arguments.drain_s + STOP_S,
     )
     return deployment.bind(settings, arguments.drain_s, arguments.state_dir)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from tests.integration.conftest import CLI, POCKET
 from tests.integration.ray_nodes import LOOPBACK, RayNodes, ray_nodes
 
 pytestmark = pytest.mark.timeout(400)  # four nodes and a fleet are started
+BASE = Path(__file__).resolve().parents[2] / "k8s" / "base"
 PROMPT = "def main():"
 TIER = "expertmesh.io/tier"
 DOMAIN = "expertmesh.io/failure-domain"
@@ -71,34 +73,30 @@ def free_port() -> int:
 
 
 def write_configuration(home: Path, grpc_port: int, http_port: int) -> Path:
-    """Write what the ConfigMap and the RayService hold, with paths and ports of this machine."""
-    (home / "serve.toml").write_text(
+    """Write what the pods find, the manifests' own but for paths, ports and sizes; return Serve's configuration."""
+    folder = Path(shutil.copytree(BASE / "settings", home / "settings"))
+    (folder / "90-here.toml").write_text(
         f"""
         model = "{POCKET}"
         dtype = "float32"
         shards = 2
-        replicas = 2
         member_cpus = 1
         grpc_host = "{GATEWAY_HOST}"
         grpc_port = {grpc_port}
-        [nodes]
-        shards = {{ "{TIER}" = "experts" }}
-        workers = {{ "{TIER}" = "attention" }}
-        gateways = {{ "{TIER}" = "gateway" }}
-        controller = {{ "{TIER}" = "control" }}
-        domain_label = "{DOMAIN}"
+        [autoscale]
+        shards = {{ min_count = 2, max_count = 2 }}
+        workers = {{ max_count = 1 }}
         """
     )
-    arguments = {"config": str(home / "serve.toml"), "drain_s": DRAIN_S, "state_dir": str(home / "state")}
-    application = {
-        "name": "expertmesh",
-        "route_prefix": "/",
-        "import_path": "expertmesh.actors.gateway.application:build",
-        "args": arguments,
-    }
+    (service,) = yaml.safe_load_all((BASE / "rayservice.yaml").read_text())
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    config["http_options"] |= {"host": LOOPBACK, "port": http_port}
+    (application,) = config["applications"]
+    application["args"] = {"config": str(folder), "drain_s": DRAIN_S, "state_dir": str(home / "state")}
+    (gateways,) = application["deployments"]
+    gateways["num_replicas"] = 1
     path = home / "application.yaml"
-    http_options = {"host": "127.0.0.1", "port": http_port}
-    path.write_text(yaml.safe_dump({"http_options": http_options, "applications": [application]}))
+    path.write_text(yaml.safe_dump(config))
     return path
 
 

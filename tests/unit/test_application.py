@@ -11,7 +11,7 @@ from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.settings import ServeSettings
 
 
-def written(directory: Path, **texts: str) -> dict[str, Path]:
+def written(directory: Path, **texts: str) -> dict[str, Any]:
     for name, text in texts.items():
         (directory / name).write_text(text)
     return {name: directory / name for name in texts}
