@@ -50,6 +50,7 @@ integration: $(VENV)/.ready
 
 protos: $(VENV)/.ready
 	$(BIN)/python tests/regenerate_protos.py
+	$(BIN)/python tests/document_protos.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -16,14 +16,16 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from expertmesh.actors.controller.actor import start_controller
+from expertmesh.actors.gateway.credentials import CertificateWatch
 from expertmesh.actors.gateway.deployment import deploy_gateway
+from expertmesh.actors.gateway.key_book import read_keys
 from expertmesh.actors.inspection import inspect, known_facts
 from expertmesh.actors.port_claim import PortClaim, require_http, url_host
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, metrics_address, start_local_ray, yield_to_actors
 from expertmesh.actors.state import connect
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.model_info import CheckpointFacts, require_divisible
-from expertmesh.cluster.settings import ServeSettings
+from expertmesh.cluster.settings import ServeSettings, TlsSettings
 from expertmesh.models.config_file import read_config_file
 
 _PROGRESS_PERIOD_S = 0.2
@@ -55,7 +57,10 @@ class Deployment:
         """
         # Our own Ray is for this machine alone, and so are its links.
         own = {} if ray_address else {"link_host": "127.0.0.1"}
-        self._settings = settings.model_copy(update={"model": settings.model.resolve(), **own})
+        keys = settings.keys and settings.keys.resolve()
+        self._settings = settings.model_copy(
+            update={"model": settings.model.resolve(), "tls": _absolute(settings.tls), "keys": keys, **own}
+        )
         self._ray_address = ray_address
         self._say = say
         self._on_ray = on_ray
@@ -72,7 +77,8 @@ class Deployment:
         """Bring everything up.
 
         Raises:
-            InputError: the port is in use, or the settings do not fit.
+            InputError: the port is in use, a certificate cannot be used, the file of keys is wrong, or the settings do
+                not fit.
             CheckpointError: the model cannot be served.
             CapacityError: too little memory or too few accelerators.
             UnavailableError: something did not come up.
@@ -80,8 +86,13 @@ class Deployment:
         settings = self._settings
         _require_free_port(settings.grpc_host, settings.grpc_port)
         _check_metrics_port(settings.metrics_port, self._ray_address)
+        if settings.tls is not None:
+            until = CertificateWatch(settings.tls).valid_until
+            self._say(f"TLS by the certificate in {settings.tls.cert_file}, valid until {until}")
         if settings.http:
             self._http_port = PortClaim(settings.http_host, settings.http_port)
+        if settings.keys is not None:
+            read_keys(settings.keys)
         if settings.state:
             connect(settings.state).close()
         self._say(f"checking {settings.model}")
@@ -120,8 +131,10 @@ class Deployment:
         if self.metrics_address:
             self._say(f"metrics on http://{self.metrics_address}/metrics")
         if http_port is not None:
-            self.http_url = f"http://{url_host(settings.http_host)}:{http_port}"
-            require_http(self.http_url, _HTTP_TIMEOUT_S)
+            certificate = None if settings.tls is None else settings.tls.cert_file
+            scheme = "http" if certificate is None else "https"
+            self.http_url = f"{scheme}://{url_host(settings.http_host)}:{http_port}"
+            require_http(self.http_url, _HTTP_TIMEOUT_S, certificate)
         self._say(" and ".join(filter(None, ("serving on " + self.grpc_address, self.http_url))))
 
     def _start_ray_and_inspect(self) -> CheckpointFacts:
@@ -199,6 +212,14 @@ class Deployment:
                 f"{settings.model}: {experts / 2**30:.2f} GiB of experts and {dense / 2**30:.2f} GiB of dense halves "
                 f"do not fit in the {free / 2**30:.2f} GiB that are free"
             )
+
+
+def _absolute(tls: TlsSettings | None) -> TlsSettings | None:
+    """Make paths independent of the current folder. A symbolic link stays one: another target may be a new pair."""
+    if tls is None:
+        return None
+    files = {name: path.absolute() for name in TlsSettings.model_fields if (path := getattr(tls, name)) is not None}
+    return TlsSettings(**files)
 
 
 def _check_metrics_port(port: int, ray_address: str | None) -> None:

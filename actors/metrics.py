@@ -71,6 +71,7 @@ METRICS: tuple[Metric, ...] = (
     _histogram("time_to_first_token_seconds", _WAIT_S, "from a valid request to its first token at the gateway"),
     _histogram("inter_token_seconds", _GAP_S, "between two messages of a sample with new tokens, at the gateway"),
     _counter("request_failovers_total", "requests", "requests that went on at another worker"),
+    _counter("refused_calls_total", "calls", "calls without an API key, or with one of the wrong role", "code"),
     # Of workers.
     _histogram("queue_seconds", _WAIT_S, "from a sequence's arrival at a worker to the first step that computes it"),
     _gauge("running_sequences", "sequences", "sequences in the batch", "worker"),

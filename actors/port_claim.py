@@ -3,10 +3,12 @@
 import errno
 import os
 import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
 from http import HTTPStatus
+from pathlib import Path
 
 from expertmesh.cluster.errors import InputError, UnavailableError
 
@@ -57,15 +59,26 @@ def url_host(host: str) -> str:
     return f"[{reached}]" if ":" in reached else reached
 
 
-def require_http(url: str, timeout_s: float) -> None:
-    """Wait until the gateway answers over HTTP.
+def _trusting(cert_file: Path) -> ssl.SSLContext:
+    """Trust what the file holds and nothing else, whatever name it gives: it is this server's own."""
+    context = ssl.create_default_context(cafile=str(cert_file))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def require_http(url: str, timeout_s: float, cert_file: Path | None = None) -> None:
+    """Wait until the gateway answers over HTTP, with cert_file over TLS and under the first certificate of that file.
 
     Raises:
         UnavailableError: it does not; the message says what is there instead.
     """
     end_s = time.monotonic() + timeout_s
     # No proxy of the environment stands between this machine and itself.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if cert_file is not None:
+        handlers.append(urllib.request.HTTPSHandler(context=_trusting(cert_file)))
+    opener = urllib.request.build_opener(*handlers)
     while True:
         try:
             with opener.open(f"{url}/health", timeout=timeout_s) as answer:

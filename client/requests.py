@@ -9,11 +9,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 from expertmesh.v1.inference_pb2 import GenerateRequest, GenerateResponse, ResumeRequest, TokenIds
 
-# Pauses grow from the first to the longest, doubling; with the default of 8 attempts they make some 8 s.
+# Pauses grow from the first to the longest, doubling; 8 of them make some 8 s.
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
-DEFAULT_RETRIES = 8
-DEFAULT_TIMEOUT_S = 600.0
 
 
 class Options(TypedDict, total=False):

@@ -8,48 +8,32 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from expertmesh.client.requests import (
-    DEFAULT_RETRIES,
-    DEFAULT_TIMEOUT_S,
-    Options,
-    Received,
-    generate_request,
-    pause_s,
-)
+from expertmesh.client.connection import Connection, ConnectionOptions
+from expertmesh.client.requests import Options, Received, generate_request
 from expertmesh.v1.admin_pb2 import GetStatusRequest, StatusResponse
-from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import (
-    CancelRequest,
     DetokenizeRequest,
     GenerateOnceResponse,
+    GenerateRequest,
     GenerateResponse,
     TokenizeRequest,
 )
-from expertmesh.v1.inference_pb2_grpc import InferenceStub
-
-CANCEL_TIMEOUT_S = 2.0
 
 
-class Client:
+class Client(Connection):
     """Calls one server. Any thread may call; close it, or use it as a context manager.
 
     All calls raise grpc.RpcError when the server refuses them, stays away for longer than the retries last, or the
     deadline passes.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, retries: int = DEFAULT_RETRIES) -> None:
-        """Connect at the first call.
+    def __init__(self, address: str, **options: Unpack[ConnectionOptions]) -> None:
+        """Connect to host:port at the first call; see ConnectionOptions.
 
-        Args:
-            address: host:port of the server.
-            timeout_s: longest time of a call, its retries counted.
-            retries: how often in a row a call is tried again when the server is away or has no room.
+        Raises:
+            ValueError: an API key that is not to be sent there.
         """
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._channel = grpc.insecure_channel(address)
-        self._inference: Any = InferenceStub(self._channel)
-        self._admin: Any = AdminStub(self._channel)
+        super().__init__(address, options, grpc.insecure_channel, grpc.secure_channel)
 
     def __enter__(self) -> Self:
         return self
@@ -69,28 +53,26 @@ class Client:
         """Yield the messages of a stream as they come. A broken one is resumed: no token is missing, none comes twice.
 
         Close the generator to end the request before its time.
+
+        Raises:
+            ValueError, TypeError: an option is unknown or outside what a request can hold.
         """
-        request = generate_request(prompt, options)
-        received, deadline_s, num_failures = Received(request), time.monotonic() + self._timeout_s, 0
+        return self._generate(generate_request(prompt, options))
+
+    def _generate(self, request: GenerateRequest) -> Generator[GenerateResponse, None, None]:
+        received, attempts = Received(request), self._attempts()
         try:
             while not received.is_over:
-                left_s = max(0.0, deadline_s - time.monotonic())
-                if received.is_empty:
-                    call = self._inference.Generate(request, timeout=left_s)
-                else:
-                    call = self._inference.Resume(received.rest(), timeout=left_s)
                 try:
-                    for message in call:
+                    for message in self._stream(request, received, attempts.left_s):
                         received.add(message)
-                        num_failures = 0
+                        attempts.succeed()
                         yield message
                 except grpc.RpcError as error:
-                    num_failures += 1
-                    self._pause(error, num_failures, deadline_s)
-        except GeneratorExit:
-            # A server that does not hear of it ends the request itself, a while after its reader left.
+                    time.sleep(attempts.fail(error))
+        except (GeneratorExit, KeyboardInterrupt):
             with suppress(grpc.RpcError):
-                self._inference.Cancel(CancelRequest(request_id=request.request_id), timeout=CANCEL_TIMEOUT_S)
+                self._cancel(request)
             raise
 
     def generate_once(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> GenerateOnceResponse:
@@ -112,18 +94,10 @@ class Client:
         answer: StatusResponse = self._retried(self._admin.GetStatus, GetStatusRequest())
         return answer
 
-    def _retried(self, call: Callable[..., Any], request: Any) -> Any:
-        deadline_s, num_failures = time.monotonic() + self._timeout_s, 0
+    def _retried(self, method: Callable[..., Any], message: Any) -> Any:
+        attempts = self._attempts()
         while True:
             try:
-                return call(request, timeout=max(0.0, deadline_s - time.monotonic()))
+                return self._call(method, message, attempts.left_s)
             except grpc.RpcError as error:
-                num_failures += 1
-                self._pause(error, num_failures, deadline_s)
-
-    def _pause(self, error: grpc.RpcError, num_failures: int, deadline_s: float) -> None:
-        """Wait until the next attempt; raise the error if there is to be none."""
-        seconds = pause_s(error, num_failures, self._retries)
-        if seconds is None or time.monotonic() + seconds >= deadline_s:
-            raise error
-        time.sleep(seconds)
+                time.sleep(attempts.fail(error))

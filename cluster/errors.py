@@ -7,6 +7,9 @@ ExpertMeshError
 │   ├── UnsupportedModelError  a whole checkpoint, of a kind that is not served
 │   └── CorruptCheckpointError truncated, damaged or incomplete files
 ├── CapacityError              not enough memory, pages, slots or queue room
+│   └── RateLimitError         an API key has used what it may use for now
+├── UnauthenticatedError       no API key, or none that is known
+├── ForbiddenError             the caller's role does not allow it
 ├── UnavailableError           a part that is needed is away now; trying again may help
 │   ├── LinkError              a link broke or its deadline passed
 │   └── NoReplicaError         an expert has no live replica
@@ -47,7 +50,23 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class CapacityError(ExpertMeshError):
-    """Not enough memory, pages, slots or queue room."""
+    """Not enough memory, pages, slots or queue room. retry_after_s: when there may be; None where nobody can tell."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitError(CapacityError):
+    """An API key has used what it may use for now."""
+
+
+class UnauthenticatedError(ExpertMeshError):
+    """The caller has no API key, or one that is unknown, revoked or expired."""
+
+
+class ForbiddenError(ExpertMeshError):
+    """The caller is known, and its role does not allow this."""
 
 
 class UnavailableError(ExpertMeshError):

@@ -94,6 +94,10 @@ class PagePool:
             matched.append(page)
         return matched
 
+    def num_shared(self, pages: Sequence[int]) -> int:
+        """Return how many of these pages, all taken, have other owners too, and so stay when one lets go of them."""
+        return sum(self._num_refs[page] > 1 for page in pages)
+
     def allocate(self, count: int) -> list[int] | None:
         """Return count private pages, or None, with nothing taken, when there are fewer than that."""
         assert count >= 0, f"cannot allocate {count} pages"

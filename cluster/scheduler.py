@@ -2,9 +2,11 @@
 
 Each step takes the decoding sequences first, then chunks of the prompts that are under way, then admits from the queue
 in order of arrival. A sequence is admitted when pages are free for all its known tokens and a page of growth for each
-running sequence; a decoding one that still finds no page preempts the youngest, which goes to the front of the queue,
-keeps its outputs, and is computed again later. Two rules make every sequence finish: the oldest running sequence is
-never preempted for another, and `add` refuses what would not fit alone.
+running sequence, and when the forecast (`page_forecast`) has pages for all until they end. It counts what those before
+it leave; else it waits, rather than be computed twice. A forecast may be wrong: a decoding sequence that finds no page
+preempts the youngest, which goes to the front of the queue, keeps its outputs, and is computed again later. Two rules
+make every sequence finish: the oldest running sequence is never preempted for another, and `add` refuses what would
+not fit alone.
 
 Without pages (page_size 0) the engine keeps its own caches: each step is one sequence's whole chunk, in turn.
 """
@@ -15,7 +17,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from expertmesh.cluster.errors import InputError
-from expertmesh.cluster.kv_pages import PagePool, TokenChain
+from expertmesh.cluster.kv_pages import PagePool
+from expertmesh.cluster.live_sequence import LiveSequence
+from expertmesh.cluster.output_lengths import OutputLengths
+from expertmesh.cluster.page_forecast import pages_suffice, stays_of
 from expertmesh.cluster.requests import SequenceRequest
 
 
@@ -63,24 +68,6 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
 
 
-class _Sequence:
-    """A live sequence. pages is a tuple, so that a plan shares it instead of copying it each step."""
-
-    __slots__ = ("chain", "max_tokens_in_all", "num_computed", "pages", "sequence_id", "tokens")
-
-    def __init__(self, request: SequenceRequest, page_size: int) -> None:
-        self.sequence_id = request.sequence_id
-        self.chain = TokenChain(request.prompt_ids + request.output_ids, page_size=page_size)
-        self.tokens = self.chain.tokens
-        self.max_tokens_in_all = len(request.prompt_ids) + request.sampling.max_tokens
-        self.num_computed = 0
-        self.pages: tuple[int, ...] = ()
-
-    @property
-    def num_left(self) -> int:
-        return len(self.tokens) - self.num_computed
-
-
 class Scheduler:
     """Plan the steps of one attention worker: `plan`, compute, `commit`, `finish` what ended, again.
 
@@ -91,11 +78,13 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._pool = PagePool(config.num_pages, config.page_size)
-        self._sequences: dict[str, _Sequence] = {}
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []  # oldest first; without pages: next first
+        self._sequences: dict[str, LiveSequence] = {}
+        self._waiting: deque[LiveSequence] = deque()
+        self._running: list[LiveSequence] = []  # oldest first; without pages: next first
         self._plan: StepPlan | None = None
-        self._planned: list[_Sequence] = []
+        self._planned: list[LiveSequence] = []
+        self._lengths = OutputLengths()
+        self._kept_out: LiveSequence | None = None  # until a sequence ends, or another is first in the queue
         self._num_preempted = 0
         self._num_reused_tokens = 0
 
@@ -155,7 +144,7 @@ class Scheduler:
                 f"sequence {sequence_id}: {num_prompt} prompt tokens and max_tokens={max_tokens} need "
                 f"{num_pages} pages of {config.page_size} tokens, and there are {config.num_pages}"
             )
-        sequence = _Sequence(request, config.page_size)
+        sequence = LiveSequence(request, config.page_size)
         self._sequences[sequence_id] = sequence
         self._waiting.append(sequence)
 
@@ -169,6 +158,10 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         self._pool.release(sequence.pages)
+        self._kept_out = None
+        # A client that leaves, or a stop string that is found elsewhere, ends a sequence like any other end.
+        if sequence.num_generated:
+            self._lengths.add(sequence.num_generated)
         return True
 
     def finish(self, sequence_id: str) -> None:
@@ -214,7 +207,7 @@ class Scheduler:
     def _plan_paged(self) -> list[Chunk]:
         budget = self._config.max_batch_tokens
         chunks: list[Chunk] = []
-        prefilling: list[_Sequence] = []
+        prefilling: list[LiveSequence] = []
         index = 0
         # _grow shortens the list from its young end only, so what lies before index has its pages and keeps them.
         while index < len(self._running):
@@ -233,7 +226,7 @@ class Scheduler:
             self._admit(budget, chunks, prefilling)
         return chunks
 
-    def _admit(self, budget: int, chunks: list[Chunk], prefilling: list[_Sequence]) -> None:
+    def _admit(self, budget: int, chunks: list[Chunk], prefilling: list[LiveSequence]) -> None:
         """Start waiting sequences in order. Siblings that wait for a prefix are passed over, and so is no one else."""
         index = 0
         # The bound on index keeps a long queue of siblings from being searched at each step.
@@ -251,7 +244,7 @@ class Scheduler:
             chunks.append(self._chunk(sequence, min(budget, sequence.num_left)))
             budget -= len(chunks[-1].token_ids)
 
-    def _computes_next_page_of(self, waiting: _Sequence, other: _Sequence) -> bool:
+    def _computes_next_page_of(self, waiting: LiveSequence, other: LiveSequence) -> bool:
         """Whether the other is about to compute a full page that the waiting one could reuse.
 
         What the other has computed is published, so its first unpublished page is the first that a match would miss.
@@ -262,22 +255,34 @@ class Scheduler:
             index < min(num_matchable, len(other.chain.keys)) and waiting.chain.keys[index] == other.chain.keys[index]
         )
 
-    def _start(self, sequence: _Sequence) -> bool:
+    def _start(self, sequence: LiveSequence) -> bool:
         """Give a waiting sequence the pages of all its known tokens, if they and room for the others are free."""
-        matched = self._pool.match_prefix(sequence.chain)
+        if sequence is self._kept_out:
+            return False
+        matched = tuple(self._pool.match_prefix(sequence.chain))
         num_new = self._pages_for(len(sequence.tokens)) - len(matched)
-        new = self._pool.allocate(num_new) if num_new + len(self._running) <= self._pool.num_free else None
-        if new is None:
+        num_left = self._pool.num_free - num_new
+        sequence.pages, sequence.num_computed = matched, len(matched) * self._config.page_size
+        if num_left < len(self._running) or not self._pages_last([*self._running, sequence], num_left):
             # The prefix was looked at and thereby became the last to be evicted, as it should: it is wanted next.
             self._pool.release(matched)
+            sequence.pages, sequence.num_computed = (), 0
+            self._kept_out = sequence
             return False
-        sequence.pages = (*matched, *new)
-        sequence.num_computed = len(matched) * self._config.page_size
+        new = self._pool.allocate(num_new)
+        assert new is not None, f"{num_new} pages are not there, and {num_left} would have been left"
+        sequence.pages += tuple(new)
         self._num_reused_tokens += sequence.num_computed
         self._running.append(sequence)
         return True
 
-    def _grow(self, sequence: _Sequence) -> bool:
+    def _pages_last(self, sequences: list[LiveSequence], num_free: int) -> bool:
+        stays = stays_of(
+            sequences, self._lengths, page_size=self._config.page_size, max_batch_tokens=self._config.max_batch_tokens
+        )
+        return pages_suffice(stays, self._pool.num_shared, num_free=num_free, page_size=self._config.page_size)
+
+    def _grow(self, sequence: LiveSequence) -> bool:
         """Make sure of a page for the next token, preempting the youngest until there is one. False: it was itself."""
         if sequence.num_computed < len(sequence.pages) * self._config.page_size:
             return True
@@ -293,10 +298,10 @@ class Scheduler:
         sequence.pages += tuple(new)
         return True
 
-    def _chunk(self, sequence: _Sequence, num_tokens: int) -> Chunk:
+    def _chunk(self, sequence: LiveSequence, num_tokens: int) -> Chunk:
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         num_known = len(sequence.tokens)
-        assert num_known < sequence.max_tokens_in_all, (
+        assert sequence.num_generated < sequence.max_tokens, (
             f"sequence {sequence.sequence_id} has all its tokens: finish() it"
         )
         pages = sequence.pages

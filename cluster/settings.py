@@ -1,5 +1,6 @@
 """What an operator decides: checked once at the edge, frozen, unknown keys refused."""
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +63,19 @@ class NodeSettings(BaseModel):
     )
 
 
+class TlsSettings(BaseModel):
+    """By which certificate the gateway is known, and whose certificates its clients need. Files are PEM."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cert_file: Path = Field(description="certificate chain, the server's own first; on the gateway's node")
+    key_file: Path = Field(description="private key of the certificate, not encrypted")
+    client_ca_file: Path | None = Field(
+        default=None,
+        description="authorities one of which must have signed a client's certificate; None: none is asked",
+    )
+
+
 class ServeSettings(BaseModel):
     """How a model is served. Read from the command line and `--config FILE` (TOML)."""
 
@@ -83,9 +97,19 @@ class ServeSettings(BaseModel):
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="0 takes a free one")
     grpc: GrpcSettings = GrpcSettings()
+    tls: TlsSettings | None = Field(default=None, description="None: gRPC and HTTP are in plaintext")
+    keys: Path | None = Field(
+        default=None, description="file of API keys (`expertmesh keys`); None: whoever reaches the server may generate"
+    )
     http: bool = Field(default=True, description="whether OpenAI's HTTP is served beside gRPC")
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    max_body_bytes: int = Field(
+        default=16 << 20, ge=1 << 16, le=1 << 30, description="largest body taken from an HTTP client"
+    )
+    max_requests: int = Field(
+        default=4096, ge=1, le=9999, description="requests that are alive at a gateway; more are refused"
+    )
     state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
     deployment: str = Field(
         default="", description="name of the records in Redis, apart from those of others that use it; empty: the model"
@@ -159,6 +183,16 @@ class ServeSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _client_certificates_are_asked_on_every_way(self) -> "ServeSettings":
+        asks_clients = self.tls is not None and self.tls.client_ca_file is not None
+        if asks_clients and self.http and not is_loopback(self.http_host):
+            raise ValueError(
+                f"tls.client_ca_file is refused with http_host={self.http_host}: Ray Serve's HTTP asks no client for a "
+                "certificate; keep HTTP on loopback behind a proxy that does, or serve none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _replicas_fit(self) -> "ServeSettings":
         if self.replicas > self.shards:
             raise ValueError(f"replicas={self.replicas} needs at least as many shards, there are shards={self.shards}")
@@ -183,3 +217,11 @@ class ServeSettings(BaseModel):
             if count > tier.max_count:
                 raise ValueError(f"{name}={count} is above the most that the autoscaler may have, {tier.max_count}")
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`. Of names it is known of localhost alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT / "build" / "typecheck"
 LINKS = {
     **{f"expertmesh/{name}": name for name in ("cluster", "kernels", "models", "actors", "client")},
+    "expertmesh/oip": "protos/expertmesh/oip",
     "expertmesh/v1": "protos/expertmesh/v1",
     "tests": "tests",
     "benchmarks": "benchmarks",

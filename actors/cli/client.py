@@ -8,32 +8,64 @@ import grpc
 import typer
 from google.protobuf.message import Message
 
+from expertmesh.actors.cli.server_options import Server
+from expertmesh.client import Client, ConnectionOptions
+from expertmesh.client.connection import Metadata, key_metadata
 from expertmesh.cluster.errors import CapacityError, ConflictError, ExpertMeshError, InputError, UnavailableError
 
-DEFAULT_URL = "localhost:50051"
-
-UrlOption = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="Address of the server.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @contextmanager
-def open_channel(url: str) -> Iterator[grpc.Channel]:
-    """Connect to host:port for the length of a block; gRPC errors raised inside become ours.
+def open_channel(server: Server) -> Iterator[grpc.Channel]:
+    """Connect for the length of a block; gRPC errors raised inside become ours.
 
     Raises:
-        InputError: `url` is not host:port, or the server refused the request as wrong.
+        InputError: the address or a file is of no use, the key is not to be sent there, or the server refused the
+            request as wrong.
         CapacityError: the server has no room now.
         UnavailableError: the server cannot be reached, is not ready, or did not answer in time.
         ExpertMeshError: any other failure of the call.
     """
-    host, _, port = url.rpartition(":")
-    if not host or not port.isdecimal() or "/" in url:
-        raise InputError(f"--url {url!r} is not of the form host:port")
+    with errors_of(server):
+        options = server.connection_options()
+        metadata, credentials, url = key_metadata(server.url, options), options["credentials"], server.url
+        with grpc.insecure_channel(url) if credentials is None else grpc.secure_channel(url, credentials) as channel:
+            yield grpc.intercept_channel(channel, _KeySender(metadata)) if metadata else channel
+
+
+@contextmanager
+def open_client(server: Server, *, timeout_s: float, retries: int) -> Iterator[Client]:
+    """Have a client of the server for the length of a block, with the errors of open_channel."""
+    with errors_of(server):
+        options: ConnectionOptions = {**server.connection_options(), "timeout_s": timeout_s, "retries": retries}
+        with Client(server.url, **options) as client:
+            yield client
+
+
+@contextmanager
+def errors_of(server: Server) -> Iterator[None]:
+    """Let errors of gRPC become ours; see open_channel."""
     try:
-        with grpc.insecure_channel(url) as channel:
-            yield channel
+        yield
     except grpc.RpcError as error:
-        raise _as_our_error(url, error) from error
+        raise _as_our_error(server, error) from error
+
+
+class _KeySender(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Sends the key with each call of a channel."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._metadata = metadata
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._with_key(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._with_key(client_call_details), request)
+
+    def _with_key(self, details: Any) -> Any:
+        return details._replace(metadata=(*(details.metadata or ()), *self._metadata))
 
 
 def to_dict(message: Message) -> dict[str, Any]:
@@ -56,8 +88,8 @@ def _value(message: Message, field: Any) -> Any:
     return to_dict(value) if is_message else value
 
 
-def _as_our_error(url: str, error: grpc.RpcError) -> ExpertMeshError:
-    code, details = error.code(), error.details() or "no details"
+def _as_our_error(server: Server, error: grpc.RpcError) -> ExpertMeshError:
+    url, code, details = server.url, error.code(), error.details() or "no details"
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InputError(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -67,5 +99,7 @@ def _as_our_error(url: str, error: grpc.RpcError) -> ExpertMeshError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"{url} did not finish in time; --timeout-s sets how long to wait")
     if code is grpc.StatusCode.UNAVAILABLE:
-        return UnavailableError(f"no answer from {url}: {details}")
+        # What a server with TLS does to plaintext.
+        hint = "; --tls-ca is for a server with TLS" if server.tls_ca is None and "Socket closed" in details else ""
+        return UnavailableError(f"no answer from {url}: {details}{hint}")
     return ExpertMeshError(f"{url} answered {code.name}: {details}")

@@ -3,16 +3,18 @@
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
 
-from expertmesh.actors.cli.client import DEFAULT_URL, JsonOption, UrlOption, open_channel, to_dict
+from expertmesh.actors.cli.client import JsonOption, open_client, to_dict
+from expertmesh.actors.cli.server_options import Server, calls_a_server
+from expertmesh.client import Client
 from expertmesh.cluster.errors import InputError
-from expertmesh.v1.inference_pb2 import FinishReason, GenerateRequest, GenerateResponse, TokenIds
-from expertmesh.v1.inference_pb2_grpc import InferenceStub
+from expertmesh.v1.inference_pb2 import FinishReason, GenerateResponse
 
 
 @dataclass
@@ -69,10 +71,11 @@ class Answer:
         }
 
 
+@calls_a_server
 def generate(
+    server: Server,
     prompt: Annotated[str | None, typer.Argument(help="Text to continue.", show_default=False)] = None,
     token_ids: Annotated[str | None, typer.Option(help="Prompt as token ids such as 1,2,3, in place of text.")] = None,
-    url: UrlOption = DEFAULT_URL,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate; the server has 128.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many most likely tokens only; 0 is off.")] = 0,
@@ -86,6 +89,7 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(help="Report log-probabilities and this many alternatives.")] = None,
     request_id: Annotated[str | None, typer.Option(help="Name of the request in the server's log.")] = None,
     timeout_s: Annotated[float, typer.Option(help="Seconds until the request is given up.")] = 600.0,
+    retries: Annotated[int, typer.Option(min=0, help="Times in a row to try a server that is away or full again.")] = 5,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text from a prompt, as a client of a running server."""
@@ -95,28 +99,24 @@ def generate(
         raise InputError(f"--n is {n}; it must be at least 1")
     if not timeout_s > 0:
         raise InputError(f"--timeout-s is {timeout_s}; it must be above 0")
-    try:
-        request = GenerateRequest(
-            **_prompt(prompt, token_ids),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            n=n,
-            logprobs=logprobs,
-            request_id=request_id,
-        )
-    except ValueError as error:
-        raise InputError(f"an option is outside what a request can hold: {error}") from error
+    options = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+        "ignore_eos": ignore_eos,
+        "n": n,
+        "logprobs": logprobs,
+        "request_id": request_id,
+    }
     answer = Answer([Sample() for _ in range(n)])
     start_s = time.perf_counter()
-    with open_channel(url) as channel:
-        for response in InferenceStub(channel).Generate(request, timeout=timeout_s):
+    with open_client(server, timeout_s=timeout_s, retries=retries) as client:
+        for response in _responses(client, _prompt(prompt, token_ids), options):
             answer.add(response, time.perf_counter() - start_s)
             if not as_json:
                 _show(answer, response)
@@ -124,13 +124,25 @@ def generate(
         typer.echo(json.dumps(answer.as_json(with_logprobs=logprobs is not None), ensure_ascii=False))
 
 
-def _prompt(text: str | None, token_ids: str | None) -> dict[str, Any]:
-    if (text is None) == (token_ids is None):
-        raise InputError("give either a PROMPT or --token-ids")
-    if token_ids is None:
-        return {"text": text}
+def _responses(
+    client: Client, prompt: str | list[int], options: dict[str, Any]
+) -> Generator[GenerateResponse, None, None]:
+    given: Any = {name: value for name, value in options.items() if value is not None}
     try:
-        return {"token_ids": TokenIds(ids=[int(part) for part in token_ids.split(",")])}
+        stream = client.generate(prompt, **given)
+    except ValueError as error:
+        raise InputError(f"an option is outside what a request can hold: {error}") from error
+    with closing(stream):  # else a Ctrl-C would let the server go on
+        yield from stream
+
+
+def _prompt(text: str | None, token_ids: str | None) -> str | list[int]:
+    if token_ids is None and text is not None:
+        return text
+    if token_ids is None or text is not None:
+        raise InputError("give either a PROMPT or --token-ids")
+    try:
+        return [int(part) for part in token_ids.split(",")]
     except ValueError as error:
         raise InputError(f"--token-ids {token_ids!r} is not a list of token ids such as 1,2,3: {error}") from error
 

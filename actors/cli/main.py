@@ -22,6 +22,7 @@ COMMANDS = {
     "placement": ("expertmesh.actors.cli.placement:placement", "Save or load which shard hosts which expert."),
     "leave": ("expertmesh.actors.cli.leave:leave", "Prepare a node of a Ray cluster for its end."),
     "ops": ("expertmesh.actors.cli.scale:ops", "Show the operations, or one of them."),
+    "keys": ("expertmesh.actors.cli.keys:keys", "Create, list and revoke API keys."),
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),
     "chaos": ("expertmesh.actors.cli.chaos:chaos", "Break a server on purpose, and show that no request is lost."),
     "plan": ("expertmesh.actors.cli.plan:plan", "Weigh the ways to spread a model over some hardware."),

@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from expertmesh.actors.cli.client import DEFAULT_URL, JsonOption, UrlOption, open_channel, to_dict
+from expertmesh.actors.cli.client import JsonOption, open_channel, to_dict
 from expertmesh.actors.cli.scale import WaitOption, follow
+from expertmesh.actors.cli.server_options import Server, calls_a_server
 from expertmesh.actors.cli.status import format_bytes
 from expertmesh.cluster.errors import InputError
 from expertmesh.v1.admin_pb2 import GetPlacementRequest, PlacementRecord, RebalanceRequest
@@ -19,14 +20,15 @@ _TIMEOUT_S = 60.0
 _SHOWN_MOVES = 20
 
 
+@calls_a_server
 def rebalance(
+    server: Server,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be moved.")] = False,
     wait: WaitOption = False,
-    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Move experts to where the load of the last minutes wants them, if that is worth it."""
-    with open_channel(url) as channel:
+    with open_channel(server) as channel:
         plan = to_dict(AdminStub(channel).Rebalance(RebalanceRequest(dry_run=dry_run), timeout=_TIMEOUT_S))
     operation = plan["operation"]
     if as_json and not (operation and wait):
@@ -44,14 +46,15 @@ def rebalance(
         typer.echo(f"balancedness {plan['balancedness_before']:.3f} now, {plan['balancedness_after']:.3f} after")
         typer.echo(f"gain {plan['gain_s']:.1f} s, cost {plan['cost_s']:.2f} s: {plan['reason']}")
     if operation:
-        follow(url, operation, wait=wait, as_json=as_json)
+        follow(server, operation, wait=wait, as_json=as_json)
 
 
+@calls_a_server
 def placement(
+    server: Server,
     action: Annotated[str, typer.Argument(metavar="save|load", help="save: write it; load: put it in force.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that save wrote.")],
     wait: WaitOption = False,
-    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Save the placement in force to a file, or load one."""
@@ -61,14 +64,14 @@ def placement(
         record = file.read_bytes() if action == "load" else b""
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error
-    with open_channel(url) as channel:
+    with open_channel(server) as channel:
         admin = AdminStub(channel)
         if action == "load":
             operation = to_dict(admin.SetPlacement(PlacementRecord(record=record), timeout=_TIMEOUT_S))
         else:
             record = admin.GetPlacement(GetPlacementRequest(), timeout=_TIMEOUT_S).record
     if action == "load":
-        follow(url, operation, wait=wait, as_json=as_json)
+        follow(server, operation, wait=wait, as_json=as_json)
         return
     try:
         file.write_bytes(record)

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from expertmesh.actors.cli.client import DEFAULT_URL, JsonOption, UrlOption, open_channel, to_dict
+from expertmesh.actors.cli.client import JsonOption, open_channel, to_dict
+from expertmesh.actors.cli.server_options import Server, calls_a_server
 from expertmesh.cluster.errors import ExpertMeshError, InputError, UnavailableError
 from expertmesh.v1.admin_pb2 import DrainRequest, ListOperationsRequest, ScaleRequest
 from expertmesh.v1.admin_pb2_grpc import AdminStub
@@ -21,11 +22,12 @@ _OVER = ("DONE", "ROLLED_BACK")
 WaitOption = Annotated[bool, typer.Option("--wait", help="Return when it is over; an error when it was rolled back.")]
 
 
+@calls_a_server
 def scale(
+    server: Server,
     shards: Annotated[int | None, typer.Option(help="Expert shards to have.")] = None,
     workers: Annotated[int | None, typer.Option(help="Attention workers to have.")] = None,
     wait: WaitOption = False,
-    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Have other numbers of shards and workers; streams go on meanwhile."""
@@ -33,30 +35,32 @@ def scale(
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}; it must be at least 1")
     request = ScaleRequest(shards=shards, workers=workers)
-    with open_channel(url) as channel:
+    with open_channel(server) as channel:
         operation = to_dict(AdminStub(channel).Scale(request, timeout=_TIMEOUT_S))
-    follow(url, operation, wait=wait, as_json=as_json)
+    follow(server, operation, wait=wait, as_json=as_json)
 
 
+@calls_a_server
 def drain(
+    server: Server,
     member: Annotated[str, typer.Argument(metavar="SHARD|WORKER", help="Its id, as `status` shows it.")],
     wait: WaitOption = False,
-    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Take one shard or worker out; streams go on meanwhile."""
-    with open_channel(url) as channel:
+    with open_channel(server) as channel:
         operation = to_dict(AdminStub(channel).Drain(DrainRequest(id=member), timeout=_TIMEOUT_S))
-    follow(url, operation, wait=wait, as_json=as_json)
+    follow(server, operation, wait=wait, as_json=as_json)
 
 
+@calls_a_server
 def ops(
+    server: Server,
     operation_id: Annotated[str, typer.Argument(metavar="[ID]", help="One operation; without it, all.")] = "",
-    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Show the operations, or one of them."""
-    operations = _fetch(url, operation_id)
+    operations = _fetch(server, operation_id)
     if as_json:
         typer.echo(json.dumps(operations[0] if operation_id else operations))
         return
@@ -69,7 +73,7 @@ def ops(
     Console().print(table if operations else "no operation yet")
 
 
-def follow(url: str, operation: dict[str, Any], *, wait: bool, as_json: bool) -> None:
+def follow(server: Server, operation: dict[str, Any], *, wait: bool, as_json: bool) -> None:
     """Print an operation, with wait each phase of it until it is over.
 
     Raises:
@@ -85,7 +89,7 @@ def follow(url: str, operation: dict[str, Any], *, wait: bool, as_json: bool) ->
             break
         time.sleep(_LOOK_S)
         try:
-            operation = _fetch(url, operation["id"])[0]
+            operation = _fetch(server, operation["id"])[0]
         except UnavailableError:
             continue  # the controller may be away for a moment; the operation goes on when it is back
     if as_json:
@@ -94,7 +98,7 @@ def follow(url: str, operation: dict[str, Any], *, wait: bool, as_json: bool) ->
         raise ExpertMeshError(f"{operation['id']} was rolled back: {operation['error']}")
 
 
-def _fetch(url: str, operation_id: str) -> list[dict[str, Any]]:
-    with open_channel(url) as channel:
+def _fetch(server: Server, operation_id: str) -> list[dict[str, Any]]:
+    with open_channel(server) as channel:
         response = AdminStub(channel).ListOperations(ListOperationsRequest(id=operation_id), timeout=_TIMEOUT_S)
     return [to_dict(operation) for operation in response.operations]

@@ -30,6 +30,14 @@ def serve(
     http_host: Annotated[str | None, typer.Option(help="Address that HTTP listens on; 127.0.0.1 unless given.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Port of HTTP, 0: a free one; 8000 unless given.")] = None,
     http: Annotated[bool | None, typer.Option(help="Serve OpenAI's HTTP beside gRPC; yes unless told not to.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate chain (PEM) of gRPC and HTTP; reloaded by gRPC.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of --tls-cert (PEM).")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Have gRPC's clients show a certificate of these authorities.")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys; see `expertmesh keys`.")] = None,
     state: Annotated[str | None, typer.Option(help="redis://..; an embedded server unless given.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; start one here unless given.")] = None,
     autoscale: Annotated[bool | None, typer.Option(help="Let the load decide how many there are.")] = None,
@@ -64,6 +72,7 @@ def serve(
         "http_host": http_host,
         "http_port": http_port,
         "http": http,
+        "keys": keys,
         "state": state,
         "dtype": dtype,
         "deterministic": deterministic or None,
@@ -75,7 +84,10 @@ def serve(
         "min_workers": min_workers,
         "max_workers": max_workers,
     }
-    settings = read_settings(config, _without_none(given), autoscale=autoscale, bounds=_without_none(bounds))
+    tls = {"tls_cert": tls_cert, "tls_key": tls_key, "tls_client_ca": tls_client_ca}
+    settings = read_settings(
+        config, _without_none(given), autoscale=autoscale, bounds=_without_none(bounds), tls=_without_none(tls)
+    )
     if detach:
         _run_detached()
         return

@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from expertmesh.actors.cli.client import DEFAULT_URL, JsonOption, UrlOption, open_channel, to_dict
+from expertmesh.actors.cli.client import JsonOption, open_channel, to_dict
+from expertmesh.actors.cli.server_options import Server, calls_a_server
 from expertmesh.cluster.errors import InputError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey
 from expertmesh.v1.admin_pb2 import GetStatusRequest
@@ -20,8 +21,9 @@ TIMEOUT_S = 10.0
 _SHOWN_EXPERTS = 5  # of those that tokens were dropped of
 
 
+@calls_a_server
 def status(
-    url: UrlOption = DEFAULT_URL,
+    server: Server,
     as_json: JsonOption = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until Ctrl-C.")] = False,
     interval_s: Annotated[float, typer.Option(help="Seconds between two looks of --watch.")] = 1.0,
@@ -31,18 +33,18 @@ def status(
         raise InputError(f"--interval-s is {interval_s}; it must be above 0")
     if as_json:
         while True:
-            typer.echo(json.dumps(fetch(url)))
+            typer.echo(json.dumps(fetch(server)))
             if not watch:
                 return
             time.sleep(interval_s)
     if watch:
-        _watch(url, interval_s)
-    Console().print(render(fetch(url)))
+        _watch(server, interval_s)
+    Console().print(render(fetch(server)))
 
 
-def fetch(url: str) -> dict[str, Any]:
-    """Return StatusResponse of the server at `url` as plain values by field name."""
-    with open_channel(url) as channel:
+def fetch(server: Server) -> dict[str, Any]:
+    """Return StatusResponse of the server as plain values by field name."""
+    with open_channel(server) as channel:
         return to_dict(AdminStub(channel).GetStatus(GetStatusRequest(), timeout=TIMEOUT_S))
 
 
@@ -67,12 +69,12 @@ def format_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def _watch(url: str, interval_s: float) -> NoReturn:
+def _watch(server: Server, interval_s: float) -> NoReturn:
     with Live(auto_refresh=False) as live:
         while True:
             # A server that is away for a moment is what one watches for.
             try:
-                view = render(fetch(url))
+                view = render(fetch(server))
             except UnavailableError as error:
                 view = Text(str(error), style="red")
             live.update(view, refresh=True)

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from expertmesh.actors.cli.client import DEFAULT_URL, JsonOption, UrlOption, open_channel
+from expertmesh.actors.cli.client import JsonOption, open_channel
+from expertmesh.actors.cli.server_options import Server, calls_a_server
 from expertmesh.actors.cli.status import TIMEOUT_S, fetch
 from expertmesh.cluster.errors import InputError, UnavailableError
 from expertmesh.cluster.synthetic_traces import zipf_steps
@@ -39,19 +40,20 @@ def about() -> None:
 
 
 @trace.command()
+@calls_a_server
 def record(
+    server: Server,
     file: FileArgument,
     seconds: Annotated[float, typer.Option(help="How long; Ctrl-C ends it sooner.")] = 60.0,
     period_s: Annotated[float, typer.Option(help="Seconds of an interval.")] = 1.0,
-    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Record which experts the tokens of a running server choose, counted by its workers."""
     if not 0 < period_s <= seconds < float("inf"):
         raise InputError(f"--seconds {seconds} and --period-s {period_s}: they must be above 0, the period the shorter")
-    header = _header_of(fetch(url)["model"])
+    header = _header_of(fetch(server)["model"])
     with _progress() as progress:
-        _write(file, header, _live_steps(url, header, seconds, period_s, progress))
+        _write(file, header, _live_steps(server, header, seconds, period_s, progress))
     _tell(file, as_json)
 
 
@@ -135,7 +137,7 @@ def _header_like(like: Path, shape: dict[str, int | None]) -> TraceHeader:
 
 
 def _live_steps(
-    url: str, header: TraceHeader, seconds: float, period_s: float, progress: Progress
+    server: Server, header: TraceHeader, seconds: float, period_s: float, progress: Progress
 ) -> Iterator[TraceStep]:
     """Yield an interval each period_s, for so many seconds; where the server is away for a moment the next is longer.
 
@@ -149,7 +151,7 @@ def _live_steps(
             time.sleep(max(0.0, started_s + at_s - time.monotonic()))
             progress.update(task, completed=at_s)
             try:
-                counted = _fetch_loads(url)
+                counted = _fetch_loads(server)
             except UnavailableError as error:
                 lost = str(error)
                 progress.console.print(f"after {at_s:.0f} s: {lost}", markup=False)
@@ -165,8 +167,8 @@ def _live_steps(
         raise UnavailableError(f"nothing was recorded: {lost}")
 
 
-def _fetch_loads(url: str) -> LoadsResponse:
-    with open_channel(url) as channel:
+def _fetch_loads(server: Server) -> LoadsResponse:
+    with open_channel(server) as channel:
         response: LoadsResponse = AdminStub(channel).GetLoads(GetLoadsRequest(), timeout=TIMEOUT_S)
         return response
 

@@ -50,7 +50,9 @@ def build(arguments: ApplicationArguments) -> serve.Application:
         InputError: a file cannot be read, or a setting is unknown or out of range.
     """
     secrets = {} if arguments.secrets is None else _read(arguments.secrets)
-    settings = read_settings(None, {**_read(arguments.config), **secrets})
+    # Where HTTP listens is in Serve's own options: it is taken for reachable, so that nobody administers without a key.
+    http = {"http_host": "0.0.0.0"}  # noqa: S104 - nothing listens because of it
+    settings = read_settings(None, {**_read(arguments.config), **secrets, **http})
     deployment = gateway_deployment(
         ApplicationGateway,
         with_http=settings.http,

@@ -14,10 +14,13 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from expertmesh.actors.cores import step_back
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.chat_template import open_chat_template
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.actors.gateway.server import GatewayServer, start_server
@@ -75,25 +78,42 @@ class Gateway:
         self._model = model
         template = open_chat_template(settings.model)
         self._reader = RequestReader(model=model, tokenizer=tokenizer, template=template, rng=random.Random())
-        self._engine = Engine(tokenizer=tokenizer, rng=random.Random(), call_timeout_s=settings.worker_timeout_s)
+        self._engine = Engine(
+            tokenizer=tokenizer,
+            rng=random.Random(),
+            max_requests=settings.max_requests,
+            max_queue=settings.max_queue,
+            call_timeout_s=settings.worker_timeout_s,
+        )
+        self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
+        self._keys = KeyBook(settings.keys)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
             port=settings.grpc_port,
             inference=self._inference,
+            open_inference=OpenInferenceService(self._engine, model, tokenizer, random.Random()),
             admin=AdminService(self._status, self._loads, _Operations(self._controller)),
             settings=settings.grpc,
+            tls=settings.tls,
+            keys=self._keys,
         )
+        self._http_access = Access(self._keys, settings.http_host)
         await self._look()
         self._watch_task = asyncio.create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it; asked for where HTTP is served
         server = self._server
-        return build_app(
-            OpenAIFront(engine=self._engine, reader=self._reader, is_ready=lambda: server.is_serving, now_s=time.time)
+        front = OpenAIFront(
+            engine=self._engine,
+            reader=self._reader,
+            is_ready=lambda: server.is_serving,
+            now_s=time.time,
+            access=self._http_access,
         )
+        return build_app(front, self._max_body_bytes)
 
     async def address(self) -> str:
         """Look at the fleet, and return host:port of the gRPC server."""
@@ -116,6 +136,8 @@ class Gateway:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_VIEW_PERIOD_S)
+            self._keys.look()
+            self._keys.report(self._metrics)
             self._engine.report(self._metrics)
             try:
                 async with asyncio.timeout(_VIEW_TIMEOUT_S):
@@ -221,7 +243,8 @@ def gateway_deployment(
         ray_actor_options={
             "num_cpus": 0,
             "label_selector": dict(node_labels),
-            "runtime_env": {"env_vars": actor_env(1)},
+            # Else a line for each handshake that fails: whoever reaches the port could fill the disk.
+            "runtime_env": {"env_vars": {**actor_env(1), "GRPC_VERBOSITY": "ERROR"}},
         },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=graceful_shutdown_timeout_s,
@@ -248,7 +271,7 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
     serve.start(
         # Of every node: on the head and here, where the gateway is.
         proxy_location="Disabled" if http_port is None else "EveryNode",
-        http_options=None if http_port is None else {"host": settings.http_host, "port": http_port},
+        http_options=None if http_port is None else _http_options(settings, http_port),
         logging_config={"log_level": "ERROR"},
     )
     prefix = None if http_port is None else "/"
@@ -256,3 +279,10 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
         return serve.run(deployment.bind(settings, model), name=GATEWAY_APP, route_prefix=prefix)
     except RuntimeError as error:
         raise UnavailableError(f"the gateway did not come up: {error}") from error
+
+
+def _http_options(settings: ServeSettings, port: int) -> dict[str, object]:
+    options: dict[str, object] = {"host": settings.http_host, "port": port}
+    if settings.tls is not None:
+        options |= {"ssl_certfile": str(settings.tls.cert_file), "ssl_keyfile": str(settings.tls.key_file)}
+    return options

@@ -5,18 +5,20 @@ import random
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
-from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
+from expertmesh.actors.gateway.journal import Inbox, Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLost
 from expertmesh.actors.gateway.worker_pool import WorkerPool
 from expertmesh.actors.metrics import Metrics
-from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
+from expertmesh.cluster.errors import CapacityError, ExpertMeshError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent
 from expertmesh.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+# Of a piece at most: a message must stay below what clients take, 4 MiB unless they say otherwise.
+MOST_EVENTS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +41,12 @@ class Engine:
         tokenizer: Tokenizer | None,
         rng: random.Random,
         max_requests: int = 1024,
+        max_queue: int | None = None,
         call_timeout_s: float = 30.0,
     ) -> None:
-        """Start with no workers; see WorkerPool and Journal for the arguments."""
+        """Start with no workers; see WorkerPool and Journal for the arguments. max_queue: of a worker, if known."""
         self._tokenizer = tokenizer
+        self._max_queue = max_queue
         self.meter = RequestMeter()
         self._journal = Journal(max_requests=max_requests, rng=rng)
         self.pool = WorkerPool(self._journal, rng=rng, call_timeout_s=call_timeout_s)
@@ -55,6 +59,20 @@ class Engine:
     def report(self, metrics: Metrics) -> None:
         """Hand on what was counted since the last call."""
         self.meter.report(metrics, num_live=self.num_live_requests, num_failovers=self.pool.num_failovers)
+
+    def require_room(self) -> None:
+        """Refuse at once what would be refused later: before anybody reads its prompt, or asks a worker.
+
+        Raises:
+            CapacityError: the gateway or all workers are full.
+        """
+        self._journal.require_room()
+        num_workers = len(self.pool.routable)
+        if self._max_queue is None or not num_workers:
+            return
+        num_live, most = self._journal.num_sequences, self._max_queue * num_workers
+        if num_live >= most:
+            raise CapacityError(f"{num_live} sequences are live at {num_workers} workers, {most} is the most")
 
     async def generate(self, request: ValidRequest) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; those of different samples interleave.
@@ -72,16 +90,16 @@ class Engine:
             try:
                 await self.pool.place(live)
                 while live.unfinished:
-                    item = await live.inbox.get()
-                    if isinstance(item, WorkerLost):
-                        if item.link is live.link:
-                            await self.pool.place(live)
-                        continue
-                    for sample, events in _by_sample(live, item):
-                        piece = self._absorb(live, sample, texts[sample.index], events)
-                        if piece.tokens:
-                            times.tokens_came(sample.index)
-                        yield piece
+                    for item in await _arrived(live.inbox):
+                        if isinstance(item, WorkerLost):
+                            if item.link is live.link:
+                                await self.pool.place(live)
+                            continue
+                        for sample, events in _by_sample(live, item):
+                            piece = self._absorb(live, sample, texts[sample.index], events)
+                            if piece.tokens:
+                                times.tokens_came(sample.index)
+                            yield piece
             finally:
                 times.is_complete = not live.unfinished
                 self.pool.release(live)
@@ -117,6 +135,22 @@ class Engine:
             finish_reason=finish_reason,
             num_output_tokens=len(sample.output_ids),
         )
+
+
+async def _arrived(inbox: Inbox) -> list[list[TokenEvent] | WorkerLost]:
+    """Wait for what comes next. What lies there already, as a client reads slowly, is taken together."""
+    first = await inbox.get()
+    items = [first]
+    num_events = 0 if isinstance(first, WorkerLost) else len(first)
+    while num_events < MOST_EVENTS and not inbox.empty():
+        item = inbox.get_nowait()
+        last = items[-1]
+        if isinstance(item, WorkerLost) or isinstance(last, WorkerLost):
+            items.append(item)
+        else:
+            last.extend(item)
+        num_events += 0 if isinstance(item, WorkerLost) else len(item)
+    return items
 
 
 def _by_sample(live: LiveRequest, events: Iterable[TokenEvent]) -> list[tuple[LiveSample, list[TokenEvent]]]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from expertmesh.actors.gateway.callers import caller_name
 from expertmesh.actors.gateway.engine import Engine, Piece
 from expertmesh.actors.gateway.kept_streams import KeptStreams
 from expertmesh.actors.gateway.status_codes import Context, errors_to_status
@@ -63,7 +64,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         """Stream what was not received."""
         async with errors_to_status(context, request.request_id):
-            stream = self._kept.find(request.request_id)
+            stream = self._kept.find(request.request_id, owner=caller_name())
             received, ended = request.tokens_received, request.samples_ended
             pieces = stream.read(received, ended, time_left=context.time_remaining)
             await _write(context, stream.request, pieces)
@@ -73,7 +74,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.CancelResponse:
         """End a kept stream."""
         async with errors_to_status(context, "Cancel"):
-            self._kept.find(request.request_id).end()
+            self._kept.find(request.request_id, owner=caller_name()).end()
         return inference_pb2.CancelResponse()
 
     async def GenerateOnce(self, request: GenerateRequest, context: Context) -> GenerateOnceResponse:  # noqa: N802
@@ -149,11 +150,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: GenerateRequest, request_id: str, context: Context
     ) -> tuple[ValidRequest, AsyncGenerator[Piece, None]]:
         """Return the request that is generated, an earlier one under the same key, and its pieces."""
+        if not (request.HasField("idempotency_key") and self._kept.has(request.idempotency_key, owner=caller_name())):
+            with self._engine.meter.refusals():
+                self._engine.require_room()
         valid = await self._validate(request, request_id)
         if not request.HasField("idempotency_key"):
             return valid, self._engine.generate(valid)
         fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        stream = self._kept.open(valid, request.idempotency_key, fingerprint)
+        stream = self._kept.open(valid, request.idempotency_key, fingerprint, owner=caller_name())
         return stream.request, stream.read(time_left=context.time_remaining)
 
     async def _validate(self, request: GenerateRequest, request_id: str) -> ValidRequest:

@@ -4,11 +4,14 @@ import asyncio
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
+
+Inbox: TypeAlias = asyncio.Queue[list[TokenEvent] | WorkerLost]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -35,7 +38,7 @@ class LiveRequest:
     samples: tuple[LiveSample, ...]
     link: WorkerLink | None = None
     admitted: bool = False
-    inbox: asyncio.Queue[list[TokenEvent] | WorkerLost] = field(default_factory=asyncio.Queue)
+    inbox: Inbox = field(default_factory=asyncio.Queue)
 
     @property
     def unfinished(self) -> list[LiveSample]:
@@ -81,14 +84,27 @@ class Journal:
     def __iter__(self) -> Iterator[LiveRequest]:
         return iter(tuple(self._requests))
 
-    def open(self, request: ValidRequest) -> LiveRequest:
-        """Enter a new request.
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that live at workers."""
+        return len(self._by_sequence)
+
+    def require_room(self) -> None:
+        """Refuse a new request that `open` would refuse.
 
         Raises:
             CapacityError: as many requests are alive as this gateway allows.
         """
         if len(self._requests) >= self._max_requests:
             raise CapacityError(f"{len(self._requests)} requests are alive at this gateway, as many as it allows")
+
+    def open(self, request: ValidRequest) -> LiveRequest:
+        """Enter a new request.
+
+        Raises:
+            CapacityError: as many requests are alive as this gateway allows.
+        """
+        self.require_room()
         samples = tuple(LiveSample(index=index, sampling=sampling) for index, sampling in enumerate(request.sampling))
         live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples)
         self._requests[live] = None

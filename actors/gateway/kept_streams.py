@@ -156,6 +156,7 @@ class KeptStreams:
 
     Guarantees:
         - A request sent again under its key while the first is kept is not generated twice.
+        - A stream is its owner's, the API key that it was asked for with: for any other it is not there.
         - What failed before its first token is not kept: the key may be tried again.
     """
 
@@ -170,43 +171,50 @@ class KeptStreams:
         self._engine = engine
         self._resume_s = resume_s
         self._max_ended = max_ended
-        self._by_key: dict[str, KeptStream] = {}
-        self._by_id: dict[str, KeptStream] = {}
+        # Each by its owner's name and the key, or the request id.
+        self._by_key: dict[tuple[str, str], KeptStream] = {}
+        self._by_id: dict[tuple[str, str], KeptStream] = {}
         self._ended: dict[KeptStream, asyncio.TimerHandle] = {}
 
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def open(self, request: ValidRequest, key: str, fingerprint: bytes) -> KeptStream:
+    def has(self, key: str, *, owner: str) -> bool:
+        """Return whether a stream of an owner is kept under a key."""
+        return (owner, key) in self._by_key
+
+    def open(self, request: ValidRequest, key: str, fingerprint: bytes, *, owner: str) -> KeptStream:
         """Return the stream kept under a key, or begin one. Of streams with one request id the newest is found by it.
 
         Args:
             request: what to generate, where it is new.
             key: of the client's.
             fingerprint: equal for equal requests.
+            owner: who asks for it.
 
         Raises:
             InputError: the key was used for another request.
         """
-        kept = self._by_key.get(key)
+        kept = self._by_key.get((owner, key))
         if kept is not None:
             if kept.fingerprint != fingerprint:
                 raise InputError("idempotency_key was used for another request", field="idempotency_key")
             return kept
         stream = KeptStream(request, fingerprint, self._engine, self._resume_s)
-        self._by_key[key] = self._by_id[request.request_id] = stream
-        stream.task.add_done_callback(lambda _: self._keep_a_while(stream, key))
+        self._by_key[owner, key] = self._by_id[owner, request.request_id] = stream
+        stream.task.add_done_callback(lambda _: self._keep_a_while(stream, (owner, key)))
         return stream
 
-    def find(self, request_id: str) -> KeptStream:
-        """Return a kept stream.
+    def find(self, request_id: str, *, owner: str) -> KeptStream:
+        """Return a kept stream of an owner.
 
         Raises:
-            NotFoundError: no stream of this id is kept.
+            NotFoundError: it has none of this id.
         """
-        if request_id not in self._by_id:
+        stream = self._by_id.get((owner, request_id))
+        if stream is None:
             raise NotFoundError(f"no stream of request {request_id!r} is kept; one without idempotency_key never is")
-        return self._by_id[request_id]
+        return stream
 
     async def close(self) -> None:
         """Cancel all that run, and forget all."""
@@ -220,7 +228,7 @@ class KeptStreams:
         self._by_id.clear()
         self._ended.clear()
 
-    def _keep_a_while(self, stream: KeptStream, key: str) -> None:
+    def _keep_a_while(self, stream: KeptStream, key: tuple[str, str]) -> None:
         if stream.error is not None and not stream.pieces:
             self._forget(stream, key)
             return
@@ -230,10 +238,11 @@ class KeptStreams:
             oldest = next(iter(self._ended))
             self._forget(oldest, next(other for other, kept in self._by_key.items() if kept is oldest))
 
-    def _forget(self, stream: KeptStream, key: str) -> None:
+    def _forget(self, stream: KeptStream, key: tuple[str, str]) -> None:
         if stream in self._ended:
             self._ended.pop(stream).cancel()
         if self._by_key.get(key) is stream:
             del self._by_key[key]
-        if self._by_id.get(stream.request.request_id) is stream:
-            del self._by_id[stream.request.request_id]
+        by_id = key[0], stream.request.request_id
+        if self._by_id.get(by_id) is stream:
+            del self._by_id[by_id]

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from expertmesh.actors.gateway.openai_errors import HttpError
 from expertmesh.actors.metrics import Metrics
 from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
+from expertmesh.cluster.service_rate import ServiceRate
 
 # The gRPC statuses that status_codes.py gives, shown from the start, so that the first of each is a growth.
 CODES = ("OK", "CANCELLED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
@@ -19,6 +21,7 @@ _CODE_OF = (
     (UnavailableError, "UNAVAILABLE"),
     ((asyncio.CancelledError, GeneratorExit), "CANCELLED"),
 )
+_CODE_OF_STATUS = {429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}
 
 
 class RequestTimes:
@@ -37,7 +40,15 @@ class RequestTimes:
             self._meter.gaps_s.append(now_s - last_s)
         elif not self._last_s:
             self._meter.first_s.append(now_s - self._began_s)
+            self._meter.num_waiting -= 1
         self._last_s[sample] = now_s
+
+    def ended(self) -> None:
+        """Note that the request ended: it waits no more, or a place in the batch is free now."""
+        if self._last_s:
+            self._meter.served.ended(self._meter.clock())
+        else:
+            self._meter.num_waiting -= 1
 
 
 class RequestMeter:
@@ -49,25 +60,47 @@ class RequestMeter:
         self.ended = dict.fromkeys(CODES, 0)
         self.first_s: list[float] = []
         self.gaps_s: list[float] = []
+        self.num_waiting = 0  # requests without a token so far
+        self.served = ServiceRate()
 
     @contextmanager
     def request(self) -> Iterator[RequestTimes]:
         """Count how the block ends as how a request ended. A client that goes away once all has come is served."""
         times = RequestTimes(self)
+        self.num_waiting += 1
         try:
-            yield times
+            with self._says_when(num_own=1):
+                yield times
         except BaseException as error:
             self.ended["OK" if times.is_complete else code_of(error)] += 1
             raise
-        self.ended["OK"] += 1
+        else:
+            self.ended["OK"] += 1
+        finally:
+            times.ended()
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
         """Count a request that is refused inside, before it is one."""
         try:
-            yield
+            with self._says_when():
+                yield
         except BaseException as error:
-            self.ended[code_of(error)] += 1
+            self.refused(error)
+            raise
+
+    def refused(self, error: BaseException) -> None:
+        """Count a request that is refused with this error."""
+        self.ended[code_of(error)] += 1
+
+    @contextmanager
+    def _says_when(self, num_own: int = 0) -> Iterator[None]:
+        """Say in a CapacityError raised inside when to ask again, unless it does; num_own of who waits are its own."""
+        try:
+            yield
+        except CapacityError as error:
+            if error.retry_after_s is None:
+                error.retry_after_s = self.served.wait_s(self.num_waiting - num_own, self.clock())
             raise
 
     def report(self, metrics: Metrics, *, num_live: int, num_failovers: int) -> None:
@@ -89,5 +122,10 @@ class RequestMeter:
 
 
 def code_of(error: BaseException) -> str:
-    """Return the name of the gRPC status that a client gets for an error; see status_codes.errors_to_status."""
+    """Return the name of the gRPC status that a client gets for an error; see status_codes.errors_to_status.
+
+    What is refused over HTTP alone counts as what it would be over gRPC.
+    """
+    if isinstance(error, HttpError):
+        return _CODE_OF_STATUS.get(error.status, "INVALID_ARGUMENT" if error.status < 500 else "INTERNAL")
     return next((code for kind, code in _CODE_OF if isinstance(error, kind)), "INTERNAL")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +11,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.engine import Engine
+from expertmesh.actors.gateway.http_access import HttpAccess
+from expertmesh.actors.gateway.http_intake import HttpIntake
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.openai_answer import Answer
 from expertmesh.actors.gateway.openai_errors import ErrorBody, HttpError, malformed, to_http_error
 from expertmesh.actors.gateway.openai_logprobs import TokenNames
@@ -19,9 +23,11 @@ from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.actors.gateway.openai_responses import AnswerFormat, ChatFormat, CompletionFormat
 from expertmesh.actors.gateway.openai_schema import ChatBody, CompletionBody, SamplingBody
 from expertmesh.actors.gateway.validation import ValidRequest
+from expertmesh.cluster.settings import ServeSettings
 
 # A longer body is read in a thread: meanwhile the streams of the others go on.
 LONG_BODY_BYTES = 8192
+DEFAULT_MAX_BODY_BYTES: int = ServeSettings.model_fields["max_body_bytes"].default
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
@@ -30,13 +36,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": 
 class OpenAIFront:
     """What the paths answer from.
 
-    is_ready: what the gRPC health service says. now_s: Unix time.
+    is_ready: what the gRPC health service says. now_s: Unix time. access: says who may call.
     """
 
     engine: Engine
     reader: RequestReader
     is_ready: Callable[[], bool]
     now_s: Callable[[], float]
+    access: Access = field(default_factory=lambda: Access(KeyBook(), "localhost"))
 
     async def completion(self, body: CompletionBody, num_bytes: int) -> Response:
         """Answer /v1/completions."""
@@ -76,10 +83,10 @@ class OpenAIFront:
         kind: type[AnswerFormat],
         with_logprobs: bool,
     ) -> Response:
-        if not self.is_ready():
-            raise HttpError(503, "not ready: an expert or every worker is away", code="not_ready")
         try:
-            requests = await asyncio.to_thread(read) if num_bytes > LONG_BODY_BYTES else read()
+            with self.engine.meter.refusals():
+                self._require_ready()
+                requests = await asyncio.to_thread(read) if num_bytes > LONG_BODY_BYTES else read()
         except Exception as error:
             raise to_http_error(error, answer_id) from error
         writer = kind(
@@ -92,12 +99,16 @@ class OpenAIFront:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return Answer(self.engine, requests, writer, stream=bool(body.stream), include_usage=include_usage)
 
+    def _require_ready(self) -> None:
+        if not self.is_ready():
+            raise HttpError(503, "not ready: an expert or every worker is away", code="not_ready")
+
     def _new_id(self, prefix: str) -> str:
         return f"{prefix}-{self.reader.rng.getrandbits(128):032x}"
 
 
-def build_app(front: OpenAIFront) -> FastAPI:
-    """Return the ASGI app of a front."""
+def build_app(front: OpenAIFront, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> FastAPI:
+    """Return the ASGI app of a front; a longer body is refused."""
     app = FastAPI(title="ExpertMesh", description="OpenAI's completions and chats; docs/openai.md says what differs.")
 
     @app.post("/v1/completions", responses=_ERRORS)
@@ -135,20 +146,23 @@ def build_app(front: OpenAIFront) -> FastAPI:
             raise HttpError(503, "not ready: an expert or every worker is away", code="not_ready")
         return {"status": "ready"}
 
+    async def on_malformed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        refused = malformed(error.errors())
+        front.engine.meter.refused(refused)
+        return await _on_http_error(request, refused)
+
+    app.add_middleware(HttpIntake, engine=front.engine, max_body_bytes=max_body_bytes)
     app.add_exception_handler(HttpError, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_malformed)
+    app.add_exception_handler(RequestValidationError, on_malformed)
     app.add_exception_handler(HTTPException, _on_unknown_path)
+    app.add_middleware(HttpAccess, access=front.access)
     return app
 
 
 async def _on_http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HttpError)
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
-async def _on_malformed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return await _on_http_error(request, malformed(error.errors()))
 
 
 async def _on_unknown_path(request: Request, error: Exception) -> Response:

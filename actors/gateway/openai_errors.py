@@ -1,16 +1,26 @@
 """Which HTTP status and which of OpenAI's error bodies does a client get for an error?"""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
-from expertmesh.cluster.errors import CapacityError, CorruptCheckpointError, InputError, UnavailableError
+from expertmesh.cluster.errors import (
+    CapacityError,
+    CorruptCheckpointError,
+    InputError,
+    RateLimitError,
+    UnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1
+# Where an error does not say when to try again.
+RETRY_AFTER_S = 1.0
+# Fields of a gRPC request that have another name in OpenAI's.
+_PARAMS = {"text": "prompt", "token_ids": "prompt"}
 _MAX_SHOWN = 4
 
 
@@ -32,9 +42,18 @@ class ErrorBody(BaseModel):
 class HttpError(Exception):
     """An answer other than success."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
         self.fields = ErrorFields(message=message, type=_type_of(status), param=param, code=code)
 
     @property
@@ -44,8 +63,10 @@ class HttpError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to try again, where that may help."""
-        return {"retry-after": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        """When to try again, where that may help, and what else belongs to a status."""
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
+        return {"retry-after": str(math.ceil(self.retry_after_s))} if self.status in (429, 503) else {}
 
 
 def _type_of(status: int) -> str:
@@ -59,9 +80,10 @@ def to_http_error(error: Exception, request_id: str) -> HttpError:
     if isinstance(error, HttpError):
         return error
     if isinstance(error, InputError):
-        return HttpError(400, str(error))
+        return HttpError(400, str(error), param=_PARAMS.get(error.field, error.field) or None)
     if isinstance(error, CapacityError):
-        return HttpError(429, str(error), code="overloaded")
+        code = "rate_limit_exceeded" if isinstance(error, RateLimitError) else "overloaded"
+        return HttpError(429, str(error), code=code, retry_after_s=error.retry_after_s)
     if isinstance(error, UnavailableError):
         return HttpError(503, str(error), code="unavailable")
     if isinstance(error, CorruptCheckpointError):

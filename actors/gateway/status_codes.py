@@ -1,6 +1,7 @@
 """Which gRPC status, with which details, does a client get for an error?"""
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,18 +15,24 @@ from expertmesh.cluster.errors import (
     CapacityError,
     ConflictError,
     ExpertMeshError,
+    ForbiddenError,
     InputError,
     NotFoundError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
 logger = logging.getLogger(__name__)
 
-RETRY_DELAY_MS = 1000
+# Where an error does not say when to try again.
+RETRY_AFTER_S = 1.0
 # Where gRPC puts google.rpc.Status, https://github.com/grpc/grpc/blob/master/doc/statuscodes.md and grpcio-status.
 DETAILS_KEY = "grpc-status-details-bin"
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+# What is the client's to handle; all else is a fault of the server.
+_TOLD = (InputError, CapacityError, ConflictError, NotFoundError, UnavailableError)
 
 
 @asynccontextmanager
@@ -38,12 +45,19 @@ async def errors_to_status(context: Context, call: str) -> AsyncIterator[None]:
     """
     try:
         yield
-    except (InputError, CapacityError, ConflictError, NotFoundError, UnavailableError) as error:
+    except _TOLD as error:
         code, trailers = status_of(error)
         await context.abort(code, str(error), trailers)
-    except Exception:
-        logger.exception("%s failed", call)
-        await context.abort(grpc.StatusCode.INTERNAL, f"internal error; look for {call} in the gateway's log")
+    except Exception as error:  # noqa: BLE001 - message_of logs it
+        await context.abort(grpc.StatusCode.INTERNAL, message_of(error, call))
+
+
+def message_of(error: Exception, call: str) -> str:
+    """Return what a client is told of an error. Of a fault it is `call` to look for; the log has the traceback."""
+    if isinstance(error, _TOLD):
+        return str(error)
+    logger.error("%s failed", call, exc_info=error)
+    return f"internal error; look for {call} in the gateway's log"
 
 
 def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str, str | bytes], ...]]:
@@ -56,13 +70,18 @@ def status_of(error: ExpertMeshError) -> tuple[grpc.StatusCode, tuple[tuple[str,
         return grpc.StatusCode.INVALID_ARGUMENT, (_details(grpc.StatusCode.INVALID_ARGUMENT, error, detail),)
     if isinstance(error, CapacityError):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(RETRY_DELAY_MS)
+        delay_ms = math.ceil(1000 * (RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
+        retry.retry_delay.FromMilliseconds(delay_ms)
         details = _details(grpc.StatusCode.RESOURCE_EXHAUSTED, error, retry)
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(RETRY_DELAY_MS)), details)
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", str(delay_ms)), details)
     if isinstance(error, ConflictError):
         return grpc.StatusCode.FAILED_PRECONDITION, ()
     if isinstance(error, NotFoundError):
         return grpc.StatusCode.NOT_FOUND, ()
+    if isinstance(error, UnauthenticatedError):
+        return grpc.StatusCode.UNAUTHENTICATED, ()
+    if isinstance(error, ForbiddenError):
+        return grpc.StatusCode.PERMISSION_DENIED, ()
     assert isinstance(error, UnavailableError), error
     return grpc.StatusCode.UNAVAILABLE, ()
 

@@ -92,6 +92,7 @@ def test_interrupted_start_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
         (["{pocket}", "--dtype", "int3"], "--dtype"),
         (["{pocket}", "--state", "redis://127.0.0.1:1"], "no Redis answers"),
         (["{pocket}", "--config", "/no/such/file.toml"], "--config"),
+        (["{pocket}", "--tls-cert", "/no/such.pem", "--tls-key", "/no/such.key"], "/no/such.pem: No such file"),
         (["{truncated}"], "truncated or damaged"),
     ],
 )

@@ -66,7 +66,8 @@ def test_ports_are_those_that_the_processes_listen_on(name: str) -> None:
     assert (
         ports["serve"] == serve_config(name)["http_options"]["port"] == ServeSettings.model_fields["http_port"].default
     )
-    assert settings["grpc_host"] == serve_config(name)["http_options"]["host"] == "0.0.0.0"  # noqa: S104
+    assert settings["grpc_host"] == settings["http_host"] == serve_config(name)["http_options"]["host"] == "0.0.0.0"  # noqa: S104
+    assert settings["http_port"] == ports["serve"]
     for group in groups_of(name).values():
         assert ports_of(group)["metrics"] == int(group["rayStartParams"]["metrics-export-port"])
     probe = container_of(groups_of(name)["gateway"])["readinessProbe"]

@@ -13,10 +13,13 @@ import pytest
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.key_book import KeyBook
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.cluster.requests import SamplingParams
-from expertmesh.cluster.settings import GrpcSettings
+from expertmesh.cluster.settings import GrpcSettings, TlsSettings
 from expertmesh.models.tokenizer import Tokenizer
+from expertmesh.oip.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
@@ -45,6 +48,10 @@ class Running:
         return InferenceStub(self.channel)
 
     @property
+    def open_inference(self) -> Any:
+        return GRPCInferenceServiceStub(self.channel)
+
+    @property
     def admin(self) -> Any:
         return AdminStub(self.channel)
 
@@ -56,16 +63,23 @@ async def running(
     status: Callable[[], Any] = get_status,
     loads: Callable[[], Any] = get_loads,
     settings: GrpcSettings = GrpcSettings(),  # noqa: B008 - frozen
+    max_queue: int | None = None,
+    tls: TlsSettings | None = None,
+    keys: KeyBook | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[Running]:
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
+    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4, max_queue=max_queue)
     inference = InferenceService(engine, MODEL, tokenizer, rng, settings)
     server = await start_server(
-        host="127.0.0.1",
+        host=host,
         port=0,
         inference=inference,
+        open_inference=OpenInferenceService(engine, MODEL, tokenizer, rng),
         admin=AdminService(status, loads, FakeOperations()),
         settings=settings,
+        tls=tls,
+        keys=keys,
     )
     engine.pool.set_workers(workers)
     try:

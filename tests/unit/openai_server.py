@@ -1,4 +1,4 @@
-"""The HTTP front over fake workers, behind a real HTTP server in this process."""
+"""The HTTP front over fake workers, behind a real HTTP server in this process. `host` is what the front believes."""
 
 import asyncio
 import random
@@ -11,8 +11,10 @@ import httpx2
 import openai
 import uvicorn
 
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.chat_template import ChatTemplate
 from expertmesh.actors.gateway.engine import Engine
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.models.tokenizer import Tokenizer
@@ -35,7 +37,12 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    *workers: FakeWorker, tokenizer: Tokenizer | None = None, template: str | None = TEMPLATE
+    *workers: FakeWorker,
+    tokenizer: Tokenizer | None = None,
+    template: str | None = TEMPLATE,
+    max_body_bytes: int = 1 << 20,
+    keys: KeyBook | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[Running]:
     """Serve while the block lasts; no request may be left then."""
     rng = random.Random(4)
@@ -44,7 +51,11 @@ async def running(
     chat_template = None if template is None else ChatTemplate(template, {"eos_token": "<eos>"})
     reader = RequestReader(model=MODEL, tokenizer=tokenizer, template=chat_template, rng=rng)
     readiness = [True]
-    app = build_app(OpenAIFront(engine=engine, reader=reader, is_ready=lambda: readiness[0], now_s=lambda: NOW_S + 0.5))
+    access = Access(KeyBook() if keys is None else keys, host)
+    front = OpenAIFront(
+        engine=engine, reader=reader, is_ready=lambda: readiness[0], now_s=lambda: NOW_S + 0.5, access=access
+    )
+    app = build_app(front, max_body_bytes)
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from expertmesh.actors.gateway.application import ApplicationArguments, build
 from expertmesh.cluster.errors import InputError
-from expertmesh.cluster.settings import ServeSettings
+from expertmesh.cluster.settings import ServeSettings, is_loopback
 
 
 def written(directory: Path, **texts: str) -> dict[str, Any]:
@@ -50,6 +50,16 @@ def test_of_a_folder_the_last_file_that_names_a_key_has_it(tmp_path: Path) -> No
     (tmp_path / "none").mkdir()
     _, settings = bound(ApplicationArguments(config=tmp_path, secrets=tmp_path / "none"))
     assert (settings.shards, settings.workers) == (3, 2)
+
+
+def test_http_is_never_taken_for_loopback(tmp_path: Path) -> None:
+    """Where Serve's proxies listen the settings do not know, and on loopback anybody may administer without a key."""
+    files = written(tmp_path, config='model = "m"\nhttp_host = "127.0.0.1"\n')
+    _, settings = bound(ApplicationArguments(**files))
+    assert not is_loopback(settings.http_host)
+    tls = '[tls]\ncert_file = "c"\nkey_file = "k"\nclient_ca_file = "a"\n'
+    with pytest.raises(InputError, match="client_ca_file"):
+        build(ApplicationArguments(**written(tmp_path, config='model = "m"\n' + tls)))
 
 
 def test_wrong_files_and_arguments_are_refused(tmp_path: Path) -> None:

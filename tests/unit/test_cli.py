@@ -13,9 +13,11 @@ import pytest
 
 from expertmesh.actors.cli import client, doctor, main, status
 from expertmesh.actors.cli.network_reduction import network_reduction
+from expertmesh.actors.cli.server_options import Server
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.server import start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
@@ -53,7 +55,10 @@ def url(tokenizer: Tokenizer) -> Iterator[str]:
         engine = Engine(tokenizer=tokenizer, rng=rng)
         inference = InferenceService(engine, MODEL, tokenizer, rng)
         admin = AdminService(get_status, get_loads, FakeOperations())
-        server = await start_server(host="127.0.0.1", port=0, inference=inference, admin=admin)
+        open_inference = OpenInferenceService(engine, MODEL, tokenizer, rng)
+        server = await start_server(
+            host="127.0.0.1", port=0, inference=inference, open_inference=open_inference, admin=admin
+        )
         engine.pool.set_workers([FakeWorker("a")])
         addresses.append(server.address)
         started.set()
@@ -165,7 +170,13 @@ def test_messages_become_plain_values_with_numbers_and_zeros() -> None:
 
 
 def test_status_before_traffic_and_without_a_controller_can_be_shown(url: str) -> None:
-    state = {**status.fetch(url), "balancedness": None, "shards": [], "layer_traffic": [], "autoscaler": None}
+    state = {
+        **status.fetch(Server(url=url)),
+        "balancedness": None,
+        "shards": [],
+        "layer_traffic": [],
+        "autoscaler": None,
+    }
     state |= {"capacity_factor": None, "drops": []}
     state["controller"] = {"pid": 0, "node": ""}
     from rich.console import Console
@@ -203,7 +214,7 @@ def test_errors_are_one_line(run: Run, url: str, args: tuple[str, ...], code: in
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [("generate", "x"), ("status",), ("status", "--json")])
+@pytest.mark.parametrize("command", [("generate", "x", "--retries", "1"), ("status",), ("status", "--json")])
 def test_a_server_that_is_not_there_is_one_line(run: Run, command: tuple[str, ...]) -> None:
     code, out, err = run(*command, "--url", "127.0.0.1:1")
     assert (code, out) == (1, "")

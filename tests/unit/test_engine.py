@@ -427,6 +427,8 @@ def test_the_loop_survives_a_failure_and_ends_when_told() -> None:
 
 def test_preempted_sequences_draw_the_same_tokens() -> None:
     bench = Bench(num_pages=16)
+    for n in range(3):
+        bench.run([request_of(f"curt {n}", replace(GREEDY, max_tokens=1), length=1)])  # so little is expected of all
     assert bench.run(MIXED) == {request.sequence_id: alone(request) for request in MIXED}
     assert bench.scheduler.num_preempted > 0
 
@@ -447,6 +449,8 @@ def test_a_fleet_short_of_pages_gives_the_same_tokens(mixtral: Path) -> None:
     ]
     with LocalFleet(mixtral) as plenty, LocalFleet(mixtral, num_pages=15) as few:
         expected = plenty.run(requests)
+        for n in range(3):
+            few.run([greedy(f"curt {n}", prompts[0][:1], 1)])  # so little is expected of all
         assert few.run(requests) == expected
         assert plenty.scheduler.num_preempted == 0
         assert few.scheduler.num_preempted > 0

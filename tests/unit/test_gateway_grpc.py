@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from expertmesh.actors.gateway.admin_service import AdminService
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.inference_service import InferenceService
+from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.server import start_server
 from expertmesh.cluster.errors import InputError, UnavailableError
 from expertmesh.models.tokenizer import Tokenizer
@@ -175,7 +176,7 @@ async def test_health_follows_set_serving() -> None:
         stub = health_pb2_grpc.HealthStub(up.channel)
         for serving in (True, False, True):
             await up.server.set_serving(serving)
-            for name in ("", "expertmesh.v1.Inference"):
+            for name in ("", "expertmesh.v1.Inference", "inference.GRPCInferenceService"):
                 answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
                 assert (answer.status == health_pb2.HealthCheckResponse.SERVING) is serving
 
@@ -193,7 +194,8 @@ async def test_reflection_lists_the_services() -> None:
         asked = reflection_pb2.ServerReflectionRequest(list_services="")
         answers = [answer async for answer in stub.ServerReflectionInfo(iter([asked]))]
     names = {service.name for service in answers[0].list_services_response.service}
-    assert {"expertmesh.v1.Inference", "expertmesh.v1.Admin", "grpc.health.v1.Health"} <= names
+    ours = {"expertmesh.v1.Inference", "expertmesh.v1.Admin", "inference.GRPCInferenceService"}
+    assert ours | {"grpc.health.v1.Health"} <= names
 
 
 async def test_a_port_in_use_is_an_input_error() -> None:
@@ -215,7 +217,11 @@ async def test_an_address_that_is_not_of_this_machine_is_an_input_error(host: st
 
 async def _start_on(host: str, port: int) -> None:
     rng = random.Random(0)
-    inference = InferenceService(Engine(tokenizer=None, rng=rng), MODEL, None, rng)
+    engine = Engine(tokenizer=None, rng=rng)
     await start_server(
-        host=host, port=port, inference=inference, admin=AdminService(get_status, get_loads, FakeOperations())
+        host=host,
+        port=port,
+        inference=InferenceService(engine, MODEL, None, rng),
+        open_inference=OpenInferenceService(engine, MODEL, None, rng),
+        admin=AdminService(get_status, get_loads, FakeOperations()),
     )

@@ -164,7 +164,7 @@ async def test_who_reads_in_the_moment_of_the_cancel_gets_the_end_too() -> None:
     async with running(FakeWorker("a")) as up:
         kept_streams = KeptStreams(up.engine, resume_s=30, max_ended=1)
         valid = ValidRequest(request_id="r", prompt_ids=PROMPT, sampling=(sampling(6, 500),), stop=())
-        stream = kept_streams.open(valid, "k", b"")
+        stream = kept_streams.open(valid, "k", b"", owner="")
         reader = stream.read()
         await anext(reader)
         stream.end()

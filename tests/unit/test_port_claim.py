@@ -2,13 +2,16 @@
 
 import http.server
 import socket
+import ssl
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from expertmesh.actors.port_claim import PortClaim, require_http, url_host
 from expertmesh.cluster.errors import InputError, UnavailableError
+from tests.certificates import make
 
 HOST = "127.0.0.1"
 
@@ -89,6 +92,25 @@ def test_http_is_waited_for_and_its_absence_told() -> None:
             require_http(f"http://{HOST}:{server.server_port}", 5)
             with pytest.raises(UnavailableError, match="404"):
                 require_http(f"http://{HOST}:{server.server_port}/elsewhere", 0.1)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_https_is_waited_for_under_the_servers_own_certificate_alone(tmp_path: Path) -> None:
+    authority = make("authority")
+    own = make("server", authority).write(tmp_path, "server")
+    strange = make("server", authority).write(tmp_path, "strange")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*own)
+    with http.server.HTTPServer((HOST, 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            require_http(f"https://{HOST}:{server.server_port}", 5, own[0])
+            with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
+                require_http(f"https://{HOST}:{server.server_port}", 0.1, strange[0])
         finally:
             server.shutdown()
             thread.join()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import FileDescriptor
 
+from expertmesh.oip import open_inference_pb2
 from expertmesh.v1 import admin_pb2, inference_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +20,10 @@ def test_committed_stubs_match_the_proto_files() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("file", [inference_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR], ids=lambda file: file.name)
+FILES = [inference_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR, open_inference_pb2.DESCRIPTOR]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_field_has_a_comment(file: FileDescriptor) -> None:
     lines = (ROOT / "protos" / file.name).read_text().splitlines()
     for previous, line in itertools.pairwise(lines):

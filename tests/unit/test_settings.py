@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from expertmesh.actors.cli.configuration import read_settings
 from expertmesh.cluster.errors import InputError
-from expertmesh.cluster.settings import ServeSettings
+from expertmesh.cluster.settings import ServeSettings, TlsSettings, is_loopback
 
 MODEL = Path("model")
 
@@ -213,3 +213,39 @@ def test_other_unfit_words_on_autoscaling_are_refused(tmp_path: Path) -> None:
         read_settings(write(tmp_path, "autoscale = 3\n"), {"model": MODEL})
     with pytest.raises(InputError, match=r"autoscale\.shards: .*, got 3"):
         read_settings(write(tmp_path, "[autoscale]\nshards = 3\n"), {"model": MODEL}, bounds={"max_workers": 1})
+
+
+def test_tls_files_come_from_the_file_and_from_options(tmp_path: Path) -> None:
+    config = write(tmp_path, '[tls]\ncert_file = "a.pem"\nkey_file = "a.key"\n')
+    tls = read_settings(config, {"model": MODEL}, tls={"tls_key": Path("b.key")}).tls
+    assert tls == TlsSettings(cert_file=Path("a.pem"), key_file=Path("b.key"))
+    assert read_settings(None, {"model": MODEL}).tls is None
+
+
+def test_a_key_without_a_certificate_is_refused_by_the_options_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--tls-cert: Field required"):
+        read_settings(None, {"model": MODEL}, tls={"tls_key": Path("a.key")})
+    files = {"tls_cert": Path("a.pem"), "tls_key": Path("a.key")}
+    with pytest.raises(InputError, match=r"^tls\.nothing: "):
+        read_settings(write(tmp_path, '[tls]\nnothing = "x"\n'), {"model": MODEL}, tls=files)
+
+
+def test_client_certificates_are_refused_where_http_would_ask_for_none() -> None:
+    files = {"tls_cert": Path("a.pem"), "tls_key": Path("a.key"), "tls_client_ca": Path("ca.pem")}
+    with pytest.raises(InputError, match=r"http_host=0\.0\.0\.0: Ray Serve's HTTP asks no client"):
+        read_settings(None, {"model": MODEL, "http_host": "0.0.0.0"}, tls=files)  # noqa: S104
+    for fields in ({"http_host": "0.0.0.0", "http": False}, {"http_host": "::1"}, {"http_host": "localhost"}):  # noqa: S104
+        settings = read_settings(None, {"model": MODEL, **fields}, tls=files)
+        assert settings.tls is not None
+        assert settings.tls.client_ca_file == Path("ca.pem")
+
+
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost")),
+        *((host, False) for host in ("0.0.0.0", "10.0.0.1", "::", "example.org", "")),  # noqa: S104
+    ],
+)
+def test_loopback_is_known(host: str, is_own: bool) -> None:
+    assert is_loopback(host) is is_own

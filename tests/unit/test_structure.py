@@ -53,9 +53,10 @@ RULES = {
         ours=frozenset({"models", "kernels", "cluster"}),
         others=frozenset({"torch", "transformers", "safetensors", "tokenizers", "numpy"}),
     ),
+    "oip": Rule(ours=frozenset({"oip"}), others=frozenset({"grpc", "google"})),
     "v1": Rule(ours=frozenset({"v1"}), others=frozenset({"grpc", "google"})),
     "client": Rule(ours=frozenset({"client", "v1"}), others=frozenset({"grpc", "google"})),
-    "actors": Rule(ours=frozenset({"actors", "cluster", "kernels", "models", "v1"}), others=None),
+    "actors": Rule(ours=frozenset({"actors", "client", "cluster", "kernels", "models", "oip", "v1"}), others=None),
 }
 NEVER = frozenset({"tests", "benchmarks", "examples"})
 
@@ -132,6 +133,11 @@ def test_the_arrows_hold(folder: str) -> None:
     assert files
     breaches = {str(path.relative_to(ROOT)): find_breaches(folder, path.read_text()) for path in files}
     assert not {path: found for path, found in breaches.items() if found}
+
+
+def test_of_the_actors_the_commands_alone_are_clients() -> None:
+    clients = {path for path in files_of(ROOT / "actors") if "expertmesh.client" in path.read_text()}
+    assert {path.parent.relative_to(ROOT).as_posix() for path in clients} == {"actors/cli"}
 
 
 def test_every_folder_has_a_rule() -> None:
