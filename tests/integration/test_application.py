@@ -19,14 +19,14 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertmesh.v1.admin_pb2 import GetStatusRequest, StatusResponse
+from expertmesh.v1.admin_pb2 import GetStatusRequest, ScaleRequest, StatusResponse
 from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import GenerateRequest
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from tests.integration.conftest import CLI, POCKET
 from tests.integration.ray_nodes import LOOPBACK, RayNodes, ray_nodes
 
-pytestmark = pytest.mark.timeout(400)  # four nodes and a fleet are started
+pytestmark = pytest.mark.timeout(400)  # six nodes and a fleet are started
 BASE = Path(__file__).resolve().parents[2] / "k8s" / "base"
 PROMPT = "def main():"
 TIER = "expertmesh.io/tier"
@@ -84,7 +84,7 @@ def write_configuration(home: Path, grpc_port: int, http_port: int) -> Path:
         grpc_host = "{GATEWAY_HOST}"
         grpc_port = {grpc_port}
         [autoscale]
-        shards = {{ min_count = 2, max_count = 2 }}
+        shards = {{ min_count = 2, max_count = 3 }}
         workers = {{ max_count = 1 }}
         """
     )
@@ -147,6 +147,43 @@ def test_serve_starts_the_fleet_on_the_nodes_of_its_tiers_and_serves(application
     answer = httpx2.post(f"{application.http_url}/v1/completions", json=body, timeout=60)
     assert text
     assert json.loads(answer.text)["choices"][0]["text"] == text
+
+
+def pending_labels(address: str, env: dict[str, str]) -> list[dict[str, list[str]]]:
+    """Return the labels that pending placement groups ask for, as Ray's autoscaler is told of them."""
+    program = (
+        "import json, sys\n"
+        "from ray._raylet import GcsClient\n"
+        "from ray.autoscaler.v2.sdk import get_cluster_resource_state\n"
+        "state = get_cluster_resource_state(GcsClient(address=sys.argv[1]))\n"
+        "requests = [r for gang in state.pending_gang_resource_requests for s in gang.bundle_selectors\n"
+        "            for r in s.resource_requests]\n"
+        "wanted = [[c for s in r.label_selectors for c in s.label_constraints] for r in requests]\n"
+        "print(json.dumps([{c.label_key: list(c.label_values) for c in constraints} for constraints in wanted]))\n"
+    )
+    command = [sys.executable, "-c", program, address]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=True)
+    found: list[dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_shard_without_room_asks_for_a_node_of_its_tier_and_takes_it(application: Application) -> None:
+    cluster, before = application.cluster, application.status()
+    with application.channel() as channel:
+        AdminStub(channel).Scale(ScaleRequest(shards=3), timeout=20)
+    deadline_s = time.monotonic() + START_S
+    while {TIER: ["experts"]} not in pending_labels(cluster.address, cluster.env):
+        assert time.monotonic() < deadline_s
+    # A node of another tier is not what it waits for.
+    cluster.start(2, labels={TIER: "attention"})
+    assert {TIER: ["experts"]} in pending_labels(cluster.address, cluster.env)
+    cluster.start(1, labels={TIER: "experts", DOMAIN: "host-b"})
+    while [shard.state for shard in application.status().shards] != ["ready"] * 3:
+        assert time.monotonic() < deadline_s, application.log.read_text()
+        time.sleep(0.2)
+    nodes = {shard.id: shard.node for shard in application.status().shards}
+    assert nodes["shard-2"] not in {shard.node for shard in before.shards}
+    assert nodes["shard-2"] not in {worker.node for worker in before.workers}
 
 
 def test_a_node_that_leaves_lets_the_streams_of_its_gateway_end_first(application: Application) -> None:
