@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.cluster.api_keys import MAX_KEYS, ApiKey, Role, find_key, format_keys, hash_secret, parse_keys
@@ -109,6 +109,7 @@ def test_a_secret_in_the_wrong_place_is_not_repeated() -> None:
     assert SECRET not in repr(caught.value) + str(caught.value.__cause__) + str(caught.value.__context__)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.builds(
