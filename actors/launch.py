@@ -73,6 +73,11 @@ class Deployment:
         self.metrics_address = ""  # of our own Ray alone
         self.http_url = ""
 
+    @property
+    def log_folder(self) -> str:
+        """Where Ray keeps the logs of our processes; "": each node of a cluster keeps its own."""
+        return "" if self._ray_address else str(self._directory / "ray" / "session_latest" / "logs")
+
     def start(self) -> None:
         """Bring everything up.
 

@@ -1,6 +1,5 @@
 """Ray as ExpertMesh uses it: names, the environment of the actors, a local cluster of our own."""
 
-import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,6 @@ def actor_env(threads: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def log_to_stderr() -> None:
-    """Let what our modules say of their decisions reach the actor's log file; Ray leaves out all below a warning."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("expertmesh").setLevel(logging.INFO)
 
 
 def start_local_ray(temp_dir: Path, metrics_port: int = 0) -> None:

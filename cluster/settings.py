@@ -27,6 +27,12 @@ class GrpcSettings(BaseModel):
     max_message_bytes: int = Field(
         default=16 << 20, ge=1 << 16, le=1 << 30, description="largest message taken from a client"
     )
+    max_streams_per_connection: int = Field(
+        default=2048, ge=1, description="calls at once on one connection; a client holds further ones back"
+    )
+    handshake_timeout_s: float = Field(
+        default=20.0, ge=1, description="longest time in which a new connection must begin TLS and HTTP/2 in order"
+    )
     keepalive_s: float = Field(
         default=30.0, ge=1, description="silence of a connection after which the server asks whether the client lives"
     )
@@ -102,6 +108,9 @@ class ServeSettings(BaseModel):
     max_queue: int = Field(
         default=1024, ge=1, description="live sequences at a worker, and waiting ones at a gateway; more are refused"
     )
+    max_unread_tokens: int = Field(
+        default=1_000_000, ge=1000, description="tokens that wait at the gateway for readers or are kept for them"
+    )
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
     dispatch: Literal["auto", "rendezvous", "quota", "concentrate"] = Field(
@@ -122,6 +131,21 @@ class ServeSettings(BaseModel):
 
     absence_s: float = Field(
         default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
+    )
+
+    log_format: Literal["json", "text"] = Field(default="json", description="how a process's log lays out its lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least that is logged; debug has a line for each step"
+    )
+    slow_log_s: float = Field(default=5.0, ge=0, description="a step or packet that takes longer is logged; 0: none")
+
+    otlp_endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://[^\s@]+)?$",
+        description="http://host:port that traces are sent to; empty: OTEL_EXPORTER_OTLP_ENDPOINT, and without it none",
+    )
+    trace_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="part of the requests that are traced, of those that bring no trace"
     )
 
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")

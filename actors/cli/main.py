@@ -16,6 +16,7 @@ COMMANDS = {
     "stop": ("expertmesh.actors.cli.stop:stop", "Stop a server that runs on this machine."),
     "generate": ("expertmesh.actors.cli.generate:generate", "Generate text from a prompt, as a client of a server."),
     "status": ("expertmesh.actors.cli.status:status", "Show what a running server is made of."),
+    "logs": ("expertmesh.actors.cli.logs:logs", "Show what a server's processes logged, or one request's way."),
     "scale": ("expertmesh.actors.cli.scale:scale", "Have other numbers of shards and workers, while serving."),
     "drain": ("expertmesh.actors.cli.scale:drain", "Take one shard or worker out, while serving."),
     "rebalance": ("expertmesh.actors.cli.placement:rebalance", "Move experts to where their load wants them."),

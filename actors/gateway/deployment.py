@@ -25,18 +25,21 @@ from expertmesh.actors.gateway.live_routes import live_routes
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
+from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.actors.gateway.worker_client import WorkerClient
+from expertmesh.actors.logs import EventLog, reason_of, start_logs
 from expertmesh.actors.metrics import Metrics
-from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, on_this_node
+from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, node_id, on_this_node
 from expertmesh.actors.token_stream import StreamAddress, TokenStreamClient
+from expertmesh.actors.tracing import open_tracing
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import SequenceRequest, TokenEvent
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models.tokenizer import open_tokenizer
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _VIEW_PERIOD_S = 0.5
 _IDLE_PERIOD_S = 0.05
 # The controller answers in milliseconds; one that hangs is as good as away.
@@ -74,8 +77,10 @@ class Gateway:
 
     async def __init__(self, settings: ServeSettings, model: ModelInfo) -> None:  # type: ignore[misc]  # Serve awaits it
         step_back()
-        tokenizer = open_tokenizer(settings.model)
         self._id = f"gateway-{uuid.uuid4().hex[:8]}"
+        start_logs(settings, self._id, node_id())
+        self._tracing = open_tracing(settings, self._id, node_id())
+        tokenizer = open_tokenizer(settings.model)
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._model = model
         template = open_chat_template(settings.model)
@@ -87,12 +92,15 @@ class Gateway:
             batch_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
             call_timeout_s=settings.worker_timeout_s,
+            max_unread_tokens=settings.max_unread_tokens,
+            tracer=RequestTracer(self._tracing, model.name),
         )
         self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
         self._keys = KeyBook(settings.keys)
         self._engine.admission.set_keys(self._keys.names)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
+        self._is_alone = False  # the controller did not answer last
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
@@ -134,6 +142,8 @@ class Gateway:
         await asyncio.gather(self._server.stop(grace_s), self._until_idle(grace_s))
         await self._inference.close()
         await self._engine.pool.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _until_idle(self, timeout_s: float) -> None:
         """Wait for requests that came over HTTP, which the gRPC server does not know of."""
@@ -153,9 +163,15 @@ class Gateway:
                     await self._look()
             except (UnavailableError, TimeoutError) as error:
                 self._live.events.unheard(str(error) or type(error).__name__)
-                _log.warning("the controller is away, going on with %d workers: %r", len(self._clients), error)
+                if not self._is_alone:
+                    _log.tell("controller_away", num_workers=len(self._clients), reason=reason_of(error))
+                self._is_alone = True
                 # Those that were lost to a passing fault are tried again.
                 self._engine.pool.set_workers([client for _, client in self._clients.values()])
+            else:
+                if self._is_alone:
+                    _log.tell("controller_back")
+                self._is_alone = False
 
     async def _look(self) -> None:
         """Ask the controller for workers and readiness."""
@@ -172,6 +188,8 @@ class Gateway:
         self._engine.pool.set_workers([client for _, client in self._clients.values()])
         for worker_id in view["leaving"]:
             self._engine.pool.evacuate(worker_id)
+        if view["ready"] != self._server.is_serving:
+            _log.tell("readiness_changed", ready=view["ready"], reason=view["reason"] or None)
         await self._server.set_serving(view["ready"])
         self._live.events.heard(view["ready"], view["reason"])
 

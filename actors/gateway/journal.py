@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from expertmesh.actors.gateway.request_trace import UNTRACED, RequestTrace
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import WorkerLink, WorkerLost
+from expertmesh.actors.gateway.worker_client import NotRead, WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
-from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
+from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
+from expertmesh.cluster.token_budget import Account
 
-Inbox: TypeAlias = asyncio.Queue[list[TokenEvent] | WorkerLost]
+Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead
+Inbox: TypeAlias = asyncio.Queue[Arrival]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -23,14 +26,15 @@ class LiveSample:
     sequence_id: str = ""
     output_ids: list[int] = field(default_factory=list)
     finished: bool = False
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class LiveRequest:
     """A request that has not ended. Its unfinished samples all live at one worker, so that they share the prompt.
 
-    link: None until it is placed. admitted: whether any worker ever took it. inbox: what the link's poll loop brings,
-    in order.
+    link: None until it is placed. admitted: whether any worker ever took it. num_moves: workers that it left. inbox:
+    what the link's poll loop brings, in order. unread: counts the tokens in it.
     """
 
     request_id: str
@@ -38,7 +42,10 @@ class LiveRequest:
     samples: tuple[LiveSample, ...]
     link: WorkerLink | None = None
     admitted: bool = False
+    num_moves: int = 0
+    trace: RequestTrace = UNTRACED
     inbox: Inbox = field(default_factory=asyncio.Queue)
+    unread: Account = field(init=False)
 
     @property
     def unfinished(self) -> list[LiveSample]:
@@ -52,6 +59,11 @@ class LiveRequest:
         started = any(sample.output_ids for sample in self.samples)
         return sum(rests) + (0 if started else len(self.prompt_ids))
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens received of all samples."""
+        return sum(len(sample.output_ids) for sample in self.samples)
+
     def sequences(self) -> list[SequenceRequest]:
         """Return what a worker must be told to go on with the unfinished samples after the tokens received."""
         return [
@@ -60,6 +72,7 @@ class LiveRequest:
                 prompt_ids=self.prompt_ids,
                 sampling=sample.sampling,
                 output_ids=tuple(sample.output_ids),
+                traceparent=self.trace.traceparent,
             )
             for sample in self.unfinished
         ]
@@ -98,21 +111,21 @@ class Journal:
         if len(self._requests) >= self._max_requests:
             raise CapacityError(f"{len(self._requests)} requests are alive at this gateway, as many as it allows")
 
-    def open(self, request: ValidRequest) -> LiveRequest:
-        """Enter a new request.
+    def open(self, request: ValidRequest, trace: RequestTrace = UNTRACED) -> LiveRequest:
+        """Enter a new request, and what traces it.
 
         Raises:
             CapacityError: as many requests are alive as this gateway allows.
         """
         self.require_room()
         samples = tuple(LiveSample(index=index, sampling=sampling) for index, sampling in enumerate(request.sampling))
-        live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples)
+        live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples, trace=trace)
         self._requests[live] = None
         return live
 
     def move(self, live: LiveRequest, link: WorkerLink) -> None:
         """Note that the request's unfinished samples begin a stay at `link`, under new sequence ids."""
-        self._forget_sequences(live)
+        self.forget_sequences(live)
         live.link = link
         for sample in live.unfinished:
             sample.sequence_id = f"{live.request_id}#{sample.index}~{self._rng.getrandbits(32):08x}"
@@ -133,9 +146,10 @@ class Journal:
 
     def close(self, live: LiveRequest) -> None:
         """Forget a request."""
-        self._forget_sequences(live)
+        self.forget_sequences(live)
         del self._requests[live]
 
-    def _forget_sequences(self, live: LiveRequest) -> None:
+    def forget_sequences(self, live: LiveRequest) -> None:
+        """Let nothing more come of a request."""
         for sample in live.samples:
             self._by_sequence.pop(sample.sequence_id, None)
