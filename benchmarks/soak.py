@@ -43,7 +43,7 @@ def main() -> int:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "soak.toml"
-        config.write_text(f"max_sequences = {asked.clients // 2}\nmax_queue = {asked.clients}\n")
+        config.write_text(f"max_sequences = {asked.clients // 2}\nmax_queue = {asked.clients + 4}\n")
         with running(asked.model, ["--config", str(config), "--http-port", "0"]) as server:
             result, watch = asyncio.run(soak(server, asked.seconds, asked.clients))
     result = {"model": asked.model.name, **result}

@@ -27,6 +27,12 @@ class GrpcSettings(BaseModel):
     max_message_bytes: int = Field(
         default=16 << 20, ge=1 << 16, le=1 << 30, description="largest message taken from a client"
     )
+    max_streams_per_connection: int = Field(
+        default=2048, ge=1, description="calls at once on one connection; a client holds further ones back"
+    )
+    handshake_timeout_s: float = Field(
+        default=20.0, ge=1, description="longest time in which a new connection must begin TLS and HTTP/2 in order"
+    )
     keepalive_s: float = Field(
         default=30.0, ge=1, description="silence of a connection after which the server asks whether the client lives"
     )
@@ -41,6 +47,25 @@ class GrpcSettings(BaseModel):
     )
     max_ended_streams: int = Field(
         default=256, ge=0, description="most such streams kept after their end; the oldest are forgotten first"
+    )
+
+
+class NodeSettings(BaseModel):
+    """Which of a cluster's nodes take what: the labels that Ray must know a node by; empty: any node does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shards: dict[str, str] = Field(default={}, description="labels of the nodes that expert shards may run on")
+    workers: dict[str, str] = Field(default={}, description="labels of the nodes that attention workers may run on")
+    gateways: dict[str, str] = Field(
+        default={}, description="labels of the nodes that gateways may run on; of applications of Ray Serve alone"
+    )
+    controller: dict[str, str] = Field(
+        default={}, description="labels of the node of the controller; of applications of Ray Serve alone"
+    )
+    domain_label: str = Field(
+        default="",
+        description="label whose value names what fails together, such as a host; empty: each node is for itself",
     )
 
 
@@ -92,6 +117,9 @@ class ServeSettings(BaseModel):
         default=4096, ge=1, le=9999, description="requests that are alive at a gateway; more are refused"
     )
     state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
+    deployment: str = Field(
+        default="", description="name of the records in Redis, apart from those of others that use it; empty: the model"
+    )
 
     page_size: int = Field(default=16, ge=1, le=1024, description="tokens a KV page")
     kv_tokens: int = Field(default=0, ge=0, description="tokens of KV cache a worker; 0: a tenth of free memory")
@@ -101,6 +129,9 @@ class ServeSettings(BaseModel):
     max_sequences: int = Field(default=64, ge=1, description="sequences in a worker's batch")
     max_queue: int = Field(
         default=1024, ge=1, description="live sequences at a worker, and waiting ones at a gateway; more are refused"
+    )
+    max_unread_tokens: int = Field(
+        default=1_000_000, ge=1000, description="tokens that wait at the gateway for readers or are kept for them"
     )
     max_context: int = Field(default=0, ge=0, description="tokens of a sequence; 0: what the model allows")
 
@@ -120,6 +151,10 @@ class ServeSettings(BaseModel):
         default=3.0, ge=0, description="seconds between two looks at how replicas share their tokens; 0: never"
     )
 
+    absence_s: float = Field(
+        default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
+    )
+
     log_format: Literal["json", "text"] = Field(default="json", description="how a process's log lays out its lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="the least that is logged; debug has a line for each step"
@@ -134,9 +169,6 @@ class ServeSettings(BaseModel):
     trace_ratio: float = Field(
         default=1.0, ge=0, le=1, description="part of the requests that are traced, of those that bring no trace"
     )
-    absence_s: float = Field(
-        default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
-    )
 
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="of a Ray that is started; 0 takes a free one")
@@ -149,6 +181,7 @@ class ServeSettings(BaseModel):
         default=60.0, gt=0, description="how long a member waits for room in Ray, in which its autoscaler brings a node"
     )
 
+    nodes: NodeSettings = NodeSettings()
     link_host: str = Field(default="", description="interface that links listen on; empty: the node's address in Ray")
     links: Literal["auto", "gloo"] = Field(
         default="auto",

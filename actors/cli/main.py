@@ -21,6 +21,7 @@ COMMANDS = {
     "drain": ("expertmesh.actors.cli.scale:drain", "Take one shard or worker out, while serving."),
     "rebalance": ("expertmesh.actors.cli.placement:rebalance", "Move experts to where their load wants them."),
     "placement": ("expertmesh.actors.cli.placement:placement", "Save or load which shard hosts which expert."),
+    "leave": ("expertmesh.actors.cli.leave:leave", "Prepare a node of a Ray cluster for its end."),
     "ops": ("expertmesh.actors.cli.scale:ops", "Show the operations, or one of them."),
     "keys": ("expertmesh.actors.cli.keys:keys", "Create, list and revoke API keys."),
     "bench": ("expertmesh.actors.cli.bench:bench", "Measure a server: `expertmesh bench serve MODEL`."),

@@ -68,9 +68,13 @@ class Controller:
         cores = psutil.cpu_count() or 1
         shard_threads = settings.shard_threads or max(1, cores // settings.shards)
         worker_threads = settings.worker_threads or max(1, cores // settings.workers)
-        self._shards = Tier[ShardId](ShardActor, settings, threads=shard_threads, concurrency=8)
-        self._workers = Tier[WorkerId](WorkerActor, settings, threads=worker_threads, concurrency=1000)
-        store = StateStore(open_client(url), model.name)
+        self._shards = Tier[ShardId](
+            ShardActor, settings, node_labels=settings.nodes.shards, threads=shard_threads, concurrency=8
+        )
+        self._workers = Tier[WorkerId](
+            WorkerActor, settings, node_labels=settings.nodes.workers, threads=worker_threads, concurrency=1000
+        )
+        store = StateStore(open_client(url), settings.deployment or model.name)
         self._watchdog = Watchdog()
         records = FleetRecords(store, model)
         self._keeper = Keeper(settings, model, records, self._shards, self._workers, self._note, self._watchdog)
@@ -91,26 +95,32 @@ class Controller:
             records.ensure_store = self._redis.ensure
         self._progress: list[str] = []
         self._started = False
+        self._starting = threading.Lock()
         if _was_restarted():
             threading.Thread(target=self._come_back, name="come back", daemon=True).start()
 
     def start(self) -> None:
-        """Bring up shards and workers, place the experts, join the two. Asking again changes nothing.
+        """Bring up shards and workers, place the experts, join the two. Who asks meanwhile waits; again: no change.
 
         Raises:
             ExpertMeshError: the first thing that went wrong; nothing is left half-started but idle actors.
         """
         settings = self._settings
-        self._note(f"starting {settings.shards} expert shards and {settings.workers} attention workers")
-        self._keeper.bring_up(*_first_members(settings))
-        self._begin()
+        with self._starting:
+            if self._started:
+                return
+            self._note(f"starting {settings.shards} expert shards and {settings.workers} attention workers")
+            self._keeper.bring_up(*_first_members(settings))
+            self._begin()
 
     def _come_back(self) -> None:
         """Take up what a former controller left. Nobody waits for it, so whatever goes wrong is tried again."""
         while not self._started:
             try:
-                self._keeper.take_up(*_first_members(self._settings))
-                self._begin()
+                with self._starting:
+                    if not self._started:
+                        self._keeper.take_up(*_first_members(self._settings))
+                        self._begin()
             except Exception as error:  # noqa: BLE001  it is told and tried again
                 _log.tell("take_up_failed", error, delay_s=_AGAIN_S)
                 time.sleep(_AGAIN_S)
@@ -126,6 +136,11 @@ class Controller:
         threading.Thread(target=self._balancing.run, name="balancing", daemon=True).start()
         if self._autoscaling is not None:
             threading.Thread(target=self._autoscaling.run, name="autoscaling", daemon=True).start()
+
+    def differing_settings(self, settings: ServeSettings) -> list[str]:
+        """Return the names of the settings that are not those of this fleet."""
+        own = self._settings.model_dump()
+        return [name for name, value in settings.model_dump().items() if own[name] != value]
 
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
         """Hear from a worker that its link to a shard broke."""

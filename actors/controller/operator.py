@@ -321,6 +321,7 @@ class Operator:
         """Keep an operation as it is now. Without a store it goes on in memory."""
         self._operations[operation.id] = operation
         self._current = None if operation.is_over else operation
+        self.on_noted(operation)
         _log.tell(
             "operation_phase",
             operation=operation.id,
@@ -330,7 +331,6 @@ class Operator:
             reason=operation.error,
             duration_s=time.time() - operation.started_s,
         )
-        self.on_noted(operation)
         try:
             self._store.save_operation(operation)
         except UnavailableError as error:

@@ -43,17 +43,21 @@ class Tier(Generic[Id]):
     facts: the last answer of each to `describe`; its "state" is "unresponsive" or "dead" where none came.
     """
 
-    def __init__(self, actor: type, settings: ServeSettings, *, threads: int, concurrency: int) -> None:
+    def __init__(
+        self, actor: type, settings: ServeSettings, *, node_labels: Mapping[str, str], threads: int, concurrency: int
+    ) -> None:
         """Make an empty tier.
 
         Args:
             actor: the class, whose constructor takes (id, settings, threads) and which has `describe`.
             settings: of the deployment.
+            node_labels: of the nodes that its members may run on; empty: any.
             threads: each computes with.
             concurrency: calls that an actor may work on at once.
         """
         self._actor = actor
         self._settings = settings
+        self._node_labels = node_labels
         self._threads = threads
         self._concurrency = concurrency
         self.handles: dict[Id, Any] = {}
@@ -68,8 +72,8 @@ class Tier(Generic[Id]):
 
     @property
     def nodes(self) -> dict[Id, str]:
-        """The id of each member's node in Ray, as far as it is known."""
-        return {i: facts["node"] for i, facts in tuple(self.facts.items()) if "node" in facts}
+        """What each shard fails together with, as far as it is known: its node in Ray, or its failure domain."""
+        return {i: facts["domain"] for i, facts in tuple(self.facts.items()) if "domain" in facts}
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the facts in order of id."""
@@ -112,6 +116,7 @@ class Tier(Generic[Id]):
             f"{_group_prefix(actor_id)}{uuid.uuid4().hex[:8]}",
             num_cpus=num_cpus,
             num_gpus=1 if use_gpu else 0,
+            node_labels=self._node_labels,
             runtime_env=self._runtime_env(gives_way=behind_traffic),
             timeout_s=settings.room_timeout_s,
         )

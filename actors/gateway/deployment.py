@@ -5,6 +5,7 @@ import logging
 import random
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -57,18 +58,18 @@ class RayWorkerClient:
 
     async def submit(self, requests: list[SequenceRequest]) -> None:
         """See WorkerClient.submit."""
-        await _call(self._handle.submit.remote(self._gateway_id, requests))
+        await call(self._handle.submit.remote(self._gateway_id, requests))
 
     async def cancel(self, sequence_ids: list[str]) -> None:
         """See WorkerClient.cancel."""
-        await _call(self._handle.cancel.remote(sequence_ids))
+        await call(self._handle.cancel.remote(sequence_ids))
 
     async def poll(self, after: int) -> tuple[int, list[TokenEvent]]:
         """See WorkerClient.poll."""
         return await self._stream.poll(after)
 
     async def _stream_address(self) -> StreamAddress:
-        address: StreamAddress = await _call(self._handle.stream_address.remote())
+        address: StreamAddress = await call(self._handle.stream_address.remote())
         return address
 
 
@@ -92,6 +93,7 @@ class Gateway:
             batch_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
             call_timeout_s=settings.worker_timeout_s,
+            max_unread_tokens=settings.max_unread_tokens,
             tracer=RequestTracer(self._tracing, model.name),
         )
         self._max_body_bytes = settings.max_body_bytes
@@ -176,7 +178,7 @@ class Gateway:
         """Ask the controller for workers and readiness."""
         admission = self._engine.admission
         backlog = Backlog(admission.num_waiting, admission.waiting_tokens)
-        view = await _call(self._controller.gateway_view.remote(self._id, backlog))
+        view = await call(self._controller.gateway_view.remote(self._id, backlog))
         if not view["started"]:
             return  # a controller that has just come back knows less than this gateway
         for worker_id, handle in view["workers"].items():
@@ -193,7 +195,7 @@ class Gateway:
         self._live.events.heard(view["ready"], view["reason"])
 
     async def _status(self) -> dict[str, object]:
-        status = await _call(self._controller.status.remote())
+        status = await call(self._controller.status.remote())
         model = {name: getattr(self._model, name) for name in self._model.__slots__}
         return {
             **status,
@@ -202,11 +204,11 @@ class Gateway:
         }
 
     async def _live_view(self, epoch: int, after: int, life: int) -> dict[str, Any]:
-        view: dict[str, Any] = await _call(self._controller.live_view.remote(epoch, after, life))
+        view: dict[str, Any] = await call(self._controller.live_view.remote(epoch, after, life))
         return view
 
     async def _loads(self) -> list[dict[str, object]]:
-        loads: list[dict[str, object]] = await _call(self._controller.loads.remote())
+        loads: list[dict[str, object]] = await call(self._controller.loads.remote())
         return loads
 
 
@@ -218,37 +220,37 @@ class _Operations:
 
     async def scale(self, shards: int | None, workers: int | None) -> dict[str, object]:
         """See Operations.scale."""
-        return _plain(await _call(self._controller.scale.remote(shards, workers)))
+        return _plain(await call(self._controller.scale.remote(shards, workers)))
 
     async def drain(self, member: str) -> dict[str, object]:
         """See Operations.drain."""
-        return _plain(await _call(self._controller.drain.remote(member)))
+        return _plain(await call(self._controller.drain.remote(member)))
 
     async def rebalance(self, dry_run: bool) -> dict[str, object]:
         """See Operations.rebalance."""
-        fields = await _call(self._controller.rebalance.remote(dry_run))
+        fields = await call(self._controller.rebalance.remote(dry_run))
         if "operation" in fields:
             fields["operation"] = _plain(fields["operation"])
         return dict(fields)
 
     async def placement_record(self) -> bytes:
         """See Operations.placement_record."""
-        return bytes(await _call(self._controller.placement_record.remote()))
+        return bytes(await call(self._controller.placement_record.remote()))
 
     async def load_placement(self, record: bytes) -> dict[str, object]:
         """See Operations.load_placement."""
-        return _plain(await _call(self._controller.load_placement.remote(record)))
+        return _plain(await call(self._controller.load_placement.remote(record)))
 
     async def operations(self, operation_id: str) -> list[dict[str, object]]:
         """See Operations.operations."""
-        return [_plain(fields) for fields in await _call(self._controller.operations.remote(operation_id))]
+        return [_plain(fields) for fields in await call(self._controller.operations.remote(operation_id))]
 
 
 def _plain(fields: dict[str, object]) -> dict[str, object]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
-async def _call(reference: Any) -> Any:
+async def call(reference: Any) -> Any:
     """Await an actor's answer; what ExpertMesh raised there is raised here, a dead actor is UnavailableError."""
     try:
         return await reference
@@ -263,6 +265,29 @@ async def _call(reference: Any) -> Any:
         raise UnavailableError(f"{type(error).__name__}: {error}") from error
 
 
+def gateway_deployment(
+    gateway: type[Gateway], *, with_http: bool, node_labels: Mapping[str, str], graceful_shutdown_timeout_s: float
+) -> serve.Deployment:
+    """Return a deployment of one gateway on nodes with these labels, at most one a node: its port is the node's."""
+    return serve.deployment(
+        serve.ingress()(gateway) if with_http else gateway,
+        name="gateway",
+        num_replicas=1,
+        max_replicas_per_node=1,
+        # Above what the engine takes: it refuses what is too much, Serve would let it wait.
+        max_ongoing_requests=10_000,
+        ray_actor_options={
+            "num_cpus": 0,
+            "label_selector": dict(node_labels),
+            # Else a line for each handshake that fails: whoever reaches the port could fill the disk.
+            "runtime_env": {"env_vars": {**actor_env(1), "GRPC_VERBOSITY": "ERROR"}},
+        },
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=graceful_shutdown_timeout_s,
+        logging_config={"log_level": "WARNING"},
+    )
+
+
 def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | None) -> Any:
     """Run the gateway on Ray Serve, on this node: its address was checked here, clients look for it here.
 
@@ -274,22 +299,8 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
     Raises:
         UnavailableError: it did not come up.
     """
-    deployment = serve.deployment(
-        Gateway if http_port is None else serve.ingress()(Gateway),
-        name="gateway",
-        num_replicas=1,
-        max_replicas_per_node=1,
-        # Above what the engine takes: it refuses what is too much, Serve would let it wait.
-        max_ongoing_requests=10_000,
-        ray_actor_options={
-            "num_cpus": 0,
-            "label_selector": on_this_node(),
-            # Else a line for each handshake that fails: whoever reaches the port could fill the disk.
-            "runtime_env": {"env_vars": {**actor_env(1), "GRPC_VERBOSITY": "ERROR"}},
-        },
-        health_check_period_s=5,
-        graceful_shutdown_timeout_s=5,
-        logging_config={"log_level": "WARNING"},
+    deployment = gateway_deployment(
+        Gateway, with_http=http_port is not None, node_labels=on_this_node(), graceful_shutdown_timeout_s=5
     )
     # Serve reports each of its own steps; what matters of them is said by ours.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

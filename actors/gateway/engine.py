@@ -4,24 +4,28 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from expertmesh.actors.gateway.admission import Admission, Ticket
 from expertmesh.actors.gateway.callers import CALLER, Caller
-from expertmesh.actors.gateway.journal import Inbox, Journal, LiveRequest, LiveSample
+from expertmesh.actors.gateway.journal import Arrival, Inbox, Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter, RequestTimes
 from expertmesh.actors.gateway.request_log import told
 from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import WorkerLost
+from expertmesh.actors.gateway.worker_client import NotRead, WorkerLost
 from expertmesh.actors.gateway.worker_pool import WorkerPool
 from expertmesh.actors.metrics import Metrics
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent
+from expertmesh.cluster.token_budget import TokenBudget, num_tokens
 from expertmesh.models.tokenizer import Tokenizer
 
 # Of a piece at most: a message must stay below what clients take, 4 MiB unless they say otherwise.
 MOST_EVENTS = 256
+
+NOT_READ = "the stream was not read as fast as it was generated, and holds more tokens than any other"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +51,15 @@ class Engine:
         batch_sequences: int | None = None,
         max_queue: int | None = None,
         call_timeout_s: float = 30.0,
+        max_unread_tokens: int = 1_000_000,
         tracer: RequestTracer | None = None,
     ) -> None:
-        """Start with no workers; see WorkerPool, Journal and Admission for the arguments.
+        """Start with no workers; see WorkerPool, Journal, Admission and TokenBudget for the arguments.
 
         max_queue: sequences that may live at a worker, and of those that may wait here; None: that is not known.
         tracer: None: nothing is traced.
         """
+        self.unread = TokenBudget(max_unread_tokens)
         self._tracer = tracer or RequestTracer()
         self._tokenizer = tokenizer
         # With bounded batches what a worker would refuse waits here.
@@ -104,7 +110,8 @@ class Engine:
 
         Raises:
             InputError: no worker can ever run it, or the limits of its key never allow it.
-            CapacityError: the gateway or all workers are full, or its key is above its limits.
+            CapacityError: the gateway or all workers are full, its key is above its limits, or too many tokens waited
+                to be read.
             ExpertMeshError: a worker could not go on.
         """
         async with self._admitted(request) as (times, live, ticket):
@@ -112,10 +119,13 @@ class Engine:
             await self.pool.place(live)
             while live.unfinished:
                 for item in await _arrived(live.inbox):
+                    if isinstance(item, NotRead):
+                        raise CapacityError(NOT_READ)
                     if isinstance(item, WorkerLost):
                         if item.link is live.link:
                             await self.pool.place(live)
                         continue
+                    live.unread.take(num_tokens(item))
                     for sample, events in _by_sample(live, item):
                         piece = self._absorb(live, sample, texts[sample.index], events)
                         if piece.tokens:
@@ -130,11 +140,13 @@ class Engine:
         """Hold a live request while the block lasts, which begins when its turn has come."""
         with self.meter.request() as times, told(request, times, self._tracer.begin(request)) as story:
             live = story.live = self._journal.open(request, story.trace)
+            live.unread = self.unread.open(partial(self.pool.give_up, live))
             try:
                 async with self.admission.entered(self._caller, request) as ticket:
                     yield times, live, ticket
             finally:
                 times.is_complete = not live.unfinished
+                live.unread.close()
                 self.pool.release(live)
 
     @property
@@ -174,19 +186,19 @@ class Engine:
         )
 
 
-async def _arrived(inbox: Inbox) -> list[list[TokenEvent] | WorkerLost]:
+async def _arrived(inbox: Inbox) -> list[Arrival]:
     """Wait for what comes next. What lies there already, as a client reads slowly, is taken together."""
     first = await inbox.get()
     items = [first]
-    num_events = 0 if isinstance(first, WorkerLost) else len(first)
+    num_events = len(first) if isinstance(first, list) else 0
     while num_events < MOST_EVENTS and not inbox.empty():
         item = inbox.get_nowait()
         last = items[-1]
-        if isinstance(item, WorkerLost) or isinstance(last, WorkerLost):
-            items.append(item)
-        else:
+        if isinstance(item, list) and isinstance(last, list):
             last.extend(item)
-        num_events += 0 if isinstance(item, WorkerLost) else len(item)
+        else:
+            items.append(item)
+        num_events += len(item) if isinstance(item, list) else 0
     return items
 
 

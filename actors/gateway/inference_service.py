@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
+import grpc
+
 from expertmesh.actors.gateway.callers import caller_name
 from expertmesh.actors.gateway.engine import Engine, Piece
 from expertmesh.actors.gateway.kept_streams import KeptStreams
@@ -178,7 +180,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 async def _write(context: Context, valid: ValidRequest, begun: AsyncGenerator[Piece, None]) -> None:
     async with aclosing(begun) as pieces:
         async for piece in pieces:
-            await context.write(_response(valid, piece))
+            response = _response(valid, piece)
+            try:
+                await context.write(response)
+            except grpc.aio.InternalError as error:
+                # What gRPC raises where the client went away in the middle of a message, before it cancels the handler.
+                raise asyncio.CancelledError from error
 
 
 def _response(valid: ValidRequest, piece: Piece) -> GenerateResponse:

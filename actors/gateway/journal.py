@@ -8,11 +8,13 @@ from typing import TypeAlias
 
 from expertmesh.actors.gateway.request_trace import UNTRACED, RequestTrace
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import WorkerLink, WorkerLost
+from expertmesh.actors.gateway.worker_client import NotRead, WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
+from expertmesh.cluster.token_budget import Account
 
-Inbox: TypeAlias = asyncio.Queue[list[TokenEvent] | WorkerLost]
+Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead
+Inbox: TypeAlias = asyncio.Queue[Arrival]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -32,7 +34,7 @@ class LiveRequest:
     """A request that has not ended. Its unfinished samples all live at one worker, so that they share the prompt.
 
     link: None until it is placed. admitted: whether any worker ever took it. num_moves: workers that it left. inbox:
-    what the link's poll loop brings, in order.
+    what the link's poll loop brings, in order. unread: counts the tokens in it.
     """
 
     request_id: str
@@ -43,6 +45,7 @@ class LiveRequest:
     num_moves: int = 0
     trace: RequestTrace = UNTRACED
     inbox: Inbox = field(default_factory=asyncio.Queue)
+    unread: Account = field(init=False)
 
     @property
     def unfinished(self) -> list[LiveSample]:
@@ -122,7 +125,7 @@ class Journal:
 
     def move(self, live: LiveRequest, link: WorkerLink) -> None:
         """Note that the request's unfinished samples begin a stay at `link`, under new sequence ids."""
-        self._forget_sequences(live)
+        self.forget_sequences(live)
         live.link = link
         for sample in live.unfinished:
             sample.sequence_id = f"{live.request_id}#{sample.index}~{self._rng.getrandbits(32):08x}"
@@ -143,9 +146,10 @@ class Journal:
 
     def close(self, live: LiveRequest) -> None:
         """Forget a request."""
-        self._forget_sequences(live)
+        self.forget_sequences(live)
         del self._requests[live]
 
-    def _forget_sequences(self, live: LiveRequest) -> None:
+    def forget_sequences(self, live: LiveRequest) -> None:
+        """Let nothing more come of a request."""
         for sample in live.samples:
             self._by_sequence.pop(sample.sequence_id, None)

@@ -5,11 +5,12 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from expertmesh.actors.gateway.engine import Engine, Piece
+from expertmesh.actors.gateway.engine import NOT_READ, Engine, Piece
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.logs import EventLog
-from expertmesh.cluster.errors import ExpertMeshError, InputError, NotFoundError
+from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, NotFoundError
 from expertmesh.cluster.requests import FinishReason
+from expertmesh.cluster.token_budget import Account, num_tokens
 
 _log = EventLog(__name__)
 
@@ -19,12 +20,15 @@ TimeLeft = Callable[[], float | None]
 class KeptStream:
     """One generation and all that came of it. Any number of readers may come and leave, each with its own position."""
 
-    def __init__(self, request: ValidRequest, fingerprint: bytes, engine: Engine, resume_s: float) -> None:
-        """Begin to generate; without a reader for resume_s seconds it is cancelled."""
+    def __init__(
+        self, request: ValidRequest, fingerprint: bytes, engine: Engine, resume_s: float, account: Account
+    ) -> None:
+        """Begin to generate; without a reader for resume_s seconds it is cancelled. account: for what is kept."""
         self.request = request
         self.fingerprint = fingerprint
         self.pieces: list[Piece] = []
         self.error: ExpertMeshError | None = None
+        self.account = account
         self._resume_s = resume_s
         self._why = FinishReason.CANCELLED
         self._num_readers = 0
@@ -40,6 +44,13 @@ class KeptStream:
         if not self.task.done():
             self._why = why
             self.task.cancel()
+
+    def give_up(self) -> None:
+        """Drop all that is kept, and end what has not ended, with an error."""
+        self.error = CapacityError(NOT_READ)
+        self.pieces.clear()
+        self._orphaned.cancel()
+        self.task.cancel()
 
     def read(
         self, received: Sequence[int] = (), ended: Sequence[int] = (), *, time_left: TimeLeft = lambda: None
@@ -97,7 +108,7 @@ class KeptStream:
                     if start >= received.get(piece.index, 0) and piece.index not in ended:
                         yield piece
                 # Not `task.done()`: a cancelled task is done before its samples have their last pieces.
-                if self._is_whole and position == len(self.pieces):
+                if self._is_whole and position >= len(self.pieces):
                     if self.error is not None:
                         raise self.error
                     return
@@ -130,7 +141,7 @@ class KeptStream:
     def _over(self, task: asyncio.Task[None]) -> None:
         """Do what is left when the task is done; a cancelled one may never have begun."""
         self._orphaned.cancel()
-        if task.cancelled():
+        if task.cancelled() and self.error is None:
             self._end_samples()
         self._is_whole = True
         self._wake()
@@ -144,6 +155,7 @@ class KeptStream:
 
     def _add(self, piece: Piece) -> None:
         self.pieces.append(piece)
+        self.account.add(num_tokens(piece.tokens))
         self._wake()
 
     def _wake(self) -> None:
@@ -158,6 +170,7 @@ class KeptStreams:
         - A request sent again under its key while the first is kept is not generated twice.
         - A stream is its owner's, the API key that it was asked for with: for any other it is not there.
         - What failed before its first token is not kept: the key may be tried again.
+        - What is kept counts among the engine's unread tokens; when those are too many, the largest stream is ended.
     """
 
     def __init__(self, engine: Engine, *, resume_s: float, max_ended: int) -> None:
@@ -200,7 +213,8 @@ class KeptStreams:
             if kept.fingerprint != fingerprint:
                 raise InputError("idempotency_key was used for another request", field="idempotency_key")
             return kept
-        stream = KeptStream(request, fingerprint, self._engine, self._resume_s)
+        account = self._engine.unread.open(lambda: self._give_up((owner, key)))
+        stream = KeptStream(request, fingerprint, self._engine, self._resume_s, account)
         self._by_key[owner, key] = self._by_id[owner, request.request_id] = stream
         stream.task.add_done_callback(lambda _: self._keep_a_while(stream, (owner, key)))
         return stream
@@ -222,7 +236,8 @@ class KeptStreams:
         for stream in tuple(self._by_key.values()):
             stream.end()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for timer in self._ended.values():
+        for stream, timer in self._ended.items():
+            stream.account.close()
             timer.cancel()
         self._by_key.clear()
         self._by_id.clear()
@@ -238,7 +253,14 @@ class KeptStreams:
             oldest = next(iter(self._ended))
             self._forget(oldest, next(other for other, kept in self._by_key.items() if kept is oldest))
 
+    def _give_up(self, key: tuple[str, str]) -> None:
+        stream = self._by_key[key]
+        stream.give_up()
+        if stream in self._ended:
+            self._forget(stream, key)
+
     def _forget(self, stream: KeptStream, key: tuple[str, str]) -> None:
+        stream.account.close()
         if stream in self._ended:
             self._ended.pop(stream).cancel()
         if self._by_key.get(key) is stream:

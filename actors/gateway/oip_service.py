@@ -171,10 +171,6 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         return request.id or f"{self._rng.getrandbits(128):032x}"
 
 
-def _trace(context: Context) -> TraceHeaders:
-    return TraceHeaders.of(context.invocation_metadata() or ())
-
-
 async def _is_written(context: Context, response: ModelStreamInferResponse) -> bool:
     """Write a response; say False where the client has gone, before gRPC has cancelled the handler for it."""
     try:
@@ -182,3 +178,7 @@ async def _is_written(context: Context, response: ModelStreamInferResponse) -> b
     except grpc.aio.InternalError:
         return False
     return True
+
+
+def _trace(context: Context) -> TraceHeaders:
+    return TraceHeaders.of(context.invocation_metadata() or ())

@@ -13,6 +13,8 @@ from expertmesh.actors.gateway.openai_errors import to_http_error
 from expertmesh.actors.gateway.openai_responses import AnswerFormat, Fields, Part, usage_fields
 from expertmesh.actors.gateway.validation import ValidRequest
 
+_MAX_WAITING = 16  # pieces between the requests of an answer and what sends it
+
 
 class Answer(Response):
     """Runs requests while it is sent, so that whatever ends the sending ends them."""
@@ -112,16 +114,17 @@ async def merged(engine: Engine, requests: Sequence[ValidRequest]) -> AsyncGener
     Raises:
         ExpertMeshError: of the first that fails; the others are ended.
     """
-    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+    # Of a bounded length: what is not read then waits in the engine, where it is counted.
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(maxsize=_MAX_WAITING)
 
     async def run(request: ValidRequest, first: int) -> None:
         try:
             async with aclosing(engine.generate(request)) as pieces:
                 async for piece in pieces:
-                    queue.put_nowait((first + piece.index, piece))
-            queue.put_nowait(None)
+                    await queue.put((first + piece.index, piece))
+            await queue.put(None)
         except Exception as error:  # noqa: BLE001 - raised again by whoever reads
-            queue.put_nowait(error)
+            await queue.put(error)
 
     firsts = [sum(len(before.sampling) for before in requests[:index]) for index in range(len(requests))]
     tasks = [asyncio.create_task(run(request, first)) for request, first in zip(requests, firsts, strict=True)]

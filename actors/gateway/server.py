@@ -13,6 +13,7 @@ from expertmesh.actors.gateway.grpc_access import AccessInterceptor
 from expertmesh.actors.gateway.inference_service import InferenceService
 from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
+from expertmesh.actors.gateway.undecodable import RefuseUndecodable
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.settings import GrpcSettings, TlsSettings
 from expertmesh.oip import open_inference_pb2, open_inference_pb2_grpc
@@ -24,6 +25,7 @@ ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 # What is served only while each expert has a live replica. Admin is there as long as the server is.
 HEALTH_NAMES = ("", INFERENCE, OPEN_INFERENCE)
 DEFAULTS = GrpcSettings()
+MAX_PENDING_CALLS = 10_000
 
 
 class GatewayServer:
@@ -86,8 +88,8 @@ async def start_server(
     Raises:
         InputError: the address cannot be listened on, or a certificate cannot be used; the message says why.
     """
-    interceptor = AccessInterceptor(Access(KeyBook() if keys is None else keys, host))
-    server = grpc.aio.server(options=_options(settings), interceptors=(interceptor,))
+    access = AccessInterceptor(Access(KeyBook() if keys is None else keys, host))
+    server = grpc.aio.server(options=_options(settings), interceptors=(access, RefuseUndecodable()))
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
     admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
@@ -121,6 +123,13 @@ def _options(settings: GrpcSettings) -> list[tuple[str, int]]:
         # Without this a second gateway would share the port, and each would get half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        # Of calls that wait to be taken up, gRPC cancels some by chance above the first number, any above the second
+        # (1000 and 3000 unless given): with few a flood of one client's calls would end those of others.
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_CALLS),
+        # A connection that has not begun in order by then is closed.
+        ("grpc.server_handshake_timeout_ms", round(settings.handshake_timeout_s * 1000)),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
         # A client may ask whether its server lives though it has no call just now.

@@ -56,6 +56,11 @@ class WorkerLink:
 
 
 @dataclass(frozen=True, slots=True)
+class NotRead:
+    """Told to a request whose tokens waited for its reader until they were too many."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLost:
     """Told to each request that lives on a link that broke."""
 

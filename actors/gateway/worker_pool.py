@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.router import choose_worker
-from expertmesh.actors.gateway.worker_client import WorkerClient, WorkerLink, WorkerLost
+from expertmesh.actors.gateway.worker_client import NotRead, WorkerClient, WorkerLink, WorkerLost
 from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.requests import TokenEvent
+from expertmesh.cluster.token_budget import num_tokens
 
 _log = EventLog(__name__)
 
@@ -136,6 +137,18 @@ class WorkerPool:
         if link is not None:
             self._drop_if_empty(link)
 
+    def give_up(self, live: LiveRequest) -> None:
+        """Drop what waits for a request's reader, at its worker too; the reader hears of it when it comes."""
+        link, live.link = live.link, None
+        if link is not None and live.unfinished:
+            self._cancel(link, [sample.sequence_id for sample in live.unfinished])
+        self._journal.forget_sequences(live)
+        while not live.inbox.empty():
+            live.inbox.get_nowait()
+        live.inbox.put_nowait(NotRead())
+        if link is not None:
+            self._drop_if_empty(link)
+
     async def close(self) -> None:
         """Stop all loops; requests that are alive hear nothing more."""
         tasks = [*self._polls.values(), *self._cancels]
@@ -190,6 +203,7 @@ class WorkerPool:
                 by_request.setdefault(found[0], []).append(event)
         for live, own_events in by_request.items():
             live.inbox.put_nowait(own_events)
+            live.unread.add(num_tokens(own_events))
 
     def _lose(self, link: WorkerLink, why: str, *, hung: bool = False) -> None:
         if self._links.get(link.worker_id) is not link:

@@ -18,7 +18,7 @@ from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.logs import EventLog, reason_of, start_logs
-from expertmesh.actors.runtime import link_end, node_address, node_id
+from expertmesh.actors.runtime import failure_domain, link_end, node_address, node_id
 from expertmesh.actors.shard.intake import Intake
 from expertmesh.actors.shard.server import Counted, Peer, ShardServer
 from expertmesh.cluster.counters import CLOCK
@@ -139,6 +139,7 @@ class Shard:
             "id": self._id,
             "pid": os.getpid(),
             "node": node_id(),
+            "domain": failure_domain(self._settings.nodes.domain_label),
             "address": self._host,
             "state": "ready" if slots else "loading",
             "num_slots": slots.num_slots if slots else 0,

@@ -43,10 +43,11 @@ async def running(
     max_body_bytes: int = 1 << 20,
     keys: KeyBook | None = None,
     host: str = "127.0.0.1",
+    max_unread_tokens: int = 1_000_000,
 ) -> AsyncIterator[Running]:
     """Serve while the block lasts; no request may be left then."""
     rng = random.Random(4)
-    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4)
+    engine = Engine(tokenizer=tokenizer, rng=rng, max_requests=4, max_unread_tokens=max_unread_tokens)
     engine.pool.set_workers(workers)
     chat_template = None if template is None else ChatTemplate(template, {"eos_token": "<eos>"})
     reader = RequestReader(model=MODEL, tokenizer=tokenizer, template=chat_template, rng=rng)

@@ -1,12 +1,9 @@
 """The client commands against a real server over fake workers, and how errors look."""
 
-import asyncio
 import itertools
 import json
-import random
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,15 +11,12 @@ import pytest
 from expertmesh.actors.cli import client, doctor, main, status
 from expertmesh.actors.cli.network_reduction import network_reduction
 from expertmesh.actors.cli.server_options import Server
-from expertmesh.actors.gateway.admin_service import AdminService
-from expertmesh.actors.gateway.engine import Engine
-from expertmesh.actors.gateway.inference_service import InferenceService
-from expertmesh.actors.gateway.oip_service import OpenInferenceService
-from expertmesh.actors.gateway.server import start_server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.admin_pb2 import AutoscalerStatus, ShardStatus, StatusResponse
-from tests.unit.gateway_fakes import MODEL, STATUS, FakeOperations, FakeWorker, fake_output, fake_text, save_tokenizer
+from tests.in_a_thread import in_a_thread
+from tests.unit.gateway_fakes import STATUS, FakeWorker, fake_output, fake_text, save_tokenizer
+from tests.unit.gateway_server import running
 
 CALLS = itertools.count()
 Run = Callable[..., tuple[int, str, str]]
@@ -47,31 +41,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def url(tokenizer: Tokenizer) -> Iterator[str]:
     """Address of a server that runs in a thread of its own, as the commands block."""
-    addresses: list[str] = []
-    started, stop = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        rng = random.Random(2)
-        engine = Engine(tokenizer=tokenizer, rng=rng)
-        inference = InferenceService(engine, MODEL, tokenizer, rng)
-        admin = AdminService(get_status, get_loads, FakeOperations())
-        open_inference = OpenInferenceService(engine, MODEL, tokenizer, rng)
-        server = await start_server(
-            host="127.0.0.1", port=0, inference=inference, open_inference=open_inference, admin=admin
-        )
-        engine.pool.set_workers([FakeWorker("a")])
-        addresses.append(server.address)
-        started.set()
-        await asyncio.to_thread(stop.wait)
-        await server.stop(grace_s=0)
-        await engine.pool.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(20)
-    yield addresses[0]
-    stop.set()
-    thread.join(20)
+    with in_a_thread(running(FakeWorker("a"), tokenizer=tokenizer, max_requests=1024)) as up:
+        yield up.server.address
 
 
 @pytest.fixture

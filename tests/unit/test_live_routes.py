@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -16,13 +17,16 @@ import pytest
 import uvicorn
 
 from expertmesh.actors.gateway import live_feed
+from expertmesh.actors.gateway.access import Access
 from expertmesh.actors.gateway.engine import Engine
+from expertmesh.actors.gateway.key_book import KeyBook
 from expertmesh.actors.gateway.live_feed import MAX_BEHIND, LiveFeed
 from expertmesh.actors.gateway.live_routes import HEADERS, live_routes
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.cluster.errors import CapacityError
 from tests.recorded_metrics import Recorded
+from tests.unit.api_keys import book, key, secret_of
 from tests.unit.gateway_fakes import MODEL, FakeWorker
 from tests.unit.live_fakes import FakeFleet
 
@@ -40,13 +44,14 @@ class Running:
 
 
 @asynccontextmanager
-async def running(*workers: FakeWorker, timeout_s: float = 5.0) -> AsyncIterator[Running]:
+async def running(*workers: FakeWorker, timeout_s: float = 5.0, keys: KeyBook | None = None) -> AsyncIterator[Running]:
     rng, fleet = random.Random(4), FakeFleet()
     engine = Engine(tokenizer=None, rng=rng)
     engine.pool.set_workers(workers)
     reader = RequestReader(model=MODEL, tokenizer=None, template=None, rng=rng)
     feed = LiveFeed(MODEL, engine, fleet.ask, is_serving=lambda: True, period_s=PERIOD_S, timeout_s=timeout_s)
-    app = build_app(OpenAIFront(engine=engine, reader=reader, is_ready=lambda: True, now_s=lambda: 1.0))
+    access = Access(keys or KeyBook(), "127.0.0.1")
+    app = build_app(OpenAIFront(engine=engine, reader=reader, is_ready=lambda: True, now_s=lambda: 1.0, access=access))
     app.include_router(live_routes(feed))
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -158,6 +163,18 @@ async def test_a_stream_begins_with_all_that_is_known_and_goes_on_with_what_is_n
         assert seen[-1]["tokens"] == TOKENS_LE
         assert seen[-1]["operations"] == [{"id": "op-1", "phase": "PREPARE", "adding": ["s2"], "ended_s": 0.0}]
         assert "placement" not in seen[-1]
+
+
+async def test_with_keys_the_page_is_open_and_what_it_shows_is_for_admins(tmp_path: Path) -> None:
+    async with running(keys=book(tmp_path, key("alice"), key("root", "admin"))) as up:
+        for path in ("/", "/page/app.js"):
+            assert (await up.http.get(path)).status_code == 200
+        callers = [{}, *({"authorization": f"Bearer {secret_of(name)}"} for name in ("alice", "root"))]
+        for path in ("/live/state", "/live/events"):
+            refused = [await up.http.get(path, headers=caller) for caller in callers[:2]]
+            assert [answer.status_code for answer in refused] == [401, 403]
+        assert up.fleet.asked == []
+        assert (await up.http.get("/live/state", headers=callers[2])).json()["model"]["name"] == MODEL.name
 
 
 async def test_viewers_share_one_poller_and_nobody_looking_ends_it() -> None:
