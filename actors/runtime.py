@@ -1,6 +1,6 @@
 """Ray as ExpertMesh uses it: names, the environment of the actors, a local cluster of our own."""
 
-import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,6 @@ def actor_env(threads: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def log_to_stderr() -> None:
-    """Let what our modules say of their decisions reach the actor's log file; Ray leaves out all below a warning."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("expertmesh").setLevel(logging.INFO)
 
 
 def start_local_ray(temp_dir: Path, metrics_port: int = 0) -> None:
@@ -99,21 +93,32 @@ def join_ray(address: str) -> None:
 
 
 def pinned_options(
-    name: str, group_name: str, *, num_cpus: float, num_gpus: float, runtime_env: dict[str, Any], timeout_s: float
+    name: str,
+    group_name: str,
+    *,
+    num_cpus: float,
+    num_gpus: float,
+    node_labels: Mapping[str, str],
+    runtime_env: dict[str, Any],
+    timeout_s: float,
 ) -> dict[str, Any]:
     """Reserve an accelerator, under group_name, for a detached actor and return the actor's options.
 
     While it waits for room it is a demand that Ray's autoscaler sees.
 
     Raises:
-        CapacityError: the cluster has no room within timeout_s; the reservation is withdrawn.
+        CapacityError: the cluster has no room within timeout_s on a node with these labels; the reservation is
+            withdrawn.
     """
     bundle = {"GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
-    group = placement_group([bundle], name=group_name, lifetime="detached")
+    selector = [dict(node_labels)] if node_labels else None
+    group = placement_group([bundle], name=group_name, lifetime="detached", bundle_label_selector=selector)
     if not group.wait(timeout_s):
         remove_placement_group(group)
+        labelled = f" and labels {dict(node_labels)}" if node_labels else ""
         raise CapacityError(
-            f"{name}: no node with {bundle} free within {timeout_s:.0f} s; Ray has {ray.available_resources()}"
+            f"{name}: no node with {bundle} free{labelled} within {timeout_s:.0f} s; "
+            f"Ray has {ray.available_resources()}"
         )
     return {
         "name": name,
@@ -129,6 +134,11 @@ def pinned_options(
 def node_id() -> str:
     """Return this node's id in the Ray cluster, hexadecimal; two nodes may have one address."""
     return str(ray.get_runtime_context().get_node_id())
+
+
+def failure_domain(label: str) -> str:
+    """Return what fails together with this node: the value of its label in Ray, or itself where it has none."""
+    return str(ray.get_runtime_context().get_node_labels().get(label) or node_id())
 
 
 def node_address() -> str:

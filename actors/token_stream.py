@@ -8,13 +8,13 @@ asks with the number after which it wants events; the worker answers [number of 
 
 import asyncio
 import hmac
-import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import msgpack
 
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent, TokenLogprob
 
@@ -23,7 +23,7 @@ _LENGTH_BYTES = 4
 _MAX_QUESTION_BYTES = 1024
 # Whoever has not said by then who it is is no gateway.
 _HELLO_S = 10.0
-_logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 Poll = Callable[[str, int], Awaitable[tuple[int, list[TokenEvent]]]]
 
 
@@ -56,7 +56,7 @@ class TokenStreamServer:
             try:
                 await _serve(reader, writer, secret, poll)
             except (OSError, EOFError, ValueError, TypeError, TimeoutError, UnavailableError) as error:
-                _logger.info("a gateway's connection ended: %r", error)
+                _log.tell("gateway_gone", reason=repr(error))
             finally:
                 writer.close()
 

@@ -125,6 +125,7 @@ def _worker(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
     from expertmesh.actors.links.ends import WORKER_RANK
     from expertmesh.actors.worker.dispatcher import Dispatcher
     from expertmesh.actors.worker.fleet import Fleet
+    from expertmesh.actors.worker.step import Step
     from expertmesh.cluster.dispatch_hash import token_keys
     from expertmesh.models.describe import describe_model
 
@@ -141,7 +142,7 @@ def _worker(pipe: Connection, threads: int, checkpoint: Path, ports: list[int], 
     for tokens, number in _asked(pipe):
         batch = _batch(tokens, number, config.hidden_size, info.num_experts, info.top_k)
         keys_T = token_keys(np.full(tokens, number, dtype=np.uint64), np.arange(tokens))
-        dispatcher.begin_step(keys_T, np.ones(tokens, dtype=np.bool_))
+        dispatcher.begin_step(Step(number), keys_T, np.ones(tokens, dtype=np.bool_))
         started_s = time.perf_counter()
         dispatcher.run(info.moe_layers[number % len(info.moe_layers)], *batch)
         pipe.send(time.perf_counter() - started_s)

@@ -8,6 +8,7 @@ Shape suffixes: L layers (by position in Placement.layers), E experts of a layer
 
 import heapq
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from expertmesh.cluster.balance import balancedness
 from expertmesh.cluster.balancer_build import empty_layers, load_current, time_LS, to_placement, used_slots_LS
-from expertmesh.cluster.balancer_layer import Bools, Layer, Snapshot
+from expertmesh.cluster.balancer_layer import Bools, Floats, Layer, Snapshot
 from expertmesh.cluster.balancer_repair import repair
 from expertmesh.cluster.balancer_search import improve
 from expertmesh.cluster.balancer_types import BalancePlan, BalanceSettings, Move, ShardFacts
@@ -104,6 +105,11 @@ def rebalance(
     draining_S = np.array([facts.is_draining for facts in shards])
     num_short = sum(repair(layer) for layer in layers)
     has_repaired = any(bool((layer.hosts_SE != was_SE).any()) for layer, was_SE in zip(layers, at_start, strict=True))
+    could_save = _part_saved(before_LS, sum(layer.ideal_time for layer in layers))
+    is_same_fleet = {slots.shard for slots in current.shards} == {facts.shard for facts in shards}
+    may_stay = is_same_fleet and not has_repaired and not was_empty_S.any() and not draining_S.any()
+    if may_stay and could_save < settings.min_improvement:
+        return _nothing_to_gain(replace(current, epoch=epoch), before_LS, could_save, num_short, settings)
     # A copy's part of the time that all take side by side; whether it stays in a domain is not known yet.
     copy_s = expert_bytes / settings.network_bytes_per_s / len(shards)
     seconds_per_time = expert_time_s * horizon_s / window_s / max(float(before_LS.max(axis=1).sum()), 1e-300)
@@ -118,14 +124,13 @@ def rebalance(
             layer.quantise()
         num_copies = _improve(layers, at_start, budget, least_gain)
         budget -= num_copies
-        if num_copies == 0:
+        if not num_copies or not budget:
             break
     placement = to_placement(layers, shards, layer_ids=current.layers, num_experts=current.num_experts, epoch=epoch)
     after_LS = time_LS(layers)
     moves = _moves(layers, at_start, current.layers, shards)
     cost_s = _cost_s(moves, shards, expert_bytes, settings)
-    saved = 1 - float(after_LS.max(axis=1).sum()) / max(float(before_LS.max(axis=1).sum()), 1e-300)
-    saved = 0.0 if is_missing or not before_LS.any() else saved
+    saved = 0.0 if is_missing else _part_saved(before_LS, float(after_LS.max(axis=1).sum()))
     gain_s = saved * expert_time_s * horizon_s / window_s
     has_filled = any(bool(layer.hosts_SE[was_empty_S].any()) for layer in layers)
     is_needed = has_repaired or has_filled
@@ -139,6 +144,30 @@ def rebalance(
         cost_s=cost_s,
         is_worthwhile=is_needed or (saved > 0 and saved >= settings.min_improvement and gain_s > cost_s),
         reason=_reason(is_needed, num_short, saved, gain_s, cost_s, len(moves), settings),
+    )
+
+
+def _part_saved(before_LS: Floats, after: float) -> float:
+    """Return which part of the layers' largest times is saved if these are `after` in all; 0 without a load."""
+    return 1 - after / float(before_LS.max(axis=1).sum()) if before_LS.any() else 0.0
+
+
+def _nothing_to_gain(
+    current: Placement, before_LS: Floats, could_save: float, num_short: int, settings: BalanceSettings
+) -> BalancePlan:
+    """Return the plan to stay, as not even level shards would save enough."""
+    level = balancedness(before_LS)
+    return BalancePlan(
+        placement=current,
+        moves=(),
+        bytes_moved=0,
+        balancedness_before=level,
+        balancedness_after=level,
+        gain_s=0.0,
+        cost_s=0.0,
+        is_worthwhile=False,
+        reason=f"declined, below the threshold of {settings.min_improvement:.1%}: level shards would save "
+        f"{could_save:.1%} of expert time{_short(num_short, settings)}",
     )
 
 
@@ -165,7 +194,9 @@ def _current_layers(
 
 def _improve(layers: Sequence[Layer], at_start: Sequence[Bools], budget: int, least_gain: float) -> int:
     """Take the best steps of all layers for at most `budget` copies, each of at least this gain; return the copies."""
-    paths = [_search(layer, hosts_SE) for layer, hosts_SE in zip(layers, at_start, strict=True)]
+    # A layer's even part twice: what one does not need is there for another, and for the next search.
+    most = min(MAX_STEPS, -(-2 * budget // len(layers)))
+    paths = [_search(layer, hosts_SE, most) for layer, hosts_SE in zip(layers, at_start, strict=True)]
     taken, left = [0] * len(paths), budget
     # The best option of each layer, the best of all first; they stay what they are until taken, or beyond what is left.
     options = [_entry(option, layer) for layer, path in enumerate(paths) if (option := _next_option(path, 0, left))]
@@ -209,9 +240,9 @@ def _next_option(path: Sequence[_Step], begin: int, budget: int) -> _Option | No
     return best
 
 
-def _search(layer: Layer, at_start_SE: Bools) -> list[_Step]:
+def _search(layer: Layer, at_start_SE: Bools, most: int) -> list[_Step]:
     layer.level()
-    steps = (_step(layer, at_start_SE) for _ in zip(range(MAX_STEPS), improve(layer), strict=False))
+    steps = (_step(layer, at_start_SE) for _ in zip(range(most), improve(layer), strict=False))
     return [_step(layer, at_start_SE), *steps]
 
 
@@ -284,9 +315,7 @@ def _reason(
     settings: BalanceSettings,
 ) -> str:
     figures = f"{num_moves} moves in {cost_s:.3g} s save {saved:.1%} of expert time, {gain_s:.3g} s over the horizon"
-    short = f"; {num_short} experts have fewer than {settings.min_replicas} replicas for want of slots" * (
-        num_short > 0
-    )
+    short = _short(num_short, settings)
     if is_needed:
         return f"repair: {figures}{short}"
     if saved <= 0 or saved < settings.min_improvement:
@@ -294,3 +323,9 @@ def _reason(
     if gain_s <= cost_s:
         return f"declined, costs more than it saves: {figures}{short}"
     return f"worthwhile: {figures}{short}"
+
+
+def _short(num_short: int, settings: BalanceSettings) -> str:
+    if not num_short:
+        return ""
+    return f"; {num_short} experts have fewer than {settings.min_replicas} replicas for want of slots"

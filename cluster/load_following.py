@@ -33,6 +33,8 @@ _CHANGED_LOOKS = 2
 _CHANGED_TOKENS = 32
 # A load that changed is expected to stay for this long: a copy that does not pay within it is not made.
 _CHANGED_HORIZON_S = 60.0
+# Copies of a plan, where there are so many shards that BalanceSettings' own cap would be fewer.
+_COPIES_A_SHARD = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,7 @@ class LoadFollower:
         load_LE = _total_LE(seen.fast)
         if load_LE.sum() < _LEAST_TOKENS * load_LE.size:
             return None
-        uneven_L = uneven_layers(load_LE, placement)
-        best = placement
-        if uneven_L.any():
-            levelled = level_weights(load_LE, placement, only_L=uneven_L)
-            best = replace(placement, epoch=placement.epoch + 1, weights=levelled)
+        best = _levelled(placement, load_LE)
         if self._has_changed(load_LE, best):
             self._looks_changed = 0
             part, whole = float(load_LE.sum()), float(_total_LE(seen.slow).sum())
@@ -110,6 +108,11 @@ class LoadFollower:
     def _plan(
         self, placement: Placement, load: Load, expert_time_s: float, horizon_s: float, seen: Seen
     ) -> BalancePlan:
+        caps = BalanceSettings()
+        settings = BalanceSettings(
+            min_replicas=min(self._replicas, len(placement.shards)),
+            max_moves=max(caps.max_moves, _COPIES_A_SHARD * len(seen.shards)),
+        )
         return rebalance(
             placement,
             _total_LE(load),
@@ -119,7 +122,7 @@ class LoadFollower:
             expert_time_s=expert_time_s,
             window_s=max(load.span_s, 1.0),
             horizon_s=horizon_s,
-            settings=BalanceSettings(min_replicas=min(self._replicas, len(placement.shards))),
+            settings=settings,
         )
 
     def _has_changed(self, load_LE: npt.NDArray[np.int64], best: Placement) -> bool:
@@ -168,11 +171,17 @@ def _harms(placement: Placement, plan: BalancePlan, fast: Load) -> bool:
     load_LE = _total_LE(fast)
     if load_LE.sum() < _CHANGED_TOKENS * load_LE.size:
         return False
-    now, then = (
-        balancedness(shard_load_LS(load_LE, replace(p, weights=level_weights(load_LE, p))))
-        for p in (placement, plan.placement)
-    )
+    now, then = (balancedness(shard_load_LS(load_LE, _levelled(p, load_LE))) for p in (placement, plan.placement))
     return then < min(now, _CHANGED_BELOW)
+
+
+def _levelled(placement: Placement, load_LE: npt.NDArray[np.int64]) -> Placement:
+    """Return a placement with weights that level a load, in the layers where that is worth it."""
+    uneven_L = uneven_layers(load_LE, placement)
+    if not uneven_L.any():
+        return placement
+    weights = level_weights(load_LE, placement, only_L=uneven_L)
+    return replace(placement, epoch=placement.epoch + 1, weights=weights)
 
 
 def _proposal(plan: BalancePlan, why: str = "") -> Proposal:

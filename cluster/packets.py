@@ -10,7 +10,19 @@ HEADER_BYTES = 64
 _MAGIC = 0x31584D45  # "EMX1"
 _LAYOUT = struct.Struct("<IBBHIQQIIIIQ")
 _BY_PAIR, _IN_MEMORY = 1, 2
+# Of a packet's number: its place among the packets of its step. The bits above are the step's number.
+_PLACE_BITS = 24
 _PADDING = bytes(HEADER_BYTES - _LAYOUT.size)
+
+
+def first_sequence(step: int) -> int:
+    """Return the number below those of a step's packets, which count up from it."""
+    return step << _PLACE_BITS
+
+
+def step_of(sequence: int) -> int:
+    """Return the worker's step that a packet with this number belongs to."""
+    return sequence >> _PLACE_BITS
 
 
 class PacketKind(IntEnum):
@@ -41,9 +53,9 @@ class PacketHeader:
     """A message's header.
 
     generation: of the link, so that a packet of a former life is dropped. sequence: number of the request, repeated in
-    its answer. num_rows rows of hidden elements of dtype, and num_pairs pairs, make up payload_bytes. by_pair: the
-    answer is to have, or has, each pair's output by itself, not weighted. in_memory: the payload does not follow, it is
-    in the memory that the link's ends share.
+    its answer; a worker's has its step in it, see `step_of`. num_rows rows of hidden elements of dtype, and num_pairs
+    pairs, make up payload_bytes. by_pair: the answer is to have, or has, each pair's output by itself, not weighted.
+    in_memory: the payload does not follow, it is in the memory that the link's ends share.
     """
 
     kind: PacketKind

@@ -49,12 +49,14 @@ def repair(
     before = {slots.shard: set(slots.experts) for slots in placement.shards}
     kept = {shard: before.get(shard, hosted.get(shard, frozenset())) for shard in shards}
     node_S = node_indices(shards, nodes or {})
+    hosts_of: dict[int, list[list[int]]] = {
+        layer: [[] for _ in range(placement.num_experts)] for layer in placement.layers
+    }
+    for index, shard in enumerate(shards):
+        for key in kept[shard]:
+            hosts_of[key.layer][key.expert].append(index)
     experts_S: list[list[ExpertKey]] = [[] for _ in shards]
-    for layer in placement.layers:
-        hosts_E = [
-            [index for index, shard in enumerate(shards) if ExpertKey(layer, expert) in kept[shard]]
-            for expert in range(placement.num_experts)
-        ]
+    for layer, hosts_E in hosts_of.items():
         # A returned shard's experts count only as far as they are needed.
         returned = {index for index, shard in enumerate(shards) if shard not in before}
         _drop_spares(hosts_E, returned, wanted)
@@ -154,4 +156,8 @@ def _keeps_nodes(hosts: list[int], node_S: Sequence[int], source: int, target: i
 
 
 def _slots(hosts_E: list[list[int]], num_shards: int) -> list[int]:
-    return [sum(index in hosts for hosts in hosts_E) for index in range(num_shards)]
+    num_slots_S = [0] * num_shards
+    for hosts in hosts_E:
+        for index in hosts:
+            num_slots_S[index] += 1
+    return num_slots_S

@@ -38,13 +38,19 @@ class SequenceRequest:
     """One sequence to generate.
 
     output_ids are tokens generated before, elsewhere (a resumed sequence); the worker goes on after them, and
-    max_tokens counts them.
+    max_tokens counts them. traceparent: of the trace that the stay belongs to, in W3C's form; "": it is not traced.
     """
 
     sequence_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     output_ids: tuple[int, ...] = ()
+    traceparent: str = ""
+
+
+def request_id_of(sequence_id: str) -> str:
+    """Return the id of a sequence's request: a gateway calls sequences `<request_id>#<sample>~<stay>`."""
+    return sequence_id.rpartition("#")[0] or sequence_id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -50,6 +50,25 @@ class GrpcSettings(BaseModel):
     )
 
 
+class NodeSettings(BaseModel):
+    """Which of a cluster's nodes take what: the labels that Ray must know a node by; empty: any node does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shards: dict[str, str] = Field(default={}, description="labels of the nodes that expert shards may run on")
+    workers: dict[str, str] = Field(default={}, description="labels of the nodes that attention workers may run on")
+    gateways: dict[str, str] = Field(
+        default={}, description="labels of the nodes that gateways may run on; of applications of Ray Serve alone"
+    )
+    controller: dict[str, str] = Field(
+        default={}, description="labels of the node of the controller; of applications of Ray Serve alone"
+    )
+    domain_label: str = Field(
+        default="",
+        description="label whose value names what fails together, such as a host; empty: each node is for itself",
+    )
+
+
 class TlsSettings(BaseModel):
     """By which certificate the gateway is known, and whose certificates its clients need. Files are PEM."""
 
@@ -98,6 +117,9 @@ class ServeSettings(BaseModel):
         default=4096, ge=1, le=9999, description="requests that are alive at a gateway; more are refused"
     )
     state: str = Field(default="", description="redis://... ; empty: an embedded server of the controller's")
+    deployment: str = Field(
+        default="", description="name of the records in Redis, apart from those of others that use it; empty: the model"
+    )
 
     page_size: int = Field(default=16, ge=1, le=1024, description="tokens a KV page")
     kv_tokens: int = Field(default=0, ge=0, description="tokens of KV cache a worker; 0: a tenth of free memory")
@@ -133,6 +155,21 @@ class ServeSettings(BaseModel):
         default=60.0, ge=0, description="how long a member may be away before the others are balanced without it"
     )
 
+    log_format: Literal["json", "text"] = Field(default="json", description="how a process's log lays out its lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least that is logged; debug has a line for each step"
+    )
+    slow_log_s: float = Field(default=5.0, ge=0, description="a step or packet that takes longer is logged; 0: none")
+
+    otlp_endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://[^\s@]+)?$",
+        description="http://host:port that traces are sent to; empty: OTEL_EXPORTER_OTLP_ENDPOINT, and without it none",
+    )
+    trace_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="part of the requests that are traced, of those that bring no trace"
+    )
+
     hot_experts: int = Field(default=3, ge=0, le=64, description="hottest experts of each layer that metrics show")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="of a Ray that is started; 0 takes a free one")
 
@@ -144,6 +181,7 @@ class ServeSettings(BaseModel):
         default=60.0, gt=0, description="how long a member waits for room in Ray, in which its autoscaler brings a node"
     )
 
+    nodes: NodeSettings = NodeSettings()
     link_host: str = Field(default="", description="interface that links listen on; empty: the node's address in Ray")
     links: Literal["auto", "gloo"] = Field(
         default="auto",

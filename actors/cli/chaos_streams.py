@@ -58,8 +58,16 @@ class Streams:
     topic: what requests that begin from now on are about.
     """
 
-    def __init__(self, address: str, model: ModelStatus, count: int, new_tokens: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        model: ModelStatus,
+        count: int,
+        new_tokens: int,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         self._address = address
+        self._metadata = metadata
         self._requests = {
             topic: [_request(model, number, new_tokens, texts, at) for number in range(count)]
             for at, (topic, texts) in enumerate(TOPICS.items())
@@ -93,7 +101,7 @@ class Streams:
             record.token_times_s.append(times)
             try:
                 async for response in InferenceStub(channel).Generate(
-                    self._requests[topic][number], timeout=_TIMEOUT_S
+                    self._requests[topic][number], metadata=self._metadata, timeout=_TIMEOUT_S
                 ):
                     tokens += response.token_ids
                     times += [time.monotonic()] * len(response.token_ids)

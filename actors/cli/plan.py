@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from pydantic import ValidationError
 
-from expertmesh.actors.cli import plan_files, plan_text
+from expertmesh.actors.cli import plan_files, plan_kubernetes, plan_text
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.planner.calibration import calibrate
 from expertmesh.cluster.planner.hardware import complaint
@@ -37,6 +37,10 @@ def plan(
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Print every plan, those that cannot run too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    kubernetes: Annotated[
+        bool, typer.Option(help="Print worker groups of the best plan that is served, as a patch for k8s/overlays/gpu.")
+    ] = False,
+    gpus_per_pod: Annotated[int, typer.Option(help="With --kubernetes: GPUs of a host, which a pod takes whole.")] = 8,
     plot: Annotated[Path | None, typer.Option(help="Draw the best plans' steps.", metavar="FILE.svg")] = None,
     check: Annotated[bool, typer.Option("--validate", help="Compare the model with published figures.")] = False,
     show_known: Annotated[bool, typer.Option("--list", help="Name the shipped cards and machines.")] = False,
@@ -53,6 +57,8 @@ def plan(
         else:
             plan_text.print_checks(checks)
         return
+    if as_json and kubernetes:
+        raise InputError("--json and --kubernetes are two ways to print: give one")
     if model is None:
         raise InputError("MODEL is missing: a checkpoint directory, a config.json, or a card; --list names the cards")
     if replicas is not None and replicas < 0:
@@ -73,6 +79,9 @@ def plan(
         from expertmesh.actors.cli.plan_plot import draw
 
         draw(plot, report)
+    if kubernetes:
+        plan_kubernetes.print_groups(report, gpus_per_pod)
+        return
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
     else:

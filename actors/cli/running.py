@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from expertmesh.cluster.errors import StateError
+from expertmesh.cluster.errors import InputError, StateError
 
 
 class RunningServer(NamedTuple):
-    """A `serve` process of this user."""
+    """A `serve` process of this user. logs: the folder of its processes' logs, where it has a Ray of its own."""
 
     pid: int
     grpc_address: str
     model: str
+    logs: str = ""
 
 
 def state_home() -> Path:
@@ -34,9 +35,9 @@ def new_log_file() -> Path:
 
 
 @contextlib.contextmanager
-def registered(grpc_address: str, model: Path) -> Iterator[None]:
+def registered(grpc_address: str, model: Path, logs: str = "") -> Iterator[None]:
     """Let `stop` find this process while the context lasts."""
-    record = RunningServer(os.getpid(), grpc_address, str(model))
+    record = RunningServer(os.getpid(), grpc_address, str(model), logs)
     path = state_home() / f"running-{record.pid}.json"
     unfinished = path.with_suffix(".new")
     with unfinished.open("w") as file:
@@ -70,6 +71,26 @@ def find_running() -> list[RunningServer]:
         except (ValueError, TypeError) as error:
             raise StateError(f"{path}: not the record of a server: {error}") from error
     return found
+
+
+def choose(servers: list[RunningServer], url: str) -> RunningServer:
+    """Return the one server, or that at an address.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    listing = ", ".join(f"{s.grpc_address} (pid {s.pid})" for s in servers) or "none"
+    matching = [s for s in servers if not url or s.grpc_address == url]
+    if len(matching) != 1:
+        what = (
+            f"no server at {url}"
+            if url
+            else "no server runs here"
+            if not servers
+            else "several servers run; give --url"
+        )
+        raise InputError(f"{what}; running: {listing}")
+    return matching[0]
 
 
 def _is_locked(file: IO[str]) -> bool:

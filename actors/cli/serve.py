@@ -14,6 +14,7 @@ from expertmesh.actors.cli import running
 from expertmesh.actors.cli.configuration import read_settings
 from expertmesh.actors.metrics_target import metrics_target
 from expertmesh.actors.ray_env import calm_local_serve, require_auth_mode, secure_local_ray
+from expertmesh.actors.tracing import with_endpoint
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.settings import ServeSettings
 
@@ -95,7 +96,7 @@ def serve(
         from expertmesh.actors.cli.serving_plan import with_plan  # numpy and YAML for those who ask
 
         settings = with_plan(settings, plan, lambda line: typer.echo(line, err=True))
-    _run(settings, address)
+    _run(with_endpoint(settings, os.environ), address)
 
 
 def _without_none(options: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _run(settings: ServeSettings, address: str | None) -> None:
     try:
         deployment.start()
         with (
-            running.registered(deployment.grpc_address, settings.model),
+            running.registered(deployment.grpc_address, settings.model, deployment.log_folder),
             metrics_target(running.state_home(), deployment.metrics_address),
         ):
             sys.stdout.write(" ".join(["ready", deployment.grpc_address, deployment.http_url]).rstrip() + "\n")

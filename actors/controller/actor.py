@@ -28,6 +28,10 @@ class ControllerActor:
         """See Controller.start."""
         self._controller.start()
 
+    def differing_settings(self, settings: ServeSettings) -> list[str]:
+        """See Controller.differing_settings."""
+        return self._controller.differing_settings(settings)
+
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
         """See Controller.report_lost."""
         self._controller.report_lost(worker, shard)
@@ -87,18 +91,28 @@ def start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path)
     It stays on this node, where its Redis has its files, and which does not go when its shards have gone; the
     deployment ends with this process in any case.
     """
-    return (
-        ray.remote(ControllerActor)
-        .options(
-            name=CONTROLLER,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            max_concurrency=16,
-            num_cpus=0,
-            label_selector=on_this_node(),
-            # Tokens flow without a controller: one that is started again gives way to them until it is ready.
-            runtime_env={"env_vars": actor_env(1), "py_executable": python_that_gives_way()},
-        )
-        .remote(settings, model, str(state_dir))
+    return _controller(on_this_node()).remote(settings, model, str(state_dir))
+
+
+def find_or_start_controller(settings: ServeSettings, model: ModelInfo, state_dir: Path) -> Any:
+    """Return the cluster's controller, started where the settings' labels say if there is none.
+
+    state_dir is on the controller's node.
+    """
+    controller = _controller(settings.nodes.controller, get_if_exists=True)
+    return controller.remote(settings, model, str(state_dir))
+
+
+def _controller(label_selector: dict[str, str], *, get_if_exists: bool = False) -> Any:
+    return ray.remote(ControllerActor).options(
+        name=CONTROLLER,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        max_restarts=-1,
+        max_concurrency=16,
+        get_if_exists=get_if_exists,
+        num_cpus=0,
+        label_selector=label_selector,
+        # Tokens flow without a controller: one that is started again gives way to them until it is ready.
+        runtime_env={"env_vars": actor_env(1), "py_executable": python_that_gives_way()},
     )

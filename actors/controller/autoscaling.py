@@ -5,7 +5,6 @@ taken as decided, and the autoscaler goes on from there.
 """
 
 import json
-import logging
 import math
 import threading
 import time
@@ -15,6 +14,7 @@ from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.measuring import Measuring
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.queues import GatewayQueues
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.autoscaler import Autoscaler, Decision
 from expertmesh.cluster.errors import ExpertMeshError, InputError
 from expertmesh.cluster.model_info import ModelInfo
@@ -22,7 +22,7 @@ from expertmesh.cluster.operations import Operation, Phase
 from expertmesh.cluster.settings import AutoscaleSettings
 from expertmesh.cluster.watchdog import Watchdog
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _NAME = "autoscaler"
 # Members say nothing new while a round of the fleet moves experts, which may take a while.
 _PATIENCE_S = 120.0
@@ -68,7 +68,7 @@ class Autoscaling:
                 self._watchdog.success(_NAME, time.monotonic())
             except Exception as error:  # noqa: BLE001  it is told and the loop goes on
                 if not isinstance(error, ExpertMeshError):
-                    _log.exception("the autoscaler failed")
+                    _log.tell("loop_failed", error, loop=_NAME)
                 self._watchdog.failure(_NAME, time.monotonic(), str(error))
 
     def stop(self) -> None:
@@ -175,7 +175,7 @@ class Autoscaling:
             self._put_off(now_s, str(error))
 
     def _put_off(self, now_s: float, problem: str) -> None:
-        _log.warning("what is wanted cannot be had; asked for again in %.0f s: %s", self._retry_delay_s, problem)
+        _log.tell("autoscale_put_off", delay_s=self._retry_delay_s, reason=problem)
         self._problem = problem
         self._failed_s.update(dict.fromkeys(self._own_tiers, now_s))
 
@@ -190,4 +190,4 @@ class Autoscaling:
             "reasons": decision.reasons,
             "inputs": decision.inputs,
         }
-        _log.log(logging.INFO if is_due else logging.DEBUG, "decision %s", json.dumps(record))
+        _log.tell("autoscale_decision" if is_due else "autoscale_look", decision=json.dumps(record))

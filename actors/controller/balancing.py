@@ -3,13 +3,13 @@
 Both only propose; the keeper's thread carries out, and drops what was made for a placement that is no longer in force.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 
 from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.loads import LoadCollector
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.balancer_types import BalancePlan
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.load_following import LoadFollower, Proposal, Seen, shard_facts
@@ -17,7 +17,7 @@ from expertmesh.cluster.placement import Placement
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.cluster.watchdog import Watchdog
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _COLLECT_PERIOD_S = 1.0
 # Ray sends a process's metrics to its node's agent each 10 s.
 _REPORT_PERIOD_S = 5.0
@@ -65,7 +65,7 @@ class Balancing:
                 self._watchdog.success(name, time.monotonic())
             except Exception as error:  # noqa: BLE001  it is told and the loops go on
                 if not isinstance(error, ExpertMeshError):
-                    _log.exception("the loop of the %s failed", name)
+                    _log.tell("loop_failed", error, loop=name)
                 self._watchdog.failure(name, time.monotonic(), str(error))
 
     def stop(self) -> None:

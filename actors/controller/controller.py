@@ -4,7 +4,6 @@
 goes on.
 """
 
-import logging
 import os
 import threading
 import time
@@ -29,7 +28,8 @@ from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.cores import step_back, take_part
-from expertmesh.actors.runtime import log_to_stderr, node_id
+from expertmesh.actors.logs import EventLog, reason_of, start_logs
+from expertmesh.actors.runtime import node_id
 from expertmesh.actors.shard.actor import ShardActor
 from expertmesh.actors.state import EmbeddedRedis, StateStore, open_client
 from expertmesh.actors.worker.actor import WorkerActor
@@ -43,7 +43,7 @@ from expertmesh.cluster.settings import ServeSettings
 from expertmesh.cluster.watchdog import Watchdog
 from expertmesh.v1.admin_pb2 import ShardStatus, WorkerStatus
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _CALL_TIMEOUT_S = 5.0
 _AGAIN_S = 1.0
 
@@ -59,7 +59,7 @@ class Controller:
             model: what the model is.
             state_dir: folder for the embedded Redis, used when settings.state is empty.
         """
-        log_to_stderr()
+        start_logs(settings, "controller", node_id())
         self._settings = settings
         self._model = model
         self._redis = None if settings.state else EmbeddedRedis(Path(state_dir))
@@ -68,9 +68,13 @@ class Controller:
         cores = psutil.cpu_count() or 1
         shard_threads = settings.shard_threads or max(1, cores // settings.shards)
         worker_threads = settings.worker_threads or max(1, cores // settings.workers)
-        self._shards = Tier[ShardId](ShardActor, settings, threads=shard_threads, concurrency=8)
-        self._workers = Tier[WorkerId](WorkerActor, settings, threads=worker_threads, concurrency=1000)
-        store = StateStore(open_client(url), model.name)
+        self._shards = Tier[ShardId](
+            ShardActor, settings, node_labels=settings.nodes.shards, threads=shard_threads, concurrency=8
+        )
+        self._workers = Tier[WorkerId](
+            WorkerActor, settings, node_labels=settings.nodes.workers, threads=worker_threads, concurrency=1000
+        )
+        store = StateStore(open_client(url), settings.deployment or model.name)
         self._watchdog = Watchdog()
         records = FleetRecords(store, model)
         self._keeper = Keeper(settings, model, records, self._shards, self._workers, self._note, self._watchdog)
@@ -91,28 +95,34 @@ class Controller:
             records.ensure_store = self._redis.ensure
         self._progress: list[str] = []
         self._started = False
+        self._starting = threading.Lock()
         if _was_restarted():
             threading.Thread(target=self._come_back, name="come back", daemon=True).start()
 
     def start(self) -> None:
-        """Bring up shards and workers, place the experts, join the two. Asking again changes nothing.
+        """Bring up shards and workers, place the experts, join the two. Who asks meanwhile waits; again: no change.
 
         Raises:
             ExpertMeshError: the first thing that went wrong; nothing is left half-started but idle actors.
         """
         settings = self._settings
-        self._note(f"starting {settings.shards} expert shards and {settings.workers} attention workers")
-        self._keeper.bring_up(*_first_members(settings))
-        self._begin()
+        with self._starting:
+            if self._started:
+                return
+            self._note(f"starting {settings.shards} expert shards and {settings.workers} attention workers")
+            self._keeper.bring_up(*_first_members(settings))
+            self._begin()
 
     def _come_back(self) -> None:
         """Take up what a former controller left. Nobody waits for it, so whatever goes wrong is tried again."""
         while not self._started:
             try:
-                self._keeper.take_up(*_first_members(self._settings))
-                self._begin()
-            except Exception:  # noqa: BLE001  it is told and tried again
-                _log.exception("the fleet could not be taken up; trying again in %.0f s", _AGAIN_S)
+                with self._starting:
+                    if not self._started:
+                        self._keeper.take_up(*_first_members(self._settings))
+                        self._begin()
+            except Exception as error:  # noqa: BLE001  it is told and tried again
+                _log.tell("take_up_failed", error, delay_s=_AGAIN_S)
                 time.sleep(_AGAIN_S)
 
     def _begin(self) -> None:
@@ -127,9 +137,14 @@ class Controller:
         if self._autoscaling is not None:
             threading.Thread(target=self._autoscaling.run, name="autoscaling", daemon=True).start()
 
+    def differing_settings(self, settings: ServeSettings) -> list[str]:
+        """Return the names of the settings that are not those of this fleet."""
+        own = self._settings.model_dump()
+        return [name for name, value in settings.model_dump().items() if own[name] != value]
+
     def report_lost(self, worker: WorkerId, shard: ShardId) -> None:
         """Hear from a worker that its link to a shard broke."""
-        _log.warning("%s lost its link to %s", worker, shard)
+        _log.tell("link_lost_reported", worker=worker, shard=shard)
         self._live.lost_link(worker, shard)
         self._keeper.report_lost()
 
@@ -229,7 +244,7 @@ class Controller:
             try:
                 self._collector.collect(time.time())
             except UnavailableError as error:
-                _log.warning("the loads shown are those of a moment ago: %s", error)
+                _log.tell("loads_stale", reason=reason_of(error))
         reason = self._not_ready_reason()
         return {
             "plan": self._plan_name(),
@@ -361,7 +376,7 @@ class Controller:
         return f"experts {experts} x {replicas} replicas, attention dp={len(keeper.worker_ids)}"
 
     def _note(self, line: str) -> None:
-        _log.info(line)
+        _log.tell("fleet_progress", line=line)
         self._live.note(line)
         if not self._started:
             self._progress.append(line)

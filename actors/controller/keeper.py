@@ -5,7 +5,6 @@ and takes the next step towards what should be; one that fails, at whatever poin
 from what it left.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from expertmesh.actors.controller.mover import Mover
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.reviver import Reviver
 from expertmesh.actors.controller.tiers import Tier, natural, wait_for
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.cluster.attendance import given_up, is_settled, still_away
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
@@ -24,7 +24,7 @@ from expertmesh.cluster.repair import repair
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.cluster.watchdog import Watchdog
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _PERIOD_S = 0.5
 # A round that moves experts may take a while.
 _PATIENCE_ROUNDS = 120.0
@@ -128,10 +128,10 @@ class Keeper:
                 self._watchdog.success("fleet's rounds", time.monotonic())
             except ExpertMeshError as error:
                 self._watchdog.failure("fleet's rounds", time.monotonic(), str(error))
-                _log.warning("a round failed; the next is in %.1f s: %s", _PERIOD_S, error)
+                _log.tell("round_put_off", delay_s=_PERIOD_S, reason=reason_of(error))
             except Exception as error:  # noqa: BLE001  whatever went wrong is told, and the keeper goes on
                 self._watchdog.failure("fleet's rounds", time.monotonic(), repr(error))
-                _log.exception("a round failed; the next is in %.1f s", _PERIOD_S)
+                _log.tell("round_failed", error, delay_s=_PERIOD_S)
 
     def alarm(self) -> None:
         """Have a round now: there is something to do."""
@@ -173,7 +173,7 @@ class Keeper:
         self.each_round()
         proposal, self._proposal = self._proposal, None
         if proposal is not None and self.is_calm and proposal[0].epoch == self.placement.epoch + 1:
-            _log.info("epoch %d: %s", proposal[0].epoch, proposal[1])
+            _log.tell("fleet_progress", line=f"epoch {proposal[0].epoch}: {proposal[1]}")
             self._move_to(proposal[0], why=proposal[1])
 
     @property
@@ -205,6 +205,7 @@ class Keeper:
 
     def propose(self, target: Placement, reason: str) -> None:
         """Have the next round go to a placement, if it still follows the one in force. Any thread."""
+        _log.tell("placement_proposed", epoch=target.epoch, reason=reason)
         self._proposal = target, reason
         self._alarm.set()
 
@@ -318,14 +319,16 @@ class Keeper:
         self._save()
         self._mover.publish(target)
         self._mover.settle(target, [slots.shard for slots in target.shards])
-        self.on_moved(time.monotonic() - began_s, why)
+        duration_s = time.monotonic() - began_s
+        _log.tell("placement_changed", epoch=target.epoch, duration_s=duration_s, urgent=urgent, reason=why)
+        self.on_moved(duration_s, why)
         self.ask(_ALARM_TIMEOUT_S)
 
     def _is_member(self, member: ShardId | WorkerId) -> bool:
         return member in self.shard_ids or member in self.worker_ids
 
     def _log_and_look(self, line: str) -> None:
-        _log.info(line)
+        _log.tell("fleet_progress", line=line)
         self._alarm.set()
 
     def _tier(self, member: str) -> Any:

@@ -4,7 +4,6 @@ Counts are asked for since the beginning of each worker's process and only diffe
 lost or asked for twice changes nothing, and what was counted while the controller was away is not lost.
 """
 
-import logging
 import threading
 import time
 from typing import Any
@@ -13,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from expertmesh.actors.controller.tiers import Tier, wait_for
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.actors.state import StateStore
 from expertmesh.cluster.errors import StateError, UnavailableError
 from expertmesh.cluster.ids import WorkerId
 from expertmesh.cluster.load_windows import Load, LoadWindows
 from expertmesh.cluster.model_info import ModelInfo
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _CALL_TIMEOUT_S = 2.0
 _SAVE_PERIOD_S = 5.0
 
@@ -115,7 +115,7 @@ class LoadCollector:
         try:
             kept = self._store.load_windows()
         except (StateError, UnavailableError) as error:
-            _log.warning("the load windows of a former life are lost: %s", error)
+            _log.tell("record_lost", what="the load windows", reason=reason_of(error))
             return None
         shape = (len(model.moe_layers), model.num_slices)
         return kept if kept is not None and (kept.num_layers, kept.num_experts) == shape else None

@@ -1,18 +1,18 @@
 """Takes the fleet from one placement to the next, behind the traffic: copy, join, publish, free."""
 
-import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from expertmesh.actors.controller.tiers import Tier, try_all
 from expertmesh.actors.links.ends import ShardPeer
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.cluster.copy_sources import copy_sources
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
 from expertmesh.cluster.placement import Placement
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 # A worker gives up joining a shard that does not answer before this.
 _PUBLISH_TIMEOUT_S = 6.0
 
@@ -74,7 +74,7 @@ class Mover:
             told = {s: self._shard(s).settle.remote(keys[s], placement.epoch) for s in keys}
             self._shards.wait_for_all(told, self._timeout_s)
         except UnavailableError as error:
-            _log.warning("a shard may still hold what it no longer needs: %s", error)
+            _log.tell("slots_not_freed", reason=reason_of(error))
 
     def peers(self, shards: Sequence[ShardId]) -> dict[ShardId, ShardPeer]:
         """Return how to reach those of these shards that are there."""

@@ -4,7 +4,6 @@ The keeper's rounds call `step`. Processes are started on a thread of their own,
 waiting. An operation under way goes on when the controller was killed and started again: all that it needs is kept.
 """
 
-import logging
 import threading
 import time
 import uuid
@@ -14,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from expertmesh.actors.controller.keeper import Keeper
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.actors.state import StateStore
 from expertmesh.cluster.errors import (
     CapacityError,
@@ -28,7 +28,7 @@ from expertmesh.cluster.operations import Operation, Phase
 from expertmesh.cluster.placement import Placement, ShardSlots
 from expertmesh.cluster.repair import repair
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _MOST = 1024
 _DEADLINE_S = 900.0
 # What a leaving worker's sequences may take to go on elsewhere before its process ends; they do either way.
@@ -63,7 +63,7 @@ class Operator:
         try:
             kept = self._store.load_operations()
         except (StateError, UnavailableError) as error:
-            _log.warning("the operations of a former life are lost: %s", error)
+            _log.tell("record_lost", what="the operations", reason=reason_of(error))
             return
         self._operations = {operation.id: operation for operation in reversed(kept)}
         current = next((operation for operation in kept if not operation.is_over), None)
@@ -321,12 +321,20 @@ class Operator:
         """Keep an operation as it is now. Without a store it goes on in memory."""
         self._operations[operation.id] = operation
         self._current = None if operation.is_over else operation
-        _log.info("%s, %s: %s %s", operation.id, operation.request, operation.phase, operation.error)
         self.on_noted(operation)
+        _log.tell(
+            "operation_phase",
+            operation=operation.id,
+            request=operation.request,
+            phase=operation.phase,
+            progress=operation.progress,
+            reason=operation.error,
+            duration_s=time.time() - operation.started_s,
+        )
         try:
             self._store.save_operation(operation)
         except UnavailableError as error:
-            _log.warning("%s is not saved: %s", operation.id, error)
+            _log.tell("record_unsaved", what=operation.id, reason=reason_of(error))
 
 
 def _ending(operation: Operation) -> str:

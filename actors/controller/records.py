@@ -3,17 +3,17 @@
 Without a store the fleet goes on from memory: nothing here raises because of it.
 """
 
-import logging
 import time
 from collections.abc import Callable, Collection
 
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.actors.state import StateStore
 from expertmesh.cluster.errors import StateError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.placement import Placement
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 # A store that was emptied gets its records back after at most this.
 _CHECK_PERIOD_S = 5.0
 Members = tuple[list[ShardId], list[WorkerId]]
@@ -35,7 +35,7 @@ class FleetRecords:
         try:
             return self._store.load_members()
         except (StateError, UnavailableError) as error:
-            _log.warning("the stored members cannot be used: %s", error)
+            _log.tell("record_unusable", what="members", reason=reason_of(error))
             return None
 
     def placement(self, shards: Collection[ShardId], newest_epoch: int) -> Placement | None:
@@ -47,13 +47,9 @@ class FleetRecords:
         named = {slots.shard for slots in stored.shards}
         if fits and named <= set(shards) and stored.epoch >= newest_epoch:
             return stored
-        _log.warning(
-            "the stored placement cannot be used: epoch %d on %s, in use are epoch %d and %s",
-            stored.epoch,
-            ", ".join(sorted(named)),
-            newest_epoch,
-            ", ".join(shards),
-        )
+        there, in_use = ", ".join(sorted(named)), ", ".join(shards)
+        reason = f"epoch {stored.epoch} on {there}, in use are epoch {newest_epoch} and {in_use}"
+        _log.tell("record_unusable", what="placement", reason=reason)
         return None
 
     def save(self, placement: Placement, members: Members) -> None:
@@ -63,17 +59,17 @@ class FleetRecords:
             self._store.save_members(*members)
             self._is_saved = True
         except UnavailableError as error:
-            _log.warning("the placement of epoch %d is not saved yet: %s", placement.epoch, error)
+            _log.tell("record_unsaved", what=f"the placement of epoch {placement.epoch}", reason=reason_of(error))
             self._is_saved = False
 
     def keep(self, placement: Placement, members: Members) -> None:
         """Save them if the store has lost them, or could not take them before. Call it now and then."""
         try:
             if self.ensure_store():
-                _log.warning("Redis is gone; started it again")
+                _log.tell("redis_restarted")
                 self._is_saved = False
         except UnavailableError as error:
-            _log.warning("Redis could not be started again: %s", error)
+            _log.tell("redis_gone", reason=reason_of(error))
         now_s = time.monotonic()
         if now_s > self._checked_s + _CHECK_PERIOD_S:
             self._checked_s = now_s
@@ -86,5 +82,5 @@ class FleetRecords:
         try:
             return self._store.load_placement()
         except (StateError, UnavailableError) as error:
-            _log.warning("the stored placement cannot be used: %s", error)
+            _log.tell("record_unusable", what="placement", reason=reason_of(error))
             return None

@@ -1,15 +1,15 @@
 """Sees to members that are gone or half started, each on a thread of its own, so that nothing waits for them."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.cluster.errors import ExpertMeshError
 from expertmesh.cluster.ids import ShardId, WorkerId
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 # A process that is gone is mostly back within this; longer, and the others take its experts' replicas meanwhile.
 _SOON_S = 15.0
 Id = ShardId | WorkerId
@@ -69,7 +69,7 @@ class Reviver:
             self._gone_since_s.pop(member, None)
             self._say(f"{member} is back")
         except ExpertMeshError as error:
-            _log.warning("%s could not be started again: %s", member, error)
+            _log.tell("member_not_revived", member=member, reason=reason_of(error))
             tier.handles.pop(member, None)
             tier.facts[member] = {"id": member, "state": "dead"}
         finally:

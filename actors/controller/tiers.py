@@ -1,6 +1,5 @@
 """The named, detached actors of one tier: started, found again, asked how they are, ended."""
 
-import logging
 import os
 import threading
 import time
@@ -15,12 +14,13 @@ from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 
 from expertmesh.actors.cores import python_that_gives_way
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.actors.runtime import NAMESPACE, actor_env, pinned_options
 from expertmesh.cluster.errors import ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.settings import ServeSettings
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 # Unless settings say otherwise, on CPUs a member reserves its share of a fleet this many times as large, which is room
 # to scale up.
 _ROOM_TO_GROW = 4
@@ -43,17 +43,21 @@ class Tier(Generic[Id]):
     facts: the last answer of each to `describe`; its "state" is "unresponsive" or "dead" where none came.
     """
 
-    def __init__(self, actor: type, settings: ServeSettings, *, threads: int, concurrency: int) -> None:
+    def __init__(
+        self, actor: type, settings: ServeSettings, *, node_labels: Mapping[str, str], threads: int, concurrency: int
+    ) -> None:
         """Make an empty tier.
 
         Args:
             actor: the class, whose constructor takes (id, settings, threads) and which has `describe`.
             settings: of the deployment.
+            node_labels: of the nodes that its members may run on; empty: any.
             threads: each computes with.
             concurrency: calls that an actor may work on at once.
         """
         self._actor = actor
         self._settings = settings
+        self._node_labels = node_labels
         self._threads = threads
         self._concurrency = concurrency
         self.handles: dict[Id, Any] = {}
@@ -68,8 +72,8 @@ class Tier(Generic[Id]):
 
     @property
     def nodes(self) -> dict[Id, str]:
-        """The id of each member's node in Ray, as far as it is known."""
-        return {i: facts["node"] for i, facts in tuple(self.facts.items()) if "node" in facts}
+        """What each shard fails together with, as far as it is known: its node in Ray, or its failure domain."""
+        return {i: facts["domain"] for i, facts in tuple(self.facts.items()) if "domain" in facts}
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the facts in order of id."""
@@ -112,6 +116,7 @@ class Tier(Generic[Id]):
             f"{_group_prefix(actor_id)}{uuid.uuid4().hex[:8]}",
             num_cpus=num_cpus,
             num_gpus=1 if use_gpu else 0,
+            node_labels=self._node_labels,
             runtime_env=self._runtime_env(gives_way=behind_traffic),
             timeout_s=settings.room_timeout_s,
         )
@@ -161,6 +166,7 @@ class Tier(Generic[Id]):
 
     def admit(self, actor_id: Id, handle: Any) -> None:
         """Make a created actor a member."""
+        _log.tell("member_joined", member=actor_id)
         self.handles[actor_id] = handle
         self.facts[actor_id] = {"id": actor_id, "state": "starting"}
 
@@ -168,11 +174,12 @@ class Tier(Generic[Id]):
         """End a member, or what is left of it, and free what was reserved for it."""
         handle = self.handles.pop(actor_id, None)
         self.facts.pop(actor_id, None)
+        _log.tell("member_left", member=actor_id)
         try:
             # One that a former controller started is known by its name alone.
             ray.kill(handle or ray.get_actor(actor_id, NAMESPACE))
         except ValueError:
-            _log.info("%s is gone already", actor_id)
+            _log.tell("member_gone_already", member=actor_id)
         for group in placement_group_table().values():
             if group["name"].startswith(_group_prefix(actor_id)) and group["state"] != "REMOVED":
                 ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
@@ -191,6 +198,7 @@ class Tier(Generic[Id]):
         for actor_id, handle in handles.items():
             answer = self._answer(actor_id)
             if self.handles.get(actor_id) is handle:
+                _tell_change(actor_id, self.facts.get(actor_id, {}).get("state"), answer["state"])
                 self.facts[actor_id] = answer
 
     def wait_for_all(self, calls: Mapping[Id, Any], timeout_s: float, give_up: threading.Event | None = None) -> None:
@@ -259,12 +267,17 @@ def try_all(references: Sequence[Any], timeout_s: float) -> None:
         return
     done, pending = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
     if pending:
-        _log.warning("%d of %d members were not told within %.0f s", len(pending), len(references), timeout_s)
+        _log.tell("members_untold", num_untold=len(pending), num_members=len(references), timeout_s=timeout_s)
     for reference in done:
         try:
             wait_for([reference], timeout_s)
         except UnavailableError as error:
-            _log.warning("a part of the fleet was not told: %s", error)
+            _log.tell("member_untold", reason=reason_of(error))
+
+
+def _tell_change(member: str, before: str | None, now: str) -> None:
+    if now != before:
+        _log.tell("member_lost" if now in ("dead", "unresponsive") else "member_state", member=member, state=now)
 
 
 def _group_prefix(actor_id: str) -> str:

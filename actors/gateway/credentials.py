@@ -1,6 +1,5 @@
 """The gateway's own TLS: certificates from files, read anew for each handshake, so that a new pair needs no restart."""
 
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ import grpc
 from cryptography import x509
 
 from expertmesh.actors.certificates import KeyPair, certificates_of, check_key_pair, read_file, utc_now
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.settings import TlsSettings
 
-logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class CertificateWatch:
                 self._say_once(f"the certificate in force stays: {error}")
                 return None
             self._in_force, self._certificate, self._problem = found, certificate, ""
-            logger.warning("new connections get the certificate of serial number %x", certificate.serial_number)
+            _log.tell("certificate_renewed", serial_number=f"{certificate.serial_number:x}")
             return _configuration(found)
 
     def _check_expiry(self) -> None:
@@ -112,7 +112,7 @@ class CertificateWatch:
 
     def _say_once(self, problem: str) -> None:
         if problem != self._problem:
-            logger.warning("%s", problem)
+            _log.tell("certificate_problem", reason=problem)
         self._problem = problem
 
 

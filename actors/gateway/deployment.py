@@ -5,6 +5,7 @@ import logging
 import random
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -25,18 +26,21 @@ from expertmesh.actors.gateway.live_routes import live_routes
 from expertmesh.actors.gateway.oip_service import OpenInferenceService
 from expertmesh.actors.gateway.openai_app import OpenAIFront, build_app
 from expertmesh.actors.gateway.openai_requests import RequestReader
+from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.server import GatewayServer, start_server
 from expertmesh.actors.gateway.worker_client import WorkerClient
+from expertmesh.actors.logs import EventLog, reason_of, start_logs
 from expertmesh.actors.metrics import Metrics
-from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, on_this_node
+from expertmesh.actors.runtime import CONTROLLER, GATEWAY_APP, NAMESPACE, actor_env, node_id, on_this_node
 from expertmesh.actors.token_stream import StreamAddress, TokenStreamClient
+from expertmesh.actors.tracing import open_tracing
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import SequenceRequest, TokenEvent
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.models.tokenizer import open_tokenizer
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _VIEW_PERIOD_S = 0.5
 _IDLE_PERIOD_S = 0.05
 # The controller answers in milliseconds; one that hangs is as good as away.
@@ -54,18 +58,18 @@ class RayWorkerClient:
 
     async def submit(self, requests: list[SequenceRequest]) -> None:
         """See WorkerClient.submit."""
-        await _call(self._handle.submit.remote(self._gateway_id, requests))
+        await call(self._handle.submit.remote(self._gateway_id, requests))
 
     async def cancel(self, sequence_ids: list[str]) -> None:
         """See WorkerClient.cancel."""
-        await _call(self._handle.cancel.remote(sequence_ids))
+        await call(self._handle.cancel.remote(sequence_ids))
 
     async def poll(self, after: int) -> tuple[int, list[TokenEvent]]:
         """See WorkerClient.poll."""
         return await self._stream.poll(after)
 
     async def _stream_address(self) -> StreamAddress:
-        address: StreamAddress = await _call(self._handle.stream_address.remote())
+        address: StreamAddress = await call(self._handle.stream_address.remote())
         return address
 
 
@@ -74,8 +78,10 @@ class Gateway:
 
     async def __init__(self, settings: ServeSettings, model: ModelInfo) -> None:  # type: ignore[misc]  # Serve awaits it
         step_back()
-        tokenizer = open_tokenizer(settings.model)
         self._id = f"gateway-{uuid.uuid4().hex[:8]}"
+        start_logs(settings, self._id, node_id())
+        self._tracing = open_tracing(settings, self._id, node_id())
+        tokenizer = open_tokenizer(settings.model)
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._model = model
         template = open_chat_template(settings.model)
@@ -88,12 +94,14 @@ class Gateway:
             max_queue=settings.max_queue,
             call_timeout_s=settings.worker_timeout_s,
             max_unread_tokens=settings.max_unread_tokens,
+            tracer=RequestTracer(self._tracing, model.name),
         )
         self._max_body_bytes = settings.max_body_bytes
         self._metrics = Metrics()
         self._keys = KeyBook(settings.keys)
         self._engine.admission.set_keys(self._keys.names)
         self._clients: dict[str, tuple[Any, WorkerClient]] = {}
+        self._is_alone = False  # the controller did not answer last
         self._inference = InferenceService(self._engine, model, tokenizer, random.Random(), settings.grpc)
         self._server: GatewayServer = await start_server(
             host=settings.grpc_host,
@@ -135,6 +143,8 @@ class Gateway:
         await asyncio.gather(self._server.stop(grace_s), self._until_idle(grace_s))
         await self._inference.close()
         await self._engine.pool.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _until_idle(self, timeout_s: float) -> None:
         """Wait for requests that came over HTTP, which the gRPC server does not know of."""
@@ -154,15 +164,21 @@ class Gateway:
                     await self._look()
             except (UnavailableError, TimeoutError) as error:
                 self._live.events.unheard(str(error) or type(error).__name__)
-                _log.warning("the controller is away, going on with %d workers: %r", len(self._clients), error)
+                if not self._is_alone:
+                    _log.tell("controller_away", num_workers=len(self._clients), reason=reason_of(error))
+                self._is_alone = True
                 # Those that were lost to a passing fault are tried again.
                 self._engine.pool.set_workers([client for _, client in self._clients.values()])
+            else:
+                if self._is_alone:
+                    _log.tell("controller_back")
+                self._is_alone = False
 
     async def _look(self) -> None:
         """Ask the controller for workers and readiness."""
         admission = self._engine.admission
         backlog = Backlog(admission.num_waiting, admission.waiting_tokens)
-        view = await _call(self._controller.gateway_view.remote(self._id, backlog))
+        view = await call(self._controller.gateway_view.remote(self._id, backlog))
         if not view["started"]:
             return  # a controller that has just come back knows less than this gateway
         for worker_id, handle in view["workers"].items():
@@ -173,11 +189,13 @@ class Gateway:
         self._engine.pool.set_workers([client for _, client in self._clients.values()])
         for worker_id in view["leaving"]:
             self._engine.pool.evacuate(worker_id)
+        if view["ready"] != self._server.is_serving:
+            _log.tell("readiness_changed", ready=view["ready"], reason=view["reason"] or None)
         await self._server.set_serving(view["ready"])
         self._live.events.heard(view["ready"], view["reason"])
 
     async def _status(self) -> dict[str, object]:
-        status = await _call(self._controller.status.remote())
+        status = await call(self._controller.status.remote())
         model = {name: getattr(self._model, name) for name in self._model.__slots__}
         return {
             **status,
@@ -186,11 +204,11 @@ class Gateway:
         }
 
     async def _live_view(self, epoch: int, after: int, life: int) -> dict[str, Any]:
-        view: dict[str, Any] = await _call(self._controller.live_view.remote(epoch, after, life))
+        view: dict[str, Any] = await call(self._controller.live_view.remote(epoch, after, life))
         return view
 
     async def _loads(self) -> list[dict[str, object]]:
-        loads: list[dict[str, object]] = await _call(self._controller.loads.remote())
+        loads: list[dict[str, object]] = await call(self._controller.loads.remote())
         return loads
 
 
@@ -202,37 +220,37 @@ class _Operations:
 
     async def scale(self, shards: int | None, workers: int | None) -> dict[str, object]:
         """See Operations.scale."""
-        return _plain(await _call(self._controller.scale.remote(shards, workers)))
+        return _plain(await call(self._controller.scale.remote(shards, workers)))
 
     async def drain(self, member: str) -> dict[str, object]:
         """See Operations.drain."""
-        return _plain(await _call(self._controller.drain.remote(member)))
+        return _plain(await call(self._controller.drain.remote(member)))
 
     async def rebalance(self, dry_run: bool) -> dict[str, object]:
         """See Operations.rebalance."""
-        fields = await _call(self._controller.rebalance.remote(dry_run))
+        fields = await call(self._controller.rebalance.remote(dry_run))
         if "operation" in fields:
             fields["operation"] = _plain(fields["operation"])
         return dict(fields)
 
     async def placement_record(self) -> bytes:
         """See Operations.placement_record."""
-        return bytes(await _call(self._controller.placement_record.remote()))
+        return bytes(await call(self._controller.placement_record.remote()))
 
     async def load_placement(self, record: bytes) -> dict[str, object]:
         """See Operations.load_placement."""
-        return _plain(await _call(self._controller.load_placement.remote(record)))
+        return _plain(await call(self._controller.load_placement.remote(record)))
 
     async def operations(self, operation_id: str) -> list[dict[str, object]]:
         """See Operations.operations."""
-        return [_plain(fields) for fields in await _call(self._controller.operations.remote(operation_id))]
+        return [_plain(fields) for fields in await call(self._controller.operations.remote(operation_id))]
 
 
 def _plain(fields: dict[str, object]) -> dict[str, object]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
-async def _call(reference: Any) -> Any:
+async def call(reference: Any) -> Any:
     """Await an actor's answer; what ExpertMesh raised there is raised here, a dead actor is UnavailableError."""
     try:
         return await reference
@@ -247,6 +265,29 @@ async def _call(reference: Any) -> Any:
         raise UnavailableError(f"{type(error).__name__}: {error}") from error
 
 
+def gateway_deployment(
+    gateway: type[Gateway], *, with_http: bool, node_labels: Mapping[str, str], graceful_shutdown_timeout_s: float
+) -> serve.Deployment:
+    """Return a deployment of one gateway on nodes with these labels, at most one a node: its port is the node's."""
+    return serve.deployment(
+        serve.ingress()(gateway) if with_http else gateway,
+        name="gateway",
+        num_replicas=1,
+        max_replicas_per_node=1,
+        # Above what the engine takes: it refuses what is too much, Serve would let it wait.
+        max_ongoing_requests=10_000,
+        ray_actor_options={
+            "num_cpus": 0,
+            "label_selector": dict(node_labels),
+            # Else a line for each handshake that fails: whoever reaches the port could fill the disk.
+            "runtime_env": {"env_vars": {**actor_env(1), "GRPC_VERBOSITY": "ERROR"}},
+        },
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=graceful_shutdown_timeout_s,
+        logging_config={"log_level": "WARNING"},
+    )
+
+
 def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | None) -> Any:
     """Run the gateway on Ray Serve, on this node: its address was checked here, clients look for it here.
 
@@ -258,22 +299,8 @@ def deploy_gateway(settings: ServeSettings, model: ModelInfo, http_port: int | N
     Raises:
         UnavailableError: it did not come up.
     """
-    deployment = serve.deployment(
-        Gateway if http_port is None else serve.ingress()(Gateway),
-        name="gateway",
-        num_replicas=1,
-        max_replicas_per_node=1,
-        # Above what the engine takes: it refuses what is too much, Serve would let it wait.
-        max_ongoing_requests=10_000,
-        ray_actor_options={
-            "num_cpus": 0,
-            "label_selector": on_this_node(),
-            # Else a line for each handshake that fails: whoever reaches the port could fill the disk.
-            "runtime_env": {"env_vars": {**actor_env(1), "GRPC_VERBOSITY": "ERROR"}},
-        },
-        health_check_period_s=5,
-        graceful_shutdown_timeout_s=5,
-        logging_config={"log_level": "WARNING"},
+    deployment = gateway_deployment(
+        Gateway, with_http=http_port is not None, node_labels=on_this_node(), graceful_shutdown_timeout_s=5
     )
     # Serve reports each of its own steps; what matters of them is said by ours.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -1,6 +1,5 @@
 """From a valid request to pieces of its samples, whatever happens to the workers meanwhile."""
 
-import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -11,6 +10,8 @@ from expertmesh.actors.gateway.admission import Admission, Ticket
 from expertmesh.actors.gateway.callers import CALLER, Caller
 from expertmesh.actors.gateway.journal import Arrival, Inbox, Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter, RequestTimes
+from expertmesh.actors.gateway.request_log import told
+from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import NotRead, WorkerLost
@@ -21,7 +22,6 @@ from expertmesh.cluster.requests import FinishReason, TokenEvent
 from expertmesh.cluster.token_budget import TokenBudget, num_tokens
 from expertmesh.models.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
 # Of a piece at most: a message must stay below what clients take, 4 MiB unless they say otherwise.
 MOST_EVENTS = 256
 
@@ -52,12 +52,15 @@ class Engine:
         max_queue: int | None = None,
         call_timeout_s: float = 30.0,
         max_unread_tokens: int = 1_000_000,
+        tracer: RequestTracer | None = None,
     ) -> None:
         """Start with no workers; see WorkerPool, Journal, Admission and TokenBudget for the arguments.
 
         max_queue: sequences that may live at a worker, and of those that may wait here; None: that is not known.
+        tracer: None: nothing is traced.
         """
         self.unread = TokenBudget(max_unread_tokens)
+        self._tracer = tracer or RequestTracer()
         self._tokenizer = tokenizer
         # With bounded batches what a worker would refuse waits here.
         self._max_queue = max_queue if batch_sequences is None else None
@@ -135,8 +138,8 @@ class Engine:
     @asynccontextmanager
     async def _admitted(self, request: ValidRequest) -> AsyncIterator[tuple[RequestTimes, LiveRequest, Ticket]]:
         """Hold a live request while the block lasts, which begins when its turn has come."""
-        with self.meter.request() as times:
-            live = self._journal.open(request)
+        with self.meter.request() as times, told(request, times, self._tracer.begin(request)) as story:
+            live = story.live = self._journal.open(request, story.trace)
             live.unread = self.unread.open(partial(self.pool.give_up, live))
             try:
                 async with self.admission.entered(self._caller, request) as ticket:
@@ -171,7 +174,7 @@ class Engine:
                 part, matched = text.flush()
                 parts.append(part)
             if matched or event.finish_reason is not None:
-                finish_reason = FinishReason.STOP if matched else event.finish_reason
+                finish_reason = sample.finish_reason = FinishReason.STOP if matched else event.finish_reason
                 self.pool.finish(live, sample, at_worker=event.finish_reason is not None)
                 break
         return Piece(

@@ -5,6 +5,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.openai_errors import HttpError, to_http_error
+from expertmesh.actors.gateway.request_log import refusals_told, tell_refusal
 from expertmesh.cluster.errors import CapacityError
 
 GENERATING_PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -31,7 +32,7 @@ class HttpIntake:
             await self._app(scope, receive, send)
             return
         try:
-            with self._engine.meter.refusals():
+            with self._engine.meter.refusals(), refusals_told("-"):
                 if _declared_bytes(scope) > self._max_body_bytes:
                     raise self._too_large()
                 self._engine.require_room()
@@ -60,6 +61,7 @@ class HttpIntake:
         if num_bytes > self._max_body_bytes:
             error = self._too_large()
             self._engine.meter.refused(error)
+            tell_refusal("-", error)
             await _answer(error, scope, receive, send)
 
     def _too_large(self) -> HttpError:

@@ -5,14 +5,17 @@ import hashlib
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 import grpc
 
 from expertmesh.actors.gateway.callers import caller_name
 from expertmesh.actors.gateway.engine import Engine, Piece
 from expertmesh.actors.gateway.kept_streams import KeptStreams
+from expertmesh.actors.gateway.request_log import refusals_told
 from expertmesh.actors.gateway.status_codes import Context, errors_to_status
 from expertmesh.actors.gateway.validation import ValidRequest, require_in_vocabulary, validate_request
+from expertmesh.actors.tracing import TraceHeaders
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import FinishReason, TokenEvent
@@ -153,9 +156,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> tuple[ValidRequest, AsyncGenerator[Piece, None]]:
         """Return the request that is generated, an earlier one under the same key, and its pieces."""
         if not (request.HasField("idempotency_key") and self._kept.has(request.idempotency_key, owner=caller_name())):
-            with self._engine.meter.refusals():
+            with self._engine.meter.refusals(), refusals_told(request_id):
                 self._engine.require_room()
         valid = await self._validate(request, request_id)
+        valid = replace(valid, trace=TraceHeaders.of(context.invocation_metadata() or ()))
         if not request.HasField("idempotency_key"):
             return valid, self._engine.generate(valid)
         fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
@@ -169,7 +173,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
 
         seed = self._rng.getrandbits(63)
-        with self._engine.meter.refusals():
+        with self._engine.meter.refusals(), refusals_told(request_id):
             return await asyncio.to_thread(validate) if len(request.text) > LONG_PROMPT_CHARS else validate()
 
 

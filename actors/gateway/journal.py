@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from expertmesh.actors.gateway.request_trace import UNTRACED, RequestTrace
 from expertmesh.actors.gateway.validation import ValidRequest
 from expertmesh.actors.gateway.worker_client import NotRead, WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
-from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
+from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
 from expertmesh.cluster.token_budget import Account
 
 Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead
@@ -25,14 +26,15 @@ class LiveSample:
     sequence_id: str = ""
     output_ids: list[int] = field(default_factory=list)
     finished: bool = False
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class LiveRequest:
     """A request that has not ended. Its unfinished samples all live at one worker, so that they share the prompt.
 
-    link: None until it is placed. admitted: whether any worker ever took it. inbox: what the link's poll loop brings,
-    in order. unread: counts the tokens in it.
+    link: None until it is placed. admitted: whether any worker ever took it. num_moves: workers that it left. inbox:
+    what the link's poll loop brings, in order. unread: counts the tokens in it.
     """
 
     request_id: str
@@ -40,6 +42,8 @@ class LiveRequest:
     samples: tuple[LiveSample, ...]
     link: WorkerLink | None = None
     admitted: bool = False
+    num_moves: int = 0
+    trace: RequestTrace = UNTRACED
     inbox: Inbox = field(default_factory=asyncio.Queue)
     unread: Account = field(init=False)
 
@@ -55,6 +59,11 @@ class LiveRequest:
         started = any(sample.output_ids for sample in self.samples)
         return sum(rests) + (0 if started else len(self.prompt_ids))
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens received of all samples."""
+        return sum(len(sample.output_ids) for sample in self.samples)
+
     def sequences(self) -> list[SequenceRequest]:
         """Return what a worker must be told to go on with the unfinished samples after the tokens received."""
         return [
@@ -63,6 +72,7 @@ class LiveRequest:
                 prompt_ids=self.prompt_ids,
                 sampling=sample.sampling,
                 output_ids=tuple(sample.output_ids),
+                traceparent=self.trace.traceparent,
             )
             for sample in self.unfinished
         ]
@@ -101,15 +111,15 @@ class Journal:
         if len(self._requests) >= self._max_requests:
             raise CapacityError(f"{len(self._requests)} requests are alive at this gateway, as many as it allows")
 
-    def open(self, request: ValidRequest) -> LiveRequest:
-        """Enter a new request.
+    def open(self, request: ValidRequest, trace: RequestTrace = UNTRACED) -> LiveRequest:
+        """Enter a new request, and what traces it.
 
         Raises:
             CapacityError: as many requests are alive as this gateway allows.
         """
         self.require_room()
         samples = tuple(LiveSample(index=index, sampling=sampling) for index, sampling in enumerate(request.sampling))
-        live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples)
+        live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples, trace=trace)
         self._requests[live] = None
         return live
 

@@ -1,18 +1,18 @@
 """Which streams can be read again, from where and how long: generations that outlive their readers' connections."""
 
 import asyncio
-import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from expertmesh.actors.gateway.engine import NOT_READ, Engine, Piece
 from expertmesh.actors.gateway.validation import ValidRequest
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, InputError, NotFoundError
 from expertmesh.cluster.requests import FinishReason
 from expertmesh.cluster.token_budget import Account, num_tokens
 
-logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 TimeLeft = Callable[[], float | None]
 
@@ -134,8 +134,8 @@ class KeptStream:
                     self._add(piece)
         except ExpertMeshError as error:
             self.error = error
-        except Exception as error:
-            logger.exception("%s failed", self.request.request_id)
+        except Exception as error:  # noqa: BLE001 - it is logged, and the readers are told
+            _log.tell("request_failed", error, request_id=self.request.request_id)
             self.error = ExpertMeshError(f"{type(error).__name__}: {error}")
 
     def _over(self, task: asyncio.Task[None]) -> None:

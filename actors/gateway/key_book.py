@@ -1,16 +1,16 @@
 """Which API keys are there now? The keys of a file that may change at any time, and what each has used."""
 
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from expertmesh.actors.gateway.callers import Caller
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.actors.metrics import Metrics
 from expertmesh.cluster.api_keys import ApiKey, find_key, parse_keys
 from expertmesh.cluster.errors import InputError
 
-logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 # Of calls that were refused for want of a key or role, by the name of the gRPC status.
 REFUSALS = ("UNAUTHENTICATED", "PERMISSION_DENIED")
@@ -63,10 +63,10 @@ class KeyBook:
         try:
             keys = read_keys(self.path)
         except InputError as error:
-            logger.warning("%s; the %d keys of before stay in force", error, len(self._keys))
+            _log.tell("keys_unusable", reason=reason_of(error), num_keys=len(self._keys))
             return False
         self._follow(keys)
-        logger.info("%s holds %d keys now", self.path, len(keys))
+        _log.tell("keys_read", path=str(self.path), num_keys=len(keys))
         return True
 
     def find(self, secret: str) -> Caller | None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
@@ -11,10 +10,11 @@ from expertmesh.actors.gateway.engine import Engine
 from expertmesh.actors.gateway.gateway_events import GatewayEvents
 from expertmesh.actors.gateway.live_picture import GatewayFigures, LivePicture, Message
 from expertmesh.actors.gateway.live_times import TokenTimes
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.model_info import ModelInfo
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 PERIOD_S = 1.0
 # Longer than the controller waits for workers before it answers without them.
 TIMEOUT_S = 4.0
@@ -124,8 +124,8 @@ class LiveFeed:
             began_s = time.monotonic()
             try:
                 frame = _event("tick", await asyncio.to_thread(_to_json, await self._look()))
-            except Exception:  # noqa: BLE001  it is told, and the next look may do
-                _log.exception("a look for the live page failed")
+            except Exception as error:  # noqa: BLE001  it is told, and the next look may do
+                _log.tell("live_look_failed", error)
             else:
                 self._hand_out(frame)
             await asyncio.sleep(max(0.0, self._period_s - (time.monotonic() - began_s)))
@@ -133,7 +133,7 @@ class LiveFeed:
     def _hand_out(self, frame: bytes) -> None:
         for queue in tuple(self._viewers):
             if queue.full():
-                _log.info("a viewer of the live page is %d messages behind; it is let go", queue.qsize())
+                _log.tell("viewer_let_go", num_messages=queue.qsize())
                 self._let_go(queue)
             else:
                 queue.put_nowait(frame)

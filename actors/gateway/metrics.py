@@ -34,6 +34,12 @@ class RequestTimes:
         self._meter = meter
         self._began_s = meter.clock()
         self._last_s: dict[int, float] = {}
+        self.first_s: float | None = None  # from the beginning to the first token
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the beginning."""
+        return self._meter.clock() - self._began_s
 
     def tokens_came(self, sample: int) -> None:
         """Note that new tokens of a sample came now."""
@@ -41,7 +47,8 @@ class RequestTimes:
         if last_s is not None:
             self._meter.gaps_s.append(now_s - last_s)
         elif not self._last_s:
-            self._meter.first_s.append(now_s - self._began_s)
+            self.first_s = now_s - self._began_s
+            self._meter.first_s.append(self.first_s)
             self._meter.num_waiting -= 1
         self._last_s[sample] = now_s
 

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from importlib.metadata import version as installed_version
 
 import grpc
@@ -25,7 +26,9 @@ from expertmesh.actors.gateway.oip_responses import (
     to_response,
     to_stream_response,
 )
+from expertmesh.actors.gateway.request_log import refusals_told
 from expertmesh.actors.gateway.status_codes import Context, errors_to_status, message_of
+from expertmesh.actors.tracing import TraceHeaders
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.models.tokenizer import Tokenizer
@@ -101,7 +104,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         request_id = self._request_id(request)
         response = ModelInferResponse()
         async with errors_to_status(context, request_id):
-            asked = await self._read(request, request_id, may_stream=False)
+            asked = await self._read(request, request_id, _trace(context), may_stream=False)
             async with aclosing(self._engine.generate(asked.valid)) as pieces:
                 response = to_response(self._model.name, asked, await gathered(pieces))
         return response
@@ -116,7 +119,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         room = asyncio.Semaphore(MAX_STREAM_REQUESTS)
 
         async def answer(request: ModelInferRequest) -> None:
-            async with aclosing(self._answers(request)) as responses:
+            async with aclosing(self._answers(request, _trace(context))) as responses:
                 async for response in responses:
                     async with writing:
                         if not await _is_written(context, response):
@@ -128,12 +131,14 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
                 await room.acquire()
                 tasks.create_task(answer(request))
 
-    async def _answers(self, request: ModelInferRequest) -> AsyncGenerator[ModelStreamInferResponse, None]:
+    async def _answers(
+        self, request: ModelInferRequest, trace: TraceHeaders
+    ) -> AsyncGenerator[ModelStreamInferResponse, None]:
         """Yield the responses to one request of a stream, an error as the last of them."""
         request_id = self._request_id(request)
         try:
             ADMIT_AGAIN.get()()
-            asked = await self._read(request, request_id, may_stream=True)
+            asked = await self._read(request, request_id, trace, may_stream=True)
             async with aclosing(self._engine.generate(asked.valid)) as pieces:
                 if asked.stream:
                     async for piece in pieces:
@@ -147,18 +152,20 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         except Exception as error:  # noqa: BLE001 - what is no error of ours is logged, and the client told so
             yield error_response(request.id, message_of(error, request_id))
 
-    async def _read(self, request: ModelInferRequest, request_id: str, *, may_stream: bool) -> InferRequest:
+    async def _read(
+        self, request: ModelInferRequest, request_id: str, trace: TraceHeaders, *, may_stream: bool
+    ) -> InferRequest:
         def read() -> InferRequest:
             return self._reader.read(request, request_id=request_id, default_seed=seed)
 
         require_served(self._model, request.model_name, request.model_version)
         seed = self._rng.getrandbits(63)
-        with self._engine.meter.refusals():
+        with self._engine.meter.refusals(), refusals_told(request_id):
             self._engine.require_room()
             asked = await asyncio.to_thread(read) if request.ByteSize() > LONG_REQUEST_BYTES else read()
             if asked.stream and not may_stream:
                 raise InputError("stream: ModelInfer gives one response; use ModelStreamInfer", field="stream")
-        return asked
+        return replace(asked, valid=replace(asked.valid, trace=trace))
 
     def _request_id(self, request: ModelInferRequest) -> str:
         return request.id or f"{self._rng.getrandbits(128):032x}"
@@ -171,3 +178,7 @@ async def _is_written(context: Context, response: ModelStreamInferResponse) -> b
     except grpc.aio.InternalError:
         return False
     return True
+
+
+def _trace(context: Context) -> TraceHeaders:
+    return TraceHeaders.of(context.invocation_metadata() or ())

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,7 +22,9 @@ from expertmesh.actors.gateway.openai_logprobs import TokenNames
 from expertmesh.actors.gateway.openai_requests import RequestReader
 from expertmesh.actors.gateway.openai_responses import AnswerFormat, ChatFormat, CompletionFormat
 from expertmesh.actors.gateway.openai_schema import ChatBody, CompletionBody, SamplingBody
+from expertmesh.actors.gateway.request_log import refusals_told, tell_refusal
 from expertmesh.actors.gateway.validation import ValidRequest
+from expertmesh.actors.tracing import TraceHeaders
 from expertmesh.cluster.settings import ServeSettings
 
 # A longer body is read in a thread: meanwhile the streams of the others go on.
@@ -45,25 +47,27 @@ class OpenAIFront:
     now_s: Callable[[], float]
     access: Access = field(default_factory=lambda: Access(KeyBook(), "localhost"))
 
-    async def completion(self, body: CompletionBody, num_bytes: int) -> Response:
+    async def completion(self, body: CompletionBody, num_bytes: int, trace: TraceHeaders) -> Response:
         """Answer /v1/completions."""
         answer_id = self._new_id("cmpl")
         return await self._answer(
             body,
             answer_id,
             num_bytes,
+            trace,
             read=lambda: self.reader.completion(body, answer_id),
             kind=CompletionFormat,
             with_logprobs=body.logprobs is not None,
         )
 
-    async def chat(self, body: ChatBody, num_bytes: int) -> Response:
+    async def chat(self, body: ChatBody, num_bytes: int, trace: TraceHeaders) -> Response:
         """Answer /v1/chat/completions."""
         answer_id = self._new_id("chatcmpl")
         return await self._answer(
             body,
             answer_id,
             num_bytes,
+            trace,
             read=lambda: self.reader.chat(body, answer_id),
             kind=ChatFormat,
             with_logprobs=bool(body.logprobs),
@@ -78,17 +82,20 @@ class OpenAIFront:
         body: SamplingBody,
         answer_id: str,
         num_bytes: int,
+        trace: TraceHeaders,
         *,
         read: Callable[[], list[ValidRequest]],
         kind: type[AnswerFormat],
         with_logprobs: bool,
     ) -> Response:
         try:
-            with self.engine.meter.refusals():
+            with self.engine.meter.refusals(), refusals_told(answer_id):
                 self._require_ready()
                 requests = await asyncio.to_thread(read) if num_bytes > LONG_BODY_BYTES else read()
         except Exception as error:
             raise to_http_error(error, answer_id) from error
+        operation = "chat" if kind is ChatFormat else "text_completion"
+        requests = [replace(request, trace=trace, operation=operation) for request in requests]
         writer = kind(
             answer_id=answer_id,
             created_s=int(self.now_s()),
@@ -114,12 +121,12 @@ def build_app(front: OpenAIFront, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) 
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on after a prompt, or after several."""
-        return await front.completion(body, len(await request.body()))
+        return await front.completion(body, len(await request.body()), _trace(request))
 
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Write the next message of a chat."""
-        return await front.chat(body, len(await request.body()))
+        return await front.chat(body, len(await request.body()), _trace(request))
 
     @app.get("/v1/models")
     async def models() -> dict[str, object]:
@@ -150,6 +157,7 @@ def build_app(front: OpenAIFront, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) 
         assert isinstance(error, RequestValidationError)
         refused = malformed(error.errors())
         front.engine.meter.refused(refused)
+        tell_refusal("-", refused)
         return await _on_http_error(request, refused)
 
     app.add_middleware(HttpIntake, engine=front.engine, max_body_bytes=max_body_bytes)
@@ -159,6 +167,10 @@ def build_app(front: OpenAIFront, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) 
     # The last that is added comes first.
     app.add_middleware(HttpAccess, access=front.access)
     return app
+
+
+def _trace(request: Request) -> TraceHeaders:
+    return TraceHeaders.of(request.headers.items())
 
 
 async def _on_http_error(_request: Request, error: Exception) -> Response:

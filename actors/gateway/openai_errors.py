@@ -1,12 +1,12 @@
 """Which HTTP status and which of OpenAI's error bodies does a client get for an error?"""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.errors import (
     CapacityError,
     CorruptCheckpointError,
@@ -15,7 +15,7 @@ from expertmesh.cluster.errors import (
     UnavailableError,
 )
 
-logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 # Where an error does not say when to try again.
 RETRY_AFTER_S = 1.0
@@ -88,7 +88,7 @@ def to_http_error(error: Exception, request_id: str) -> HttpError:
         return HttpError(503, str(error), code="unavailable")
     if isinstance(error, CorruptCheckpointError):
         return HttpError(500, str(error))
-    logger.error("%s failed", request_id, exc_info=error)
+    _log.tell("request_failed", error, request_id=request_id)
     return HttpError(500, f"internal error; look for {request_id} in the gateway's log")
 
 

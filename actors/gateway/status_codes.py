@@ -1,6 +1,5 @@
 """Which gRPC status, with which details, does a client get for an error?"""
 
-import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +10,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from expertmesh.actors.logs import EventLog
 from expertmesh.cluster.errors import (
     CapacityError,
     ConflictError,
@@ -22,7 +22,7 @@ from expertmesh.cluster.errors import (
     UnavailableError,
 )
 
-logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 # Where an error does not say when to try again.
 RETRY_AFTER_S = 1.0
@@ -64,7 +64,7 @@ def message_of(error: Exception, call: str) -> str:
     """Return what a client is told of an error. Of a fault it is `call` to look for; the log has the traceback."""
     if isinstance(error, _TOLD):
         return str(error)
-    logger.error("%s failed", call, exc_info=error)
+    _log.tell("request_failed", error, request_id=call)
     return f"internal error; look for {call} in the gateway's log"
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from expertmesh.actors.tracing import NO_TRACE, TraceHeaders
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.requests import SamplingParams
@@ -20,12 +21,17 @@ MAX_SEED = (1 << 63) - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidRequest:
-    """A request within all limits: one prompt, and the sampling of each of its samples (they differ in seed)."""
+    """A request within all limits: one prompt, and the sampling of each of its samples (they differ in seed).
+
+    operation: what OpenTelemetry calls its kind, chat or text_completion. trace: that it belongs to.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: tuple[SamplingParams, ...]
     stop: tuple[str, ...]
+    operation: str = "text_completion"
+    trace: TraceHeaders = NO_TRACE
 
 
 def validate_request(

@@ -1,18 +1,18 @@
 """Which worker runs which live request, and what happens when a worker comes, empties or dies."""
 
 import asyncio
-import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.router import choose_worker
 from expertmesh.actors.gateway.worker_client import NotRead, WorkerClient, WorkerLink, WorkerLost
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.requests import TokenEvent
 from expertmesh.cluster.token_budget import num_tokens
 
-logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 
 class WorkerPool:
@@ -79,6 +79,7 @@ class WorkerPool:
             link = self._links.setdefault(worker_id, WorkerLink(worker, suspect=suspect))
             link.named = True
             if link not in self._polls:
+                _log.tell("worker_found", worker=worker_id)
                 self._polls[link] = asyncio.create_task(self._poll(link), name=f"poll {worker_id}")
         self._hung = {worker_id: worker for worker_id, worker in self._hung.items() if worker_id in named}
         self._tell()
@@ -99,6 +100,7 @@ class WorkerPool:
         while True:
             link = await self._choose(live, full)
             self._journal.move(live, link)
+            live.trace.begin_stay(link.worker_id, live.num_output_tokens)
             try:
                 async with asyncio.timeout(self._call_timeout_s):
                     await link.client.submit(live.sequences())
@@ -108,6 +110,7 @@ class WorkerPool:
                 self._lose(link, f"no answer to submit in {self._call_timeout_s} s", hung=True)
             except CapacityError:
                 live.link = None
+                live.trace.end_stay("full")
                 full.add(link.worker_id)
                 if self.routable and all(other.worker_id in full for other in self.routable):
                     if not live.admitted:
@@ -116,6 +119,7 @@ class WorkerPool:
                     await asyncio.sleep(self._retry_delay_s)
             else:
                 live.admitted = True
+                _log.tell("request_placed", request_id=live.request_id, worker=link.worker_id)
                 return
 
     def finish(self, live: LiveRequest, sample: LiveSample, *, at_worker: bool) -> None:
@@ -183,8 +187,8 @@ class WorkerPool:
             self._lose(link, f"poll: {error}")
         except TimeoutError:
             self._lose(link, f"no answer to poll in {self._call_timeout_s} s", hung=True)
-        except Exception:
-            logger.exception("worker %s: poll failed in a way that no worker should", link.worker_id)
+        except Exception as error:  # noqa: BLE001 - it is logged, and the worker is left
+            _log.tell("worker_call_failed", error, worker=link.worker_id, call="poll")
             self._lose(link, "poll failed")
 
     def _tell(self) -> None:
@@ -207,7 +211,7 @@ class WorkerPool:
         if hung:
             self._hung[link.worker_id] = link.client
         stranded = self._journal.at(link)
-        logger.warning("lost worker %s (%s); %d requests move", link.worker_id, why, len(stranded))
+        _log.tell("worker_lost", worker=link.worker_id, reason=why, num_requests=len(stranded), hung=hung)
         self._forget(link)
         self.num_failovers += len(stranded)
         self.on_failover(link.worker_id, len(stranded), why)
@@ -216,10 +220,20 @@ class WorkerPool:
         if sequence_ids:
             self._cancel(link, sequence_ids)
         for live in stranded:
+            live.num_moves += 1
+            live.trace.end_stay(why)
+            _log.tell(
+                "request_moved",
+                request_id=live.request_id,
+                worker=link.worker_id,
+                output_tokens=live.num_output_tokens,
+                reason=why,
+            )
             live.inbox.put_nowait(WorkerLost(link))
 
     def _drop_if_empty(self, link: WorkerLink) -> None:
         if not link.named and self._links.get(link.worker_id) is link and not self._journal.at(link):
+            _log.tell("worker_left", worker=link.worker_id)
             self._forget(link)
 
     def _forget(self, link: WorkerLink) -> None:
@@ -238,6 +252,7 @@ class WorkerPool:
             async with asyncio.timeout(self._call_timeout_s):
                 await link.client.cancel(sequence_ids)
         except (UnavailableError, TimeoutError) as error:
-            logger.info("worker %s did not hear of %d cancels: %r", link.worker_id, len(sequence_ids), error)
-        except Exception:
-            logger.exception("worker %s: cancel failed in a way that no worker should", link.worker_id)
+            reason = reason_of(error)
+            _log.tell("cancel_unheard", worker=link.worker_id, num_sequences=len(sequence_ids), reason=reason)
+        except Exception as error:  # noqa: BLE001 - it is logged; the worker's poll tells whether it lives
+            _log.tell("worker_call_failed", error, worker=link.worker_id, call="cancel")

@@ -8,7 +8,6 @@ has met leaves, and one that died has left, so nothing stays behind. A message i
 and a msgpack value; a client that sends anything else is cut off.
 """
 
-import logging
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import msgpack
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch's stubs leave it out
 
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.cluster.errors import LinkError
 
 _LENGTH_BYTES = 4
@@ -33,7 +33,7 @@ _JOIN_S = 10.0
 _ANSWER_S = 1.0
 _ACCEPT_AGAIN_S = 0.1
 
-_logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 
 @dataclass
@@ -89,7 +89,7 @@ class RendezvousServer:
             except OSError as error:
                 if self._closed:
                     return
-                _logger.warning("rendezvous: a client could not be taken: %s", error)
+                _log.tell("rendezvous_refused", reason=reason_of(error))
                 time.sleep(_ACCEPT_AGAIN_S)
                 continue
             thread = threading.Thread(target=self._serve, args=(connection,), name="rendezvous-client", daemon=True)
@@ -113,7 +113,7 @@ class RendezvousServer:
         except EOFError:
             return
         except (OSError, ValueError, msgpack.UnpackException) as error:
-            _logger.info("rendezvous: a client of link %s was cut off: %s", name, error)
+            _log.tell("rendezvous_cut_off", link=name, reason=reason_of(error))
         finally:
             connection.close()
             self._leave(name)

@@ -1,10 +1,10 @@
 """How a shard comes to an expert: copied from a shard that hosts it, else read from the checkpoint."""
 
-import logging
 from collections.abc import Callable, Mapping
 
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.links.ends import ShardPeer
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.actors.shard.copying import fetch_expert
 from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey
@@ -12,7 +12,7 @@ from expertmesh.kernels.cpu.expert_mlp import PackedSizes
 from expertmesh.models.layer_weights import ExpertTensors
 from expertmesh.models.loading import CheckpointWeights
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 
 
 class Intake:
@@ -56,7 +56,7 @@ class Intake:
             try:
                 tensors = self._copy(key, source)
             except (UnavailableError, LinkError) as error:
-                _log.warning("%s is read from the checkpoint: it could not be copied: %s", key, error)
+                _log.tell("expert_not_copied", key=str(key), reason=reason_of(error))
                 self._give_up(source)
             else:
                 self.num_copied += 1

@@ -3,7 +3,7 @@
 Shape suffixes: R rows, H hidden, P (row, expert) pairs.
 """
 
-import logging
+import math
 import threading
 import time
 from collections import deque
@@ -15,19 +15,34 @@ from torch import Tensor
 
 from expertmesh.actors.cores import give_way
 from expertmesh.actors.links.base import IDLE_S, Link
+from expertmesh.actors.logs import EventLog, Value, reason_of
 from expertmesh.actors.shard.copying import asked_expert, expert_packet
 from expertmesh.actors.wire import Dispatch, combine_packet, read_dispatch
 from expertmesh.cluster.errors import LinkError
-from expertmesh.cluster.packets import PacketHeader, PacketKind, WireDtype
+from expertmesh.cluster.packets import PacketHeader, PacketKind, WireDtype, step_of
 from expertmesh.kernels.cpu.exchange import Memory
-from expertmesh.kernels.cpu.packet_server import PacketServer, can_serve
+from expertmesh.kernels.cpu.packet_server import LastPacket, PacketServer, can_serve
 from expertmesh.models.expert_slots import ExpertSlots, LayerSlots
 
-_logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
+
+
+class Peer:
+    """Who is at the other end of a link, for the log: its name, and the last of its packets that came."""
+
+    def __init__(self, link_name: str = "") -> None:
+        # Links are called worker.process/shard/generation, by who asked for them.
+        self.name, _, self.pid = link_name.partition("/")[0].rpartition(".")
+        self.last = LastPacket()
+
+    def fields(self) -> dict[str, Value]:
+        """Return what a line about its last packet names."""
+        return {"peer": self.name, "peer_pid": self.pid or None, "step": step_of(self.last.sequence)}
 
 
 @dataclass(eq=False)
 class _Packet:
+    peer: "Peer"
     header: PacketHeader
     dispatch: Dispatch
     arrived_s: float
@@ -49,8 +64,9 @@ class ShardServer:
     Where it can, compiled code answers (kernels/cpu/packet_server.py), and hands on what it cannot answer.
     """
 
-    def __init__(self, slots: ExpertSlots, epoch: int) -> None:
+    def __init__(self, slots: ExpertSlots, epoch: int, slow_log_s: float = 0.0) -> None:
         self.slots = slots
+        self._slow_log_s = slow_log_s or math.inf
         self._compiled: PacketServer | None = None
         if slots.are_packed and can_serve():
             self._compiled = PacketServer(slots.num_layers)
@@ -80,25 +96,27 @@ class ShardServer:
         (packets, batches, busy_s, queue_s), own = self._compiled.counters(), self._counted
         return Counted(own.num_packets + packets, own.num_batches + batches, own.busy_s + busy_s, own.queue_s + queue_s)
 
-    def serve(self, link: Link) -> None:
+    def serve(self, link: Link, peer: Peer | None = None) -> None:
         """Answer a link's packets until the peer closes it or is gone. Runs on a thread of its own."""
+        peer = peer or Peer()
         try:
             while True:
-                self._serve_compiled(link)
+                self._serve_compiled(link, peer)
                 header, payload = link.recv(IDLE_S)
                 if header.kind is PacketKind.CLOSE:
+                    _log.tell("peer_gone", **peer.fields(), generation=link.generation, reason="it closed it")
                     return
                 if header.kind is PacketKind.FETCH:
                     give_way()  # a link that copies does nothing else, and requests come first
                     self.hand_over(link, header, payload)
                 elif header.kind is PacketKind.DISPATCH:
-                    self.handle(link, header, payload)
+                    self.handle(link, header, payload, peer)
                 else:
                     raise LinkError(f"a packet of kind {header.kind.name} sent to a shard")
         except LinkError as error:
-            _logger.info("link of generation %d ended: %s", link.generation, error)
+            _log.tell("peer_gone", **peer.fields(), generation=link.generation, reason=reason_of(error))
 
-    def handle(self, link: Link, header: PacketHeader, payload: Tensor) -> None:
+    def handle(self, link: Link, header: PacketHeader, payload: Tensor, peer: Peer) -> None:
         """Answer one packet; returns when its answer is sent.
 
         Whoever finds nobody computing computes for all that wait: with one link no thread is ever woken for another,
@@ -108,7 +126,8 @@ class ShardServer:
         Raises:
             LinkError: the packet is damaged, or its answer could not be sent.
         """
-        packet = _Packet(header, read_dispatch(header, payload), time.perf_counter())
+        peer.last.sequence, peer.last.layer = header.sequence, header.layer
+        packet = _Packet(peer, header, read_dispatch(header, payload), time.perf_counter())
         with self._turn:
             self._waiting.append(packet)
         while batch := self._next_batch(packet):
@@ -126,6 +145,12 @@ class ShardServer:
                     self._turn.notify_all()
         assert packet.answer is not None, "a packet left the queue without an answer"
         link.send(*packet.answer)
+        peer.last.seconds = time.perf_counter() - packet.arrived_s
+        self._tell_slow(peer)
+
+    def _tell_slow(self, peer: Peer) -> None:
+        if peer.last.seconds > self._slow_log_s:
+            _log.tell("packet_slow", **peer.fields(), layer=peer.last.layer, duration_s=peer.last.seconds)
 
     def hand_over(self, link: Link, header: PacketHeader, payload: Tensor) -> None:
         """Send the expert that a packet asks for.
@@ -165,18 +190,20 @@ class ShardServer:
             compute = _compute_pairs if batch[0].header.by_pair else _compute
             outputs = compute(slots, [pairs for _, pairs in found]) if slots is not None and found else []
             answers = [combine_packet(p.header, rows, self.epoch) for (p, _), rows in zip(found, outputs, strict=True)]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is logged, and the worker is told
             if len(batch) > 1:
                 for packet in batch:
                     self._answer([packet])
                 return
-            _logger.exception("computing a packet failed: %s", batch[0].header)
+            packet, layer = batch[0], batch[0].header.layer
+            _log.tell("packet_failed", error, **packet.peer.fields(), layer=layer, reason=reason_of(error))
             batch[0].answer = self._empty_answer(batch[0].header, PacketKind.FAILED, str(error))
             return
         for (packet, _), answer in zip(found, answers, strict=True):
             packet.answer = answer
         for packet in batch:
             if packet.answer is None:
+                _log.tell("packet_refused", **packet.peer.fields(), layer=packet.header.layer, epoch=self.epoch)
                 packet.answer = self._empty_answer(packet.header, PacketKind.NOT_HERE)
 
     def _use(self, layer: int, held: LayerSlots | None) -> None:
@@ -187,16 +214,20 @@ class ShardServer:
         else:
             self._compiled.set_layer(layer, packed, held.slot_E)
 
-    def _serve_compiled(self, link: Link) -> None:
+    def _serve_compiled(self, link: Link, peer: Peer) -> None:
         """Answer packets as long as compiled code can; what it has read and not answered is left to the link."""
         channel = None if self._compiled is None else link.channel(IDLE_S)
         if self._compiled is None or channel is None:
             return
         descriptor, *memory = channel
         try:
-            link.unread(self._compiled.serve(descriptor, Memory(*memory), link.generation))
+            left = self._compiled.serve(
+                descriptor, Memory(*memory), link.generation, last=peer.last, slow_s=self._slow_log_s
+            )
+            link.unread(left)
         except OSError as error:
             raise link.failed("send", max(0, error.errno or 0)) from error
+        self._tell_slow(peer)
 
     def _empty_answer(
         self, request: PacketHeader, kind: PacketKind, reason: str = ""

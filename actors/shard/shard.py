@@ -17,9 +17,10 @@ from expertmesh.actors.cores import claim_cores, in_background, other_cores, tak
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer
-from expertmesh.actors.runtime import link_end, node_address, node_id
+from expertmesh.actors.logs import EventLog, reason_of, start_logs
+from expertmesh.actors.runtime import failure_domain, link_end, node_address, node_id
 from expertmesh.actors.shard.intake import Intake
-from expertmesh.actors.shard.server import Counted, ShardServer
+from expertmesh.actors.shard.server import Counted, Peer, ShardServer
 from expertmesh.cluster.counters import CLOCK
 from expertmesh.cluster.errors import LinkError, UnavailableError
 from expertmesh.cluster.ids import ExpertKey, ShardId
@@ -31,6 +32,7 @@ from expertmesh.models.expert_slots import ExpertSlots
 from expertmesh.models.layer_weights import ExpertTensors
 from expertmesh.models.loading import CheckpointWeights
 
+_log = EventLog(__name__)
 # A shard answers in milliseconds that it is ready to be joined; one that does not is not waited for.
 _JOIN_S = 2.0
 
@@ -39,6 +41,7 @@ class Shard:
     """Hosts expert slots, in a process of its own. Holds no state of any request."""
 
     def __init__(self, shard_id: ShardId, settings: ServeSettings, threads: int) -> None:
+        start_logs(settings, shard_id, node_id())
         take_part()
         torch.set_num_threads(threads)
         yield_soon()
@@ -76,7 +79,8 @@ class Shard:
             if self._server is None:
                 architecture = open_architecture(self._settings.model, self._settings.dtype)
                 self._weights = CheckpointWeights(architecture, self._settings.expert_tp)
-                self._server = ShardServer(ExpertSlots(self._weights, (), self._device), epoch=0)
+                self._server = ShardServer(ExpertSlots(self._weights, (), self._device), 0, self._settings.slow_log_s)
+                _log.tell("checkpoint_opened")
 
     def host(self, keys: Sequence[ExpertKey], sources: Mapping[ExpertKey, ShardPeer], *, urgent: bool) -> None:
         """Take those of these experts that are not here yet, layer by layer; what is here stays and is served.
@@ -106,6 +110,7 @@ class Shard:
             if epoch >= self._server.epoch:
                 self._server.epoch = epoch
                 self._server.slots.keep(keys)
+                _log.tell("epoch_settled", epoch=epoch, num_experts=len(keys))
 
     def hosted(self) -> frozenset[ExpertKey]:
         """Return the experts that are here."""
@@ -134,6 +139,7 @@ class Shard:
             "id": self._id,
             "pid": os.getpid(),
             "node": node_id(),
+            "domain": failure_domain(self._settings.nodes.domain_label),
             "address": self._host,
             "state": "ready" if slots else "loading",
             "num_slots": slots.num_slots if slots else 0,
@@ -161,8 +167,9 @@ class Shard:
                 raise UnavailableError(f"{self._id}: given up before {key}: other experts were asked for meanwhile")
             return intake.get(key)
 
+        began_s = time.monotonic()
+        new = sorted(set(keys) - self._server.slots.keys)
         try:
-            new = sorted(set(keys) - self._server.slots.keys)
             for layer in sorted({key.layer for key in new}):
                 self._server.slots.add(layer, [key.expert for key in new if key.layer == layer], get)
         finally:
@@ -170,6 +177,9 @@ class Shard:
             self._weights.release()
             self._num_copied += intake.num_copied
             self._num_read += intake.num_read
+            if new:
+                copied, read = intake.num_copied, intake.num_read
+                _log.tell("experts_taken", num_copied=copied, num_read=read, duration_s=time.monotonic() - began_s)
 
     def _join(self, source: ShardPeer) -> Link:
         """Form a link to another shard."""
@@ -192,6 +202,10 @@ class Shard:
         assert self._server is not None, "a link before open()"
         try:
             link = open_link(kind, address, self._device)
-        except LinkError:
-            return  # the worker that asked for it is gone; it asks again under another generation
-        self._server.serve(link)
+        except LinkError as error:
+            # Who asked for it is gone; it asks again under another generation.
+            _log.tell("rendezvous_cut_off", link=address.name, reason=reason_of(error))
+            return
+        peer = Peer(address.name)
+        _log.tell("peer_joined", peer=peer.name, peer_pid=peer.pid, kind=kind, generation=address.generation)
+        self._server.serve(link, peer)

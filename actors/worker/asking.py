@@ -4,7 +4,6 @@ Shape suffixes: T tokens, H hidden, K choices a token (or slices of them), L lay
 """
 
 import ctypes
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,15 +13,17 @@ import torch
 from torch import Tensor
 
 from expertmesh.actors.links.base import Channel, Link
+from expertmesh.actors.logs import EventLog, Value, reason_of
 from expertmesh.actors.wire import dispatch_header, read_combine
 from expertmesh.actors.worker.fleet import Fleet
+from expertmesh.actors.worker.step import NO_STEP, Step
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ShardId
-from expertmesh.cluster.packets import PacketKind
+from expertmesh.cluster.packets import PacketKind, first_sequence
 from expertmesh.kernels.cpu.exchange import State
 from expertmesh.kernels.dispatch import ShardRequest, add_answers, requests_for_shards
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 OnLost = Callable[[ShardId, Link], None]
 
 
@@ -56,9 +57,19 @@ class Asker:
         self._row_of_layer = row_of_layer
         self._by_pair = by_pair
         self._on_lost = on_lost
-        self.sequence = ctypes.c_uint64(0)
+        self._step = NO_STEP
+        self.sequence = ctypes.c_uint64(first_sequence(NO_STEP.number))
         self.dispatch_bytes_L = np.zeros(len(row_of_layer), dtype=np.int64)
         self.combine_bytes_L = np.zeros(len(row_of_layer), dtype=np.int64)
+
+    def begin_step(self, step: Step) -> None:
+        """Say which step the coming packets belong to."""
+        self._step = step
+        self.sequence.value = first_sequence(step.number)
+
+    def step_fields(self) -> dict[str, Value]:
+        """Return what a line about the step under way names."""
+        return {"step": self._step.number, "request_ids": self._step.request_ids}
 
     def exchange(
         self, fleet: Fleet, batch: Batch, channels: list[Channel], sum_TH: Tensor
@@ -180,7 +191,15 @@ class Asker:
         return header.kind, rows
 
     def _lose(self, fleet: Fleet, index: int, error: LinkError) -> None:
-        _log.warning("shard %s is lost: %s", fleet.shards[index], error)
+        link = fleet.links[fleet.shards[index]]
+        _log.tell(
+            "link_lost",
+            shard=fleet.shards[index],
+            generation=link.generation,
+            epoch=fleet.placement.epoch,
+            reason=reason_of(error),
+            **self.step_fields(),
+        )
         fleet.mark_dead(index)
         if self._on_lost is not None:
-            self._on_lost(fleet.shards[index], fleet.links[fleet.shards[index]])
+            self._on_lost(fleet.shards[index], link)

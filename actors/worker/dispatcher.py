@@ -14,14 +14,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.actors.worker.asking import Asker, Batch, OnLost
 from expertmesh.actors.worker.fleet import Fleet
+from expertmesh.actors.worker.step import Step
 from expertmesh.cluster.capacity import kept_pairs
 from expertmesh.cluster.errors import NoReplicaError, UnavailableError
 from expertmesh.cluster.packets import PacketKind
 from expertmesh.kernels.cpu.exchange import can_exchange
 from expertmesh.kernels.cpu.stack import PARTS, Exchanged, Route
 from expertmesh.kernels.dispatch import choose_slices, count_tokens, sum_pairs
+
+_log = EventLog(__name__)
 
 
 class Dispatcher:
@@ -89,13 +93,15 @@ class Dispatcher:
             self._has_other_fleet.value = 1
             self._changed.notify_all()
 
-    def begin_step(self, token_keys_T: npt.NDArray[np.uint64], is_decode_T: npt.NDArray[np.bool_]) -> None:
+    def begin_step(self, step: Step, token_keys_T: npt.NDArray[np.uint64], is_decode_T: npt.NDArray[np.bool_]) -> None:
         """Say which tokens the coming layers carry.
 
         Args:
+            step: which their packets name.
             token_keys_T: one each, from `dispatch_hash.token_keys`.
             is_decode_T: whether it is a generated token, not one of a prompt.
         """
+        self._asker.begin_step(step)
         self._token_keys_T, self._is_decode_T = token_keys_T, is_decode_T
 
     def run(self, layer: int, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
@@ -192,7 +198,7 @@ class Dispatcher:
             try:
                 shard_TK = fleet.choose[layer](wanted_TK, keys_T, fleet.alive_S)
             except NoReplicaError as error:
-                self._await_fleet(fleet, error)
+                self._await_fleet(fleet, layer, error)
                 continue
             if todo_TK is not None:
                 shard_TK = np.where(todo_TK, shard_TK, np.int32(-1))
@@ -223,13 +229,18 @@ class Dispatcher:
         if PacketKind.NOT_HERE in kinds.values():
             epoch = fleet.placement.epoch
             fault = f"layer {batch.layer}: a shard does not host what epoch {epoch} says"
-            self._await_fleet(fleet, UnavailableError(fault))
+            self._await_fleet(fleet, batch.layer, UnavailableError(fault))
         left_TK = (batch.shard_TK >= 0) & ~np.isin(batch.shard_TK, done)
-        self.num_retries += int(left_TK.any())
+        if left_TK.any():
+            self.num_retries += 1
+            failed = [fleet.shards[index] for index, kind in kinds.items() if kind is not PacketKind.COMBINE]
+            _log.tell("step_retried", **self._asker.step_fields(), layer=batch.layer, shards=failed)
         return left_TK
 
-    def _await_fleet(self, old: Fleet, reason: UnavailableError) -> None:
+    def _await_fleet(self, old: Fleet, layer: int, reason: UnavailableError) -> None:
         """Wait for a fleet other than `old`; raise the reason when none comes."""
+        if self._fleet is old:
+            _log.tell("step_waits", **self._asker.step_fields(), layer=layer, reason=reason_of(reason))
         with self._changed:
             if not self._changed.wait_for(lambda: self._fleet is not old, timeout=self._recovery_s):
                 raise reason

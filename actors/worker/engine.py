@@ -4,7 +4,6 @@ The engine knows neither Ray nor gateways: `submit` and `cancel` may be called f
 new.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from expertmesh.actors.worker.queue_times import QueueTimes
+from expertmesh.actors.worker.step import Step
+from expertmesh.actors.worker.step_log import StepLog
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.errors import CapacityError, InputError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, SequenceRequest, TokenEvent, TokenLogprob
@@ -23,7 +24,7 @@ from expertmesh.cluster.scheduler import Chunk, Scheduler, StepPlan
 from expertmesh.kernels.sampling import NonFiniteLogitsError, SampledTokens, SamplingSettings, sample
 from expertmesh.models.runners import StepRunner
 
-_logger = logging.getLogger(__name__)
+BeginStep = Callable[[Step, npt.NDArray[np.uint64], npt.NDArray[np.bool_]], None]
 
 
 @dataclass
@@ -45,8 +46,9 @@ class Engine:
         runner: StepRunner,
         *,
         max_queue: int,
-        begin_step: Callable[[npt.NDArray[np.uint64], npt.NDArray[np.bool_]], None],
+        begin_step: BeginStep,
         on_events: Callable[[list[TokenEvent]], None],
+        log: StepLog | None = None,
     ) -> None:
         """Make an engine.
 
@@ -54,14 +56,18 @@ class Engine:
             scheduler: decides what a step computes.
             runner: computes it.
             max_queue: most sequences that may be live; `submit` refuses more.
-            begin_step: told, before a step is computed, the key of each token, and whether it is one of decoding.
+            begin_step: told, before a step is computed, which it is, the key of each token, and whether it is one of
+                decoding.
             on_events: gets each step's events, from the engine's thread.
+            log: told of sequences and steps; None: one of its own.
         """
         self._scheduler = scheduler
         self._runner = runner
         self._max_queue = max_queue
         self._begin_step = begin_step
         self._on_events = on_events
+        self._log = log or StepLog()
+        self._num_begun = 0  # steps, those that failed too
         self._live: dict[str, _Live] = {}
         self._queue_times = QueueTimes()
         self._lock = threading.Condition()
@@ -109,9 +115,10 @@ class Engine:
                     self._live[request.sequence_id] = live
                     self._queue_times.arrived(request.sequence_id, time.monotonic())
                     taken.append(request.sequence_id)
+                    self._log.taken(request)
             except (InputError, ValueError) as error:
                 for sequence_id in taken:
-                    self._drop(sequence_id)
+                    self._drop(sequence_id, FinishReason.CANCELLED)
                 raise InputError(str(error)) from error
             self._lock.notify_all()
 
@@ -120,7 +127,7 @@ class Engine:
         with self._lock:
             for sequence_id in sequence_ids:
                 if sequence_id in self._live:
-                    self._drop(sequence_id)
+                    self._drop(sequence_id, FinishReason.CANCELLED)
 
     def take_queue_times(self) -> list[float]:
         """Return how many seconds each sequence waited that has begun since the last call."""
@@ -149,19 +156,22 @@ class Engine:
             if plan is None:
                 return
             contexts = [self._live[chunk.sequence_id] for chunk in plan.chunks]
+            self._num_begun += 1
+            step = Step(self._num_begun, plan.chunks)
             started_s = time.monotonic()
             self._queue_times.begun((chunk.sequence_id for chunk in plan.chunks), started_s)
         try:
             with torch.inference_mode():
-                self._begin_step(*_tokens(plan.chunks, contexts))
+                self._log.begins(step)
+                self._begin_step(step, *_tokens(plan.chunks, contexts))
                 sampled, failed = self._draw(plan, contexts, self._runner.run(plan.chunks))
-        except Exception as error:
-            _logger.exception(
-                "step of %d sequences failed after %.3f s", len(plan.chunks), time.monotonic() - started_s
-            )
+        except Exception as error:  # noqa: BLE001 - it is logged, and the step's sequences are told
+            self._log.failed(step, time.monotonic() - started_s, error)
             self._fail(plan, contexts, error)
         else:
+            self._log.drawn(sampled)
             self._commit(plan, contexts, sampled, failed)
+            self._log.done(step, time.monotonic() - started_s)
         self.busy_s += time.monotonic() - started_s
 
     def _draw(
@@ -205,7 +215,7 @@ class Engine:
         with self._lock:
             lives = self._still_live(plan, contexts)
             for sequence_id in failed.keys() & lives.keys():
-                self._drop(sequence_id)
+                self._drop(sequence_id, FinishReason.ERROR)
                 events.append(_end(sequence_id, failed[sequence_id]))
             self._scheduler.commit(plan, {sequence_id: token for sequence_id, (token, _) in sampled.items()})
             for sequence_id, (token, event) in sampled.items():
@@ -216,7 +226,7 @@ class Engine:
                 events.append(event)
                 if event.finish_reason is not None:
                     self._scheduler.finish(sequence_id)
-                    self._forget(sequence_id)
+                    self._forget(sequence_id, event.finish_reason)
             for chunk in plan.chunks:
                 if chunk.sequence_id not in self._live:
                     self._runner.forget(chunk.sequence_id)  # it may have been cancelled while the step was computed
@@ -229,7 +239,7 @@ class Engine:
         with self._lock:
             lives = self._still_live(plan, contexts)
             for sequence_id in lives:
-                self._drop(sequence_id)
+                self._drop(sequence_id, FinishReason.ERROR)
             for chunk in plan.chunks:
                 if chunk.sequence_id not in self._live:
                     self._runner.forget(chunk.sequence_id)
@@ -241,12 +251,13 @@ class Engine:
         pairs = zip(plan.chunks, contexts, strict=True)
         return {chunk.sequence_id: live for chunk, live in pairs if self._live.get(chunk.sequence_id) is live}
 
-    def _drop(self, sequence_id: str) -> None:
+    def _drop(self, sequence_id: str, why: FinishReason) -> None:
         self._scheduler.cancel(sequence_id)
-        self._forget(sequence_id)
+        self._forget(sequence_id, why)
 
-    def _forget(self, sequence_id: str) -> None:
-        del self._live[sequence_id]
+    def _forget(self, sequence_id: str, why: FinishReason) -> None:
+        live = self._live.pop(sequence_id)
+        self._log.gone(sequence_id, self._num_begun, num_output_tokens=len(live.output_ids), outcome=why)
         self._queue_times.gone(sequence_id)
         self._runner.forget(sequence_id)
 

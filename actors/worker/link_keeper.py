@@ -1,17 +1,17 @@
 """Keeps a worker's links to the shards of the newest placement: forms them, and forms anew those that broke."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.links.ends import ShardPeer
+from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.ids import ShardId
 from expertmesh.cluster.placement import Placement
 
-_log = logging.getLogger(__name__)
+_log = EventLog(__name__)
 _HEAL_PERIOD_S = 0.5
 # Links are formed in milliseconds; a placement that can do without one that takes longer is used without it.
 _GRACE_S = 0.5
@@ -140,9 +140,9 @@ class LinkKeeper:
         try:
             self._links[shard, peer.life] = await self._join(shard, peer)
         except (UnavailableError, TimeoutError) as error:
-            _log.warning("no link to %s yet: %s", shard, str(error) or type(error).__name__)
-        except Exception:  # noqa: BLE001  it is told, and the other links go on
-            _log.exception("joining %s failed in a way that it should not", shard)
+            _log.tell("link_missing", shard=shard, reason=reason_of(error))
+        except Exception as error:  # noqa: BLE001  it is told, and the other links go on
+            _log.tell("link_missing", error, shard=shard, reason=reason_of(error))
         finally:
             del self._joining[shard, peer.life]
             self._wake.set()

@@ -1,7 +1,6 @@
 """The attention worker: what its actor does, with the dense half, the dispatcher and the engine."""
 
 import asyncio
-import logging
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from ray.exceptions import RayError
 from expertmesh.actors.cores import take_part, yield_soon
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
+from expertmesh.actors.logs import EventLog, reason_of, start_logs
 from expertmesh.actors.metrics import Metrics
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address, node_id
 from expertmesh.actors.token_stream import StreamAddress, TokenStreamServer
@@ -24,6 +24,7 @@ from expertmesh.actors.worker.engine import Engine
 from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.actors.worker.link_keeper import LinkKeeper
 from expertmesh.actors.worker.outboxes import Outboxes
+from expertmesh.actors.worker.step_log import open_step_log
 from expertmesh.cluster.counters import CLOCK
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
@@ -38,7 +39,7 @@ from expertmesh.models.deterministic import deterministic_math
 from expertmesh.models.loading import CheckpointWeights
 from expertmesh.models.runners import OwnCacheRunner, PagedRunner, StepRunner
 
-_logger = logging.getLogger(__name__)
+_log = EventLog(__name__)
 # Forming a link takes milliseconds within a host, and some twenty messages between hosts, any of which may be lost.
 _JOIN_S = 5.0
 # Part of the memory that is free when the model is loaded which the KV cache takes, unless kv_tokens says otherwise.
@@ -49,6 +50,7 @@ class Worker:
     """Runs the dense half of the model for its sequences, and has the experts run by the shards."""
 
     def __init__(self, worker_id: WorkerId, settings: ServeSettings, threads: int) -> None:
+        start_logs(settings, worker_id, node_id())
         # The compiled kernels are few and long. Torch's operators beside them are many and short: handing out their
         # work, to threads that wait passively, costs more than it gains.
         set_num_threads(threads)
@@ -189,6 +191,7 @@ class Worker:
         }
 
     def _load(self) -> None:
+        began_s = time.monotonic()
         architecture = open_architecture(self._settings.model, self._settings.dtype)
         model = CheckpointWeights(architecture).load_dense(self._device)
         parameters = {p.data_ptr(): p for p in model.parameters()}
@@ -204,6 +207,7 @@ class Worker:
         )
         hooks.attach_experts(architecture.experts_by_layer, self._dispatcher.run, self._dispatcher)
         self._architecture = architecture
+        _log.tell("model_loaded", dense_bytes=self._dense_bytes, duration_s=time.monotonic() - began_s)
 
     async def _join(self, shard: ShardId, peer: ShardPeer) -> Link:
         # Of this link for good: others are formed meanwhile.
@@ -217,7 +221,9 @@ class Worker:
             except RayError as error:
                 raise UnavailableError(f"{shard}: {type(error).__name__}") from error
             address = calling_end(met, name, generation, self._host, self._settings.link_timeout_s)
-            return await asyncio.to_thread(open_link, kind, address, self._device)
+            link = await asyncio.to_thread(open_link, kind, address, self._device)
+        _log.tell("link_made", shard=shard, kind=kind, generation=generation)
+        return link
 
     def _use(self, fleet: Fleet) -> None:
         assert self._dispatcher is not None
@@ -233,7 +239,7 @@ class Worker:
         try:
             ray.get_actor(CONTROLLER, NAMESPACE).report_lost.remote(self._id, shard)
         except (ValueError, RayError) as error:
-            _logger.warning("the controller did not hear that %s was lost: %s", shard, error)
+            _log.tell("loss_unheard", shard=shard, reason=reason_of(error))
 
     def _make_engine(self) -> Engine:
         architecture, dispatcher, settings = self._architecture, self._dispatcher, self._settings
@@ -257,12 +263,17 @@ class Worker:
                 max_context=max_context,
             )
         )
+
+        def counters() -> tuple[float, int]:
+            return dispatcher.expert_s, dispatcher.num_retries
+
         return Engine(
             scheduler,
             runner,
             max_queue=settings.max_queue,
             begin_step=dispatcher.begin_step,
             on_events=self._hand_out,
+            log=open_step_log(settings, self._id, node_id(), counters),
         )
 
     def _choose_num_pages(self, bytes_per_token: int, max_context: int) -> int:
@@ -298,6 +309,6 @@ def _run(engine: Engine) -> None:
     """Run the engine. A defect that stops it ends the process, and its sequences go on elsewhere."""
     try:
         engine.run_forever()
-    except BaseException:
-        _logger.exception("the engine stopped")
+    except BaseException as error:  # noqa: BLE001 - the process ends
+        _log.tell("engine_stopped", error)
         os._exit(1)

@@ -31,6 +31,13 @@ struct Layer {
   float alpha, limit, shift;
 };
 
+// The last packet of a link; seconds: until its answer was sent, 0 before.
+struct LastPacket {
+  uint64_t sequence;
+  uint32_t layer;
+  double seconds;
+};
+
 struct Packet {
   const Header* header;
   const uint8_t* payload;
@@ -213,10 +220,11 @@ extern "C" void packet_server_set_epoch(void* server, uint64_t epoch) { static_c
 // values: packets and batches answered, seconds computing, seconds that packets waited.
 extern "C" void packet_server_counters(void* server, double* values) { static_cast<Server*>(server)->counters(values); }
 
-// Answers packets until one is not for it or the peer is gone (returns 0), or an answer is not taken (returns errno; -1: in time).
+// Answers packets until one is not for it, one took longer than slow_s or the peer is gone (returns 0), or an answer is not taken
+// (returns errno; -1: in time).
 // left: what was read and not answered, valid until this thread's next call.
-extern "C" int packet_server_serve(void* server, int fd, const Memory* memory, uint32_t generation, const uint8_t** left,
-                                   int64_t* left_bytes) {
+extern "C" int packet_server_serve(void* server, int fd, const Memory* memory, uint32_t generation, double slow_s, LastPacket* last,
+                                   const uint8_t** left, int64_t* left_bytes) {
   static thread_local std::vector<uint8_t> inbox(kInbox), answer;
   int64_t got = 0;
   *left = inbox.data();
@@ -237,6 +245,7 @@ extern "C" int packet_server_serve(void* server, int fd, const Memory* memory, u
     *left = inbox.data();
     *left_bytes = got;
     if (got < wanted) return 0;
+    *last = {header.sequence, header.layer, 0};
     Packet packet{&header, is_in_memory ? memory->incoming + kFront : inbox.data() + kHeader, now_s(), {}, {}, {}, memory, &answer, {}, false};
     static_cast<Server*>(server)->answer(packet);
     if (packet.state == Packet::kForOthers) return 0;
@@ -245,5 +254,7 @@ extern "C" int packet_server_serve(void* server, int fd, const Memory* memory, u
     *left_bytes = got;
     if (is_in_memory) release(*memory);
     if (!send_message(fd, answer.data(), packet.answer_header, *memory, packet.is_in_memory)) return errno ? errno : -1;
+    last->seconds = now_s() - packet.arrived_s;
+    if (last->seconds > slow_s) return 0;
   }
 }

@@ -5,6 +5,7 @@ Shape suffixes: E experts of a layer.
 
 import ctypes
 import functools
+import math
 import os
 
 from torch import Tensor
@@ -25,6 +26,12 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("has_gate", "kind")),
         *((name, ctypes.c_float) for name in ("alpha", "limit", "shift")),
     )
+
+
+class LastPacket(ctypes.Structure):
+    """The last packet that came over a link. seconds: until its answer was sent, 0 before."""
+
+    _fields_ = (("sequence", ctypes.c_uint64), ("layer", ctypes.c_uint32), ("seconds", ctypes.c_double))
 
 
 class PacketServer:
@@ -84,13 +91,23 @@ class PacketServer:
         self._library.packet_server_counters(self._server, values)
         return int(values[0]), int(values[1]), values[2], values[3]
 
-    def serve(self, descriptor: int, memory: Memory, generation: int) -> bytes:
-        """Answer a link's packets until one comes that is not for this server, or the peer is gone.
+    def serve(
+        self,
+        descriptor: int,
+        memory: Memory,
+        generation: int,
+        *,
+        last: LastPacket | None = None,
+        slow_s: float = math.inf,
+    ) -> bytes:
+        """Answer a link's packets until one comes that is not for this server, one was slow, or the peer is gone.
 
         Args:
             descriptor: a stream socket that blocks, with deadlines of its own.
             memory: the link's.
             generation: of the link.
+            last: tells the link's last packet afterwards.
+            slow_s: return after the answer of a packet that took longer.
 
         Returns:
             What was read and not answered.
@@ -100,7 +117,14 @@ class PacketServer:
         """
         left, left_bytes = _ADDRESS(), ctypes.c_int64()
         fault = self._library.packet_server_serve(
-            self._server, descriptor, memory, generation, ctypes.byref(left), ctypes.byref(left_bytes)
+            self._server,
+            descriptor,
+            memory,
+            generation,
+            slow_s,
+            ctypes.byref(LastPacket() if last is None else last),
+            ctypes.byref(left),
+            ctypes.byref(left_bytes),
         )
         if fault:
             raise OSError(fault, os.strerror(fault) if fault > 0 else "an answer was not taken in time")
@@ -127,7 +151,7 @@ def _library() -> ctypes.CDLL | None:
     library.packet_server_counters.argtypes = [_ADDRESS, ctypes.POINTER(ctypes.c_double)]
     library.packet_server_counters.restype = None
     library.packet_server_serve.argtypes = [
-        *(_ADDRESS, ctypes.c_int, ctypes.POINTER(Memory), ctypes.c_uint32, address),
-        ctypes.POINTER(number),
+        *(_ADDRESS, ctypes.c_int, ctypes.POINTER(Memory), ctypes.c_uint32, ctypes.c_double),
+        *(ctypes.POINTER(LastPacket), address, ctypes.POINTER(number)),
     ]
     return library

@@ -23,19 +23,22 @@ CLI = [sys.executable, "-m", "expertmesh.actors.cli.main"]
 
 @dataclass
 class Server:
-    """A running `expertmesh serve`."""
+    """A running `expertmesh serve`. metadata: of an API key, where it needs one."""
 
     address: str
     process: subprocess.Popen[str]
     log: Path
     http_url: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
 
     def channel(self) -> grpc.Channel:
         return grpc.insecure_channel(self.address)
 
     def status(self) -> StatusResponse:
         with self.channel() as channel:
-            response: StatusResponse = AdminStub(channel).GetStatus(GetStatusRequest(), timeout=20)
+            response: StatusResponse = AdminStub(channel).GetStatus(
+                GetStatusRequest(), metadata=self.metadata, timeout=20
+            )
             return response
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -38,8 +38,15 @@ class RayNodes:
             **(_QUICK if quick else {}),
         }
 
-    def start(self, num_cpus: int, *, host: str = LOOPBACK, within: Sequence[str] = ()) -> psutil.Process:
-        """Start a node and return its raylet. See `conftest.serving` for `within`."""
+    def start(
+        self,
+        num_cpus: int,
+        *,
+        host: str = LOOPBACK,
+        within: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
+    ) -> psutil.Process:
+        """Start a node and return its raylet. See `conftest.serving` for `within`; labels are Ray's."""
         if self.address:
             role = ["--address", self.address]
         else:
@@ -48,6 +55,8 @@ class RayNodes:
             role += ["--ray-client-server-port", str(_free_port()), "--temp-dir", str(self._directory)]
         options = [f"--{name}=0" for name in ("min-worker-port", "max-worker-port", "dashboard-agent-listen-port")]
         options += ["--node-ip-address", host, "--num-cpus", str(num_cpus), "--object-store-memory", str(80 << 20)]
+        if labels:
+            options += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]
         log = (self._directory / f"node-{len(self._commands)}.log").open("wb")
         with log:
             command = subprocess.Popen(

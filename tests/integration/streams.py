@@ -24,7 +24,7 @@ class LiveStreams:
     """The streams of one server: half greedy, half sampled with a seed."""
 
     def __init__(self, server: Server, num_tokens: int = NUM_TOKENS) -> None:
-        self._streams = Streams(server.address, server.status().model, NUM_STREAMS, num_tokens)
+        self._streams = Streams(server.address, server.status().model, NUM_STREAMS, num_tokens, server.metadata)
         self._calm = Record()
         asyncio.run(self._streams.run_calm(self._calm))
         assert not self._calm.errors

@@ -11,6 +11,7 @@ from tests.integration.conftest import POCKET, Server, serving
 from tests.integration.hosts import Hosts, two_hosts, why_no_hosts
 from tests.integration.ray_nodes import ray_nodes
 from tests.integration.streams import LiveStreams, is_serving, is_whole, member_pids, status_when
+from tests.unit.api_keys import bearer, key, write_keys
 
 CONFIG = """
 link_timeout_s = 2.0
@@ -41,8 +42,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, hosts: Hosts) -> Iterator[S
         for host, address in enumerate(hosts.addresses):
             nodes.start(2, host=address, within=hosts.within(host))
         options = ("--shards", "2", "--workers", "2", "--dtype", "float32", "--config", str(config))
-        where = ("--address", nodes.address, "--grpc-host", hosts.outer_address)
+        # It is asked for its status from outside, which needs a key.
+        keys = write_keys(home / "keys.toml", key("root", "admin"))
+        where = ("--address", nodes.address, "--grpc-host", hosts.outer_address, "--keys", str(keys))
         with serving(POCKET, home, *options, *where, env=nodes.env, within=hosts.within(0)) as started:
+            started.metadata = bearer("root")
             yield started
 
 

@@ -21,13 +21,14 @@ from expertmesh.actors.shard.server import ShardServer
 from expertmesh.actors.wire import read_combine
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ExpertKey
-from expertmesh.cluster.packets import PacketHeader, PacketKind
+from expertmesh.cluster.packets import PacketHeader, PacketKind, first_sequence
 from expertmesh.kernels.cpu.build import find_compiler
 from expertmesh.kernels.dispatch import ShardPairs
 from expertmesh.models.architecture import open_architecture
 from expertmesh.models.expert_slots import ExpertSlots
 from expertmesh.models.loading import CheckpointWeights
 from tests.fleet import CPU, served_link
+from tests.log_lines import logged
 from tests.packets import dispatch_packet
 
 if find_compiler() is None:
@@ -223,3 +224,16 @@ def test_experts_that_come_and_go_are_followed(server: ShardServer, weights: Che
     server.slots.keep([])
     link.send(*asked.packet())
     assert link.recv()[0].kind is PacketKind.NOT_HERE
+
+
+def test_it_tells_of_a_links_last_packet_and_of_slow_ones(weights: CheckpointWeights, kind: str) -> None:
+    keys = [ExpertKey(LAYER, e) for e in HERE]
+    for slow_log_s, num_told in ((1e-9, 3), (1000.0, 0)):
+        server = ShardServer(ExpertSlots(weights, keys, CPU), EPOCH, slow_log_s)
+        with logged() as lines, served_link(server, kind=kind) as link:
+            for step in (5, 6, 7):
+                asked = Asked(first_sequence(step) + 1, 4)
+                link.send(*asked.packet())
+                asked.check(server, *link.recv())
+        assert [line["step"] for line in lines.of("packet_slow")] == [5, 6, 7][:num_told]
+        assert [line["step"] for line in lines.of("peer_gone")] == [7]

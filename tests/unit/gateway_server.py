@@ -2,9 +2,8 @@
 
 import asyncio
 import random
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,28 +91,6 @@ async def running(
         await server.stop(grace_s=0)
         await inference.close()
         await engine.pool.close()
-
-
-@contextmanager
-def running_in_a_thread(*workers: FakeWorker, **options: Any) -> Iterator[str]:
-    """Run the server in a thread of its own, for clients that block; yields its address."""
-    addresses: list[str] = []
-    started, over = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        async with running(*workers, **options) as up:
-            addresses.append(up.server.address)
-            started.set()
-            await asyncio.to_thread(over.wait)
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    try:
-        assert started.wait(20)
-        yield addresses[0]
-    finally:
-        over.set()
-        thread.join(20)
 
 
 def request(*token_ids: int, **fields: Any) -> GenerateRequest:

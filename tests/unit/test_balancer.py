@@ -16,7 +16,7 @@ from expertmesh.cluster.balancer import balance, rebalance
 from expertmesh.cluster.balancer_types import BalancePlan, BalanceSettings, ShardFacts
 from expertmesh.cluster.errors import CapacityError, InputError
 from expertmesh.cluster.ids import ExpertKey, ShardId
-from expertmesh.cluster.placement import EVEN_WEIGHT, Placement
+from expertmesh.cluster.placement import EVEN_WEIGHT, Placement, initial_placement
 
 Floats = npt.NDArray[np.float64]
 # The worked example of the README of https://github.com/deepseek-ai/EPLB, loads and published placement.
@@ -331,3 +331,28 @@ def test_unfit_shards_are_refused() -> None:
     for facts in ({"num_slots": -1}, {"num_slots": 1, "speed": 0.0}, {"num_slots": 1, "speed": float("inf")}):
         with pytest.raises(InputError, match="shard s0 cannot have"):
             ShardFacts(shard=ShardId("s0"), node="n", domain="d", **facts)
+
+
+def test_what_cannot_save_enough_is_not_searched_for() -> None:
+    shards = fleet(8, 2 * 10)
+    load_LE = zipf(2, 64)
+    current = balance(load_LE, shards, layers=range(2), num_experts=64, epoch=0)
+    uneven_LE = load_LE * np.random.default_rng(1).uniform(0.97, 1.03, load_LE.shape)
+    stay, searched = (plan_for(current, uneven_LE, shards, min_improvement=least) for least in (0.05, 0.0))
+    assert "level shards would save" in stay.reason
+    assert not stay.is_worthwhile
+    assert (stay.placement.shards, stay.placement.weights) == (current.shards, current.weights)
+    assert stay.balancedness_before == stay.balancedness_after == searched.balancedness_before > 0.95
+    assert searched.is_worthwhile, "the threshold alone keeps the other one from it"
+    # A lost shard leaves the placement in any case.
+    assert len(plan_for(current, uneven_LE, shards[1:]).placement.shards) == 7
+
+
+def test_a_thousand_shards_are_levelled() -> None:
+    shards = fleet(1024, 2, shards_a_node=72)
+    load_LE = zipf(1, 256, exponent=0.8)
+    current = initial_placement([0], 256, [facts.shard for facts in shards], 1)
+    plan = plan_for(current, load_LE, shards)
+    plan = plan_for(plan.placement, load_LE, shards)
+    check(plan.placement, shards, 1)
+    assert plan.balancedness_after >= 0.95

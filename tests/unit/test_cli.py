@@ -14,8 +14,9 @@ from expertmesh.actors.cli.server_options import Server
 from expertmesh.cluster.requests import SamplingParams
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.admin_pb2 import AutoscalerStatus, ShardStatus, StatusResponse
+from tests.in_a_thread import in_a_thread
 from tests.unit.gateway_fakes import STATUS, FakeWorker, fake_output, fake_text, save_tokenizer
-from tests.unit.gateway_server import running_in_a_thread
+from tests.unit.gateway_server import running
 
 CALLS = itertools.count()
 Run = Callable[..., tuple[int, str, str]]
@@ -40,8 +41,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def url(tokenizer: Tokenizer) -> Iterator[str]:
     """Address of a server that runs in a thread of its own, as the commands block."""
-    with running_in_a_thread(FakeWorker("a"), tokenizer=tokenizer, max_requests=1024) as address:
-        yield address
+    with in_a_thread(running(FakeWorker("a"), tokenizer=tokenizer, max_requests=1024)) as up:
+        yield up.server.address
 
 
 @pytest.fixture
@@ -210,21 +211,17 @@ def test_version(run: Run) -> None:
     assert out[0].isdigit()
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     program = (
-        "import sys, time; start = time.perf_counter(); sys.argv = ['expertmesh', '--help']\n"
+        "import sys; sys.argv = ['expertmesh', '--help']\n"
         "from expertmesh.actors.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit: pass\n"
-        "took_s = time.perf_counter() - start\n"
-        "heavy = {'torch', 'ray', 'transformers', 'grpc'} & set(sys.modules)\n"
-        "print(f'\\n{took_s} {sorted(heavy)}')\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'grpc'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     for name in main.COMMANDS:
         assert name in done.stdout
-    took_s, heavy = done.stdout.splitlines()[-1].split(" ", 1)
-    assert float(took_s) < 1
-    assert heavy == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("name", list(main.COMMANDS))

@@ -3,8 +3,6 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import grpc
 import pytest
@@ -13,6 +11,7 @@ from expertmesh.client import AsyncClient, Client
 from expertmesh.client.requests import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.inference_pb2 import GenerateResponse
+from tests.relay import relayed
 from tests.unit.gateway_fakes import FakeWorker, fake_output, fake_text, letter_id, save_tokenizer
 from tests.unit.gateway_server import running, sampling, until
 
@@ -22,53 +21,6 @@ PROMPT = (10, 20, 30)
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-class Relay:
-    """Passes bytes on between clients and a server, until it is told to cut."""
-
-    def __init__(self, port: int) -> None:
-        self._server_port = port
-        self._writers: list[asyncio.StreamWriter] = []
-        self.tasks: set[asyncio.Task[None] | None] = set()
-        self.num_connections = 0
-        self.address = ""
-
-    def cut(self) -> None:
-        """Break all connections off; new ones are taken."""
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
-
-    async def join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.num_connections += 1
-        self.tasks.add(asyncio.current_task())
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
-        self._writers += [writer, far_writer]
-        await asyncio.gather(self._pass_on(reader, far_writer), self._pass_on(far_reader, writer))
-
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-        except ConnectionError:
-            return  # cut
-        finally:
-            writer.close()
-
-
-@asynccontextmanager
-async def relayed(port: int) -> AsyncIterator[Relay]:
-    relay = Relay(port)
-    server = await asyncio.start_server(relay.join, "127.0.0.1", 0)
-    relay.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
-        yield relay
-    finally:
-        relay.cut()
-        server.close()
-        await asyncio.gather(*(task for task in relay.tasks if task is not None))
 
 
 def tokens(messages: list[GenerateResponse], index: int = 0) -> list[int]:

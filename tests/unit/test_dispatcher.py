@@ -20,6 +20,7 @@ from torch import Tensor
 from expertmesh.actors.links.base import Link
 from expertmesh.actors.worker.dispatcher import Dispatcher
 from expertmesh.actors.worker.fleet import Fleet
+from expertmesh.actors.worker.step import Step
 from expertmesh.cluster.capacity import kept_pairs
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.errors import NoReplicaError, UnavailableError
@@ -46,6 +47,7 @@ class Batch:
     def run(self, dispatcher: Dispatcher) -> Tensor:
         num_tokens = len(self.hidden_TH)
         dispatcher.begin_step(
+            Step(1),
             token_keys(np.full(num_tokens, identity_hash("request"), dtype=np.uint64), np.arange(num_tokens)),
             np.arange(num_tokens) < self.num_decoded,
         )

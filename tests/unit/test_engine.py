@@ -103,7 +103,7 @@ class Bench:
             self.scheduler,
             self.runner,
             max_queue=max_queue,
-            begin_step=lambda keys_T, _: self.keys.append(keys_T),
+            begin_step=lambda _step, keys_T, _: self.keys.append(keys_T),
             on_events=self.events.extend,
         )
 

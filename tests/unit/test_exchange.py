@@ -13,7 +13,7 @@ from expertmesh.actors.links.base import Link
 from expertmesh.actors.worker.fleet import Fleet
 from expertmesh.cluster.errors import NoReplicaError
 from expertmesh.cluster.ids import ShardId
-from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind, WireDtype
+from expertmesh.cluster.packets import HEADER_BYTES, PacketHeader, PacketKind, WireDtype, first_sequence
 from expertmesh.kernels.cpu.build import find_compiler
 from expertmesh.kernels.cpu.exchange import Exchange
 from tests.fleet import link_pair
@@ -118,7 +118,7 @@ def test_the_header_is_that_of_the_packets_module() -> None:
         PacketHeader(
             kind=PacketKind.DISPATCH,
             generation=1,
-            sequence=1,
+            sequence=first_sequence(1) + 1,
             epoch=2**40,
             layer=3,
             num_rows=5,

@@ -25,9 +25,10 @@ from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.inference_pb2 import GenerateRequest, GetModelRequest, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
+from tests.in_a_thread import in_a_thread
 from tests.unit import http2
 from tests.unit.gateway_fakes import FakeWorker, fake_output, save_tokenizer
-from tests.unit.gateway_server import Running, request, running, running_in_a_thread, sampling, until
+from tests.unit.gateway_server import Running, request, running, sampling, until
 from tests.unit.http2 import Http2Client, frame, grpc_message
 
 PROMPT = (10, 20, 30)
@@ -110,7 +111,7 @@ async def test_bytes_that_are_no_http2_are_cut_off(sent: Callable[[random.Random
                 writer.write(data)
                 await writer.drain()
                 with suppress(TimeoutError):  # who says too little is waited for
-                    await asyncio.wait_for(reader.read(), 0.05)
+                    await asyncio.wait_for(reader.read(), 0.02)
             writer.close()
 
 
@@ -134,11 +135,8 @@ BAD_MESSAGES: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_MESSAGES)
-async def test_a_message_that_is_none_is_refused(what: str, caplog: pytest.LogCaptureFixture) -> None:
-    body, status = BAD_MESSAGES[what]
-
-    def send() -> str:
+async def test_a_message_that_is_none_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    def send(body: bytes, status: str) -> str:
         with Http2Client(up.server.port) as client:
             stream = client.headers()
             client.send(frame(http2.DATA, http2.END_STREAM, stream, body[: 1 << 14]))
@@ -148,7 +146,8 @@ async def test_a_message_that_is_none_is_refused(what: str, caplog: pytest.LogCa
             return client.trailers()[0]
 
     async with running(FakeWorker("a"), settings=LIMITS, max_requests=64) as up, undisturbed(up):
-        assert await asyncio.to_thread(send) == status
+        found = {what: await asyncio.to_thread(send, *case) for what, case in BAD_MESSAGES.items()}
+    assert found == {what: status for what, (_, status) in BAD_MESSAGES.items()}
     assert not caplog.records
 
 
@@ -237,6 +236,15 @@ async def test_floods_of_control_frames() -> None:
             await on_a_connection(up, partial(act, flood))
 
 
+async def test_a_connection_that_says_nothing_is_closed() -> None:
+    async with running(FakeWorker("a"), settings=GrpcSettings(handshake_timeout_s=1)) as up, undisturbed(up):
+        pairs = [await asyncio.open_connection("127.0.0.1", up.server.port) for _ in range(50)]
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(reader.read() for reader, _ in pairs))
+        for _, writer in pairs:
+            writer.close()
+
+
 async def test_clients_that_vanish() -> None:
     async def come_and_go(number: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", up.server.port)
@@ -260,8 +268,8 @@ async def test_clients_that_vanish() -> None:
 def channel(tokenizer: Tokenizer) -> Iterator[grpc.Channel]:
     """To a server in a thread of its own."""
     with (
-        running_in_a_thread(FakeWorker("a"), tokenizer=tokenizer, settings=LIMITS) as address,
-        grpc.insecure_channel(address) as channel,
+        in_a_thread(running(FakeWorker("a"), tokenizer=tokenizer, settings=LIMITS)) as up,
+        grpc.insecure_channel(up.server.address) as channel,
     ):
         yield channel
 
@@ -291,6 +299,16 @@ ALLOWED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
+INFERENCE = ["Generate", "GenerateOnce", "Resume", "Cancel", "Tokenize", "Detokenize", "GetModel"]
+METHODS = [
+    *(f"/expertmesh.v1.Inference/{name}" for name in INFERENCE),
+    *(f"/inference.GRPCInferenceService/{name}" for name in ("ModelInfer", "ModelStreamInfer", "ModelReady")),
+    "/expertmesh.v1.Admin/Drain",
+    "/grpc.health.v1.Health/Check",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+]
+
+
 def refusal(call: Callable[[], object]) -> grpc.RpcError | None:
     """Make a call; return the error that it ends with."""
     try:
@@ -316,11 +334,11 @@ def test_a_request_of_any_fields_is_served_or_refused(
 
 @QUICK
 @given(
-    method=st.sampled_from(["Generate", "GenerateOnce", "Resume", "Cancel", "Tokenize", "Detokenize", "GetModel"]),
+    method=st.sampled_from(METHODS),
     data=st.binary(max_size=60) | st.builds(lambda cut: BODY[:cut], st.integers(0, len(BODY))),
 )
 def test_a_message_of_any_bytes_is_served_or_refused(channel: grpc.Channel, method: str, data: bytes) -> None:
-    raw: Any = channel.unary_stream(f"/expertmesh.v1.Inference/{method}")
+    raw: Any = channel.unary_stream(method)
     error = refusal(lambda: list(raw(data, timeout=60)))
     if error is not None:
         assert error.code() in (*ALLOWED, grpc.StatusCode.NOT_FOUND), error

@@ -52,11 +52,13 @@ async def test_a_stream_that_is_read_again_counts_once(tmp_path: Path) -> None:
     keys = book(tmp_path, key("alice", requests_per_minute=1))
     kept = request(request_id="r", idempotency_key="k", seed=6)
     async with running(FakeWorker("a"), keys=keys) as up:
-        for call in (
-            up.inference.Generate(kept, metadata=bearer("alice")),
-            up.inference.Generate(kept, metadata=bearer("alice")),
-            up.inference.Resume(ResumeRequest(request_id="r"), metadata=bearer("alice")),
+        again = ResumeRequest(request_id="r")
+        for method, asked in (
+            (up.inference.Generate, kept),
+            (up.inference.Generate, kept),
+            (up.inference.Resume, again),
         ):
+            call = method(asked, metadata=bearer("alice"))
             got = [token async for message in call for token in message.token_ids]
             assert got == fake_output((10, 20, 30), sampling(6))
         assert (await error_of(up.inference.Generate(request(), metadata=bearer("alice")))).code() is (

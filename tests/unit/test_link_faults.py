@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from expertmesh.actors.links.local import LocalLink
 from expertmesh.actors.shard.server import ShardServer
 from expertmesh.actors.worker.dispatcher import Dispatcher
 from expertmesh.actors.worker.fleet import Fleet
+from expertmesh.actors.worker.step import Step
 from expertmesh.cluster.dispatch_hash import identity_hash, token_keys
 from expertmesh.cluster.errors import LinkError
 from expertmesh.cluster.ids import ExpertKey, ShardId
@@ -107,6 +109,7 @@ class TwoShards:
         self._servers = {shard: ShardServer(ExpertSlots(weights, KEYS, CPU), epoch=1) for shard in (A, B)}
         self._stack = ExitStack()
         self._generation = 4
+        self._steps = count(1)
         self.lost: list[ShardId] = []
         self.dispatcher = Dispatcher(
             (LAYER,), NUM_EXPERTS, recovery_s=0.1, on_lost=lambda shard, _: self.lost.append(shard)
@@ -138,7 +141,7 @@ class TwoShards:
         hidden_TH = torch.randn(12, HIDDEN, generator=generator)
         ids_TK = torch.rand(12, NUM_EXPERTS, generator=generator).argsort(dim=1)[:, :2]
         keys_T = token_keys(np.full(12, identity_hash("request"), dtype=np.uint64), np.arange(12))
-        self.dispatcher.begin_step(keys_T, np.ones(12, dtype=np.bool_))
+        self.dispatcher.begin_step(Step(next(self._steps)), keys_T, np.ones(12, dtype=np.bool_))
         return self.dispatcher.run(LAYER, hidden_TH, ids_TK, torch.rand(12, 2, generator=generator))
 
     @property

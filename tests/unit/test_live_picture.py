@@ -9,6 +9,7 @@ import pytest
 
 from expertmesh.actors.gateway.live_picture import GatewayFigures, LivePicture
 from expertmesh.actors.gateway.live_times import TimesSummary, TokenTimes
+from expertmesh.cluster.placement import EVEN_WEIGHT
 from tests.unit.gateway_fakes import MODEL
 from tests.unit.live_fakes import FakeFleet
 
@@ -52,7 +53,7 @@ def test_the_placement_comes_when_it_is_new() -> None:
     placement: Any = look()["placement"]
     assert (placement["epoch"], placement["shards"]) == (3, ["s0", "s1"])
     assert placement["replicas"] == [[[0, 1]] * 4] * 2
-    assert placement["weights"][0] == [[192, 64], [128, 128], [128, 128], [128, 128]]
+    assert placement["weights"][0] == [[192, 64], *[[EVEN_WEIGHT // 2] * 2] * 3]
     assert "placement" not in look()
     look.fleet.placement = replace(look.fleet.placement, epoch=4)
     assert look()["placement"]["epoch"] == 4

@@ -18,6 +18,7 @@ import pytest
 from expertmesh.actors import launch
 from expertmesh.actors.cli import main, running
 from expertmesh.actors.cli.stop import stop
+from expertmesh.actors.inspection import inspect
 from expertmesh.cluster.errors import CapacityError, CheckpointError, InputError, StateError, UnavailableError
 from expertmesh.cluster.model_info import CheckpointFacts, ModelInfo
 from expertmesh.cluster.settings import ServeSettings
@@ -282,7 +283,7 @@ def test_a_deployment_that_never_came_up_stops_and_leaves_nothing(
 
 
 def test_what_is_known_of_a_checkpoint_comes_without_torch() -> None:
-    facts = launch._inspect(ServeSettings(model=POCKET))
+    facts = inspect(ServeSettings(model=POCKET))
     code = (
         "import pickle, sys; facts = pickle.load(sys.stdin.buffer);"
         "print(facts.info.num_experts, [m for m in ('torch', 'transformers') if m in sys.modules])"
