@@ -41,7 +41,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def url(tokenizer: Tokenizer) -> Iterator[str]:
     """Address of a server that runs in a thread of its own, as the commands block."""
-    with in_a_thread(running(FakeWorker("a"), tokenizer=tokenizer, max_requests=1024)) as up:
+    server = running(FakeWorker("a"), tokenizer=tokenizer, loads=get_loads, max_requests=1024)
+    with in_a_thread(server) as up:
         yield up.server.address
 
 
