@@ -5,7 +5,7 @@ with the largest load for each replica, pack replicas largest first where there 
 two replicas of an expert on one shard, and promises no second replica.
 
 With 256 experts on 32 shards of 9 slots a perfect balance is possible for any load (see cluster/packing.py); what ours
-lacks of it is the rounding of weights to 1/256.
+lacks of it is the rounding of weights to 1/4096.
 
 usage: python -m benchmarks.balancing [--layers N] [--json] [--keep]
 

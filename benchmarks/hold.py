@@ -25,6 +25,8 @@ from expertmesh.v1.inference_pb2_grpc import InferenceStub
 
 # A connection takes 100 streams at once unless its server says otherwise; more wait in the client.
 STREAMS_A_CHANNEL = 64
+# Each is run by itself first.
+NUM_DIFFERENT = 6
 
 
 def main() -> int:
@@ -52,7 +54,7 @@ def main() -> int:
 async def measure(server: LoadedServer, asked: argparse.Namespace) -> dict[str, Any]:
     """Hold the streams, and return what came of them."""
     model = server.status().model
-    requests = make_requests(model, 16, asked.prompt, asked.new)
+    requests = make_requests(model, NUM_DIFFERENT, asked.prompt, asked.new)
     num_channels = -(-asked.streams // STREAMS_A_CHANNEL)
     # Without a pool of its own each channel would share one connection with the others.
     options = [("grpc.use_local_subchannel_pool", 1)]

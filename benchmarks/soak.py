@@ -28,6 +28,7 @@ from expertmesh.v1.inference_pb2_grpc import InferenceStub
 
 WARM_UP_S = 60.0
 SETTLE_S = 10.0
+CURVE_STEP = 5  # looks between two that are kept
 MIB = 2**20
 
 
@@ -51,7 +52,7 @@ def main() -> int:
     if asked.plot:
         draw(asked.plot, watch)
     if asked.keep:
-        print(f"kept in {keep('soak', result)}", file=sys.stderr)
+        print(f"kept in {keep('soak', {**result, 'curves': curves(watch)})}", file=sys.stderr)
     return 0
 
 
@@ -128,6 +129,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def curves(watch: Watch) -> dict[str, Any]:
+    """Return what was seen every tenth second or so: times, and by role memory and descriptors."""
+    roles = {
+        role: {
+            "mib": [round(usage.rss_bytes / MIB, 1) for usage in watch.series(role)[::CURVE_STEP]],
+            "fds": [usage.num_fds for usage in watch.series(role)[::CURVE_STEP]],
+        }
+        for role in watch.roles
+    }
+    return {"times_s": [round(time_s) for time_s in watch.times_s[::CURVE_STEP]], **roles}
+
+
 def draw(file: Path, watch: Watch) -> None:
     """Write the curves of memory and descriptors under load to a PNG."""
     import matplotlib as mpl
@@ -140,7 +153,7 @@ def draw(file: Path, watch: Watch) -> None:
         usages = watch.series(role)
         above.plot(watch.times_s, [(usage.rss_bytes - usages[0].rss_bytes) / MIB for usage in usages], label=role)
         below.plot(watch.times_s, [usage.num_fds for usage in usages], label=role)
-    above.set_ylabel("resident memory beyond the first look, MiB")
+    above.set_ylabel("MiB beyond the first look")
     below.set_ylabel("descriptors")
     below.set_xlabel("seconds")
     above.legend(fontsize=8, ncols=3)

@@ -135,7 +135,10 @@ class FairQueue(Generic[Item]):
             self._flows.pop(flow_name, None)
 
     def _flow(self, flow_name: str) -> _Flow[Item]:
-        return self._flows.setdefault(flow_name, _Flow())
+        flow = self._flows.get(flow_name)
+        if flow is None:
+            flow = self._flows[flow_name] = _Flow()
+        return flow
 
     def _lift(self, flow: _Flow[Item]) -> None:
         """Begin where those that wait are, or, when none does, where the last was."""

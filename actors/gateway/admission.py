@@ -113,11 +113,12 @@ class Admission:
             self._leave(ticket)
 
     def served(self, ticket: Ticket, num_tokens: int) -> None:
-        """Count new tokens of a request."""
-        name = ticket.caller.name
-        self._queue.charge(name, num_tokens)
-        ticket.caller.limiter.spend(num_tokens, self._clock())
-        self._counts.served(name, "output", num_tokens)
+        """Count new tokens of a request. It is on every message's way."""
+        caller = ticket.caller
+        self._queue.charge(caller.name, num_tokens)
+        if caller.limiter.tokens is not None:
+            caller.limiter.spend(num_tokens, self._clock())
+        self._counts.output(caller.name, num_tokens)
 
     def sample_ended(self, ticket: Ticket) -> None:
         """Note that one of a request's sequences has ended; there is room for another."""
@@ -181,7 +182,7 @@ class Admission:
     def _run(self, ticket: Ticket) -> None:
         ticket.runs = True
         self._num_running += ticket.num_left
-        self._counts.served(ticket.caller.name, "prompt", ticket.num_prompt_tokens)
+        self._counts.prompt(ticket.caller.name, ticket.num_prompt_tokens)
 
     def _leave(self, ticket: Ticket) -> None:
         ticket.caller.limiter.release(ticket.num_left)

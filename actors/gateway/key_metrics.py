@@ -6,8 +6,6 @@ from collections.abc import Sequence, Set
 from expertmesh.actors.gateway.callers import ANONYMOUS
 from expertmesh.actors.metrics import Metrics
 
-KINDS = ("prompt", "output")
-
 
 class KeyCounts:
     """The counts of one gateway."""
@@ -16,8 +14,10 @@ class KeyCounts:
         """Count nothing yet; codes: the gRPC statuses by which requests end, shown from the start."""
         self._codes = codes
         self._requests: Counter[tuple[str, str]] = Counter()
-        self._tokens: Counter[tuple[str, str]] = Counter()
-        self._changed: set[tuple[str, str]] = set()
+        self._prompt: Counter[str] = Counter()
+        self._output: Counter[str] = Counter()
+        self._ended: set[tuple[str, str]] = set()
+        self._served: set[str] = set()
         self._names: set[str] = set()
         self._show(ANONYMOUS)
 
@@ -31,21 +31,28 @@ class KeyCounts:
     def request_ended(self, name: str, code: str) -> None:
         """Count a request by the name of its gRPC status."""
         self._requests[name, code] += 1
-        self._changed.add((name, code))
+        self._ended.add((name, code))
 
-    def served(self, name: str, kind: str, num_tokens: int) -> None:
-        """Count tokens."""
-        self._tokens[name, kind] += num_tokens
-        self._changed.add((name, kind))
+    def prompt(self, name: str, num_tokens: int) -> None:
+        """Count tokens of a prompt."""
+        self._prompt[name] += num_tokens
+        self._served.add(name)
+
+    def output(self, name: str, num_tokens: int) -> None:
+        """Count tokens of output."""
+        self._output[name] += num_tokens
+        self._served.add(name)
 
     def report(self, metrics: Metrics) -> None:
         """Hand on what is new: of many keys few change in a moment."""
-        changed, self._changed = self._changed, set()
-        for name, what in changed:
-            if what in KINDS:
-                metrics.count("expertmesh_key_tokens_total", self._tokens[name, what], key=name, kind=what)
-            else:
-                metrics.count("expertmesh_key_requests_total", self._requests[name, what], key=name, code=what)
+        ended, self._ended = self._ended, set()
+        for name, code in ended:
+            metrics.count("expertmesh_key_requests_total", self._requests[name, code], key=name, code=code)
+        served, self._served = self._served, set()
+        for name in served:
+            for kind, counts in (("prompt", self._prompt), ("output", self._output)):
+                metrics.count("expertmesh_key_tokens_total", counts[name], key=name, kind=kind)
 
     def _show(self, name: str) -> None:
-        self._changed.update((name, what) for what in (*self._codes, *KINDS))
+        self._ended.update((name, code) for code in self._codes)
+        self._served.add(name)

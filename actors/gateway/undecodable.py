@@ -1,7 +1,7 @@
 """A message that is no request of its method is the client's fault: INVALID_ARGUMENT, and no traceback in the log."""
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,23 @@ from expertmesh.actors.gateway.status_codes import Context
 class Undecodable:
     """In place of a request: why there is none."""
 
-    message: str
+    problem: str
+
+
+class Requests:
+    """A stream of requests, which ends before the first that is none; then `problem` says why."""
+
+    def __init__(self, requests: AsyncIterable[Any]) -> None:
+        """Read from gRPC's own stream."""
+        self._requests = requests
+        self.problem = ""
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            async for request in self._requests:
+                yield request
+        except DecodeError as error:
+            self.problem = str(error)
 
 
 class RefuseUndecodable(grpc.aio.ServerInterceptor):
@@ -39,46 +55,55 @@ class RefuseUndecodable(grpc.aio.ServerInterceptor):
 
 
 def _guarded(handler: Any) -> Any:
-    for name in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
-        behavior = getattr(handler, name)
-        if behavior is not None:
-            guard = _guarded_generator if inspect.isasyncgenfunction(behavior) else _guarded_coroutine
-            # Of a stream of requests each is read inside the method, where the error is caught; a sole one before.
-            decode = handler.request_deserializer if handler.request_streaming else _lenient(handler)
-            return handler._replace(**{name: guard(behavior), "request_deserializer": decode})
-    raise AssertionError(f"{handler} has no method")
+    kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+    kind, behavior = next((kind, own) for kind in kinds if (own := getattr(handler, kind)) is not None)
+    guard = _guarded_generator if inspect.isasyncgenfunction(behavior) else _guarded_coroutine
+    if handler.request_streaming:
+        return handler._replace(**{kind: guard(behavior, Requests)})
+    return handler._replace(
+        **{kind: guard(behavior, lambda request: request), "request_deserializer": _lenient(handler)}
+    )
 
 
 def _lenient(handler: Any) -> Callable[[bytes], Any]:
-    def decode(data: bytes) -> Any:
+    decode = handler.request_deserializer
+
+    def decode_or_say_why(data: bytes) -> Any:
         try:
-            return handler.request_deserializer(data)
+            return decode(data)
         except DecodeError as error:
             return Undecodable(str(error))
 
-    return decode
+    return decode_or_say_why
 
 
-def _guarded_coroutine(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def call(request: Any, context: Context) -> Any:
-        if isinstance(request, Undecodable):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-        try:
-            return await behavior(request, context)
-        except DecodeError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+def _guarded_coroutine(
+    behavior: Callable[..., Awaitable[Any]], read: Callable[[Any], Any]
+) -> Callable[..., Awaitable[Any]]:
+    async def call(asked: Any, context: Context) -> Any:
+        asked = read(asked)
+        await _refuse(asked, context)
+        response = await behavior(asked, context)
+        await _refuse(asked, context)
+        return response
+
+    return call
+
+
+def _guarded_generator(
+    behavior: Callable[..., AsyncIterator[Any]], read: Callable[[Any], Any]
+) -> Callable[..., AsyncIterator[Any]]:
+    async def call(asked: Any, context: Context) -> AsyncIterator[Any]:
+        asked = read(asked)
+        await _refuse(asked, context)
+        async for response in behavior(asked, context):
+            yield response
+        await _refuse(asked, context)
 
     return call
 
 
-def _guarded_generator(behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-        if isinstance(request, Undecodable):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-        try:
-            async for response in behavior(request, context):
-                yield response
-        except DecodeError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-
-    return call
+async def _refuse(asked: Any, context: Context) -> None:
+    """End the call if what was asked could not be read, or not to its end."""
+    if isinstance(asked, Undecodable | Requests) and asked.problem:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, asked.problem)

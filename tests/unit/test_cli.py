@@ -211,21 +211,17 @@ def test_version(run: Run) -> None:
     assert out[0].isdigit()
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     program = (
-        "import sys, time; start = time.perf_counter(); sys.argv = ['expertmesh', '--help']\n"
+        "import sys; sys.argv = ['expertmesh', '--help']\n"
         "from expertmesh.actors.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit: pass\n"
-        "took_s = time.perf_counter() - start\n"
-        "heavy = {'torch', 'ray', 'transformers', 'grpc'} & set(sys.modules)\n"
-        "print(f'\\n{took_s} {sorted(heavy)}')\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'grpc'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     for name in main.COMMANDS:
         assert name in done.stdout
-    took_s, heavy = done.stdout.splitlines()[-1].split(" ", 1)
-    assert float(took_s) < 1
-    assert heavy == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("name", list(main.COMMANDS))

@@ -299,6 +299,16 @@ ALLOWED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
+INFERENCE = ["Generate", "GenerateOnce", "Resume", "Cancel", "Tokenize", "Detokenize", "GetModel"]
+METHODS = [
+    *(f"/expertmesh.v1.Inference/{name}" for name in INFERENCE),
+    *(f"/inference.GRPCInferenceService/{name}" for name in ("ModelInfer", "ModelStreamInfer", "ModelReady")),
+    "/expertmesh.v1.Admin/Drain",
+    "/grpc.health.v1.Health/Check",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+]
+
+
 def refusal(call: Callable[[], object]) -> grpc.RpcError | None:
     """Make a call; return the error that it ends with."""
     try:
@@ -324,11 +334,11 @@ def test_a_request_of_any_fields_is_served_or_refused(
 
 @QUICK
 @given(
-    method=st.sampled_from(["Generate", "GenerateOnce", "Resume", "Cancel", "Tokenize", "Detokenize", "GetModel"]),
+    method=st.sampled_from(METHODS),
     data=st.binary(max_size=60) | st.builds(lambda cut: BODY[:cut], st.integers(0, len(BODY))),
 )
 def test_a_message_of_any_bytes_is_served_or_refused(channel: grpc.Channel, method: str, data: bytes) -> None:
-    raw: Any = channel.unary_stream(f"/expertmesh.v1.Inference/{method}")
+    raw: Any = channel.unary_stream(method)
     error = refusal(lambda: list(raw(data, timeout=60)))
     if error is not None:
         assert error.code() in (*ALLOWED, grpc.StatusCode.NOT_FOUND), error

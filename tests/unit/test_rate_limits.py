@@ -1,7 +1,7 @@
 """Requests, tokens and sequences of a key, with time as an argument."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.cluster.errors import InputError, RateLimitError
@@ -88,6 +88,7 @@ def test_a_clock_that_steps_back_stands_still() -> None:
     assert bucket.level(101) == 1
 
 
+@settings(deadline=None)
 @given(
     calls=st.lists(st.tuples(st.floats(0, 30), st.integers(1, 40)), max_size=40),
     per_minute=st.integers(40, 200),

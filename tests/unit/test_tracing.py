@@ -29,6 +29,7 @@ from expertmesh.actors.tracing import (
     with_endpoint,
 )
 from expertmesh.actors.worker.stay_trace import StayTracer
+from expertmesh.actors.worker.step_log import StepLog
 from expertmesh.cluster.errors import CapacityError, InputError
 from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest
 from expertmesh.cluster.settings import ServeSettings
@@ -36,6 +37,7 @@ from tests.log_lines import Lines, logged
 from tests.otlp import Collector, Received, collecting, named
 from tests.unit import gateway_server, openai_server
 from tests.unit.gateway_fakes import FakeWorker, save_tokenizer
+from tests.unit.test_engine import Bench, request_of
 from tests.unit.test_gateway_failover import PROMPT, collect, valid
 from tests.unit.test_openai_http import chat, completion
 
@@ -239,6 +241,18 @@ def test_one_that_is_dropped_while_it_waits_has_a_queue_alone(collector: Collect
     assert {span.name for span in spans} == {"expertmesh.sequence", "expertmesh.queue"}
     assert not stays._stays
     assert not stays._new
+
+
+def test_an_engine_has_its_sequences_noted(collector: Collector, tracing: Tracing) -> None:
+    bench = Bench()
+    bench.engine._log = StepLog(stays=StayTracer(tracing, "worker-0", lambda: (0.0, 0)))
+    bench.run([replace(request_of(name), traceparent=TRACEPARENT) for name in ("r-1#0~a", "r-1#1~a")])
+    spans = spans_of(collector, tracing, 8)
+    sequences = named(spans, "expertmesh.sequence")
+    assert {span.attributes["expertmesh.sequence.id"] for span in sequences} == {"r-1#0~a", "r-1#1~a"}
+    assert {span.attributes["gen_ai.usage.output_tokens"] for span in sequences} == {12}
+    assert min(span.attributes["expertmesh.first_step"] for span in sequences) == 1
+    assert len(named(spans, "expertmesh.decode")) == 2
 
 
 # Without an endpoint, and with one that is away.
