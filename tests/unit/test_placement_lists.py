@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh.cluster.ids import ExpertKey, ShardId
@@ -11,7 +11,6 @@ from expertmesh.cluster.placement import initial_placement
 from expertmesh.cluster.placement_lists import placement_fields
 
 
-@settings(deadline=None)
 @given(
     layers=st.integers(1, 3),
     experts=st.integers(1, 6),

@@ -51,7 +51,6 @@ export function showHealth(fleet, link, why) {
   document.title = `${text} · ExpertMesh`;
   document.body.dataset.stale = String(link !== "open" || Boolean(fleet.away));
   const notices = [];
-  const warnings = link === "open" ? (fleet.status?.warnings ?? []) : [];
   if (link === "refused") notices.push(`${why} Give an API key with the admin role (button above).`);
   if (link === "lost") notices.push(`The gateway does not answer (${why}); trying again. What is shown is old.`);
   if (link === "open" && fleet.away) {
@@ -59,7 +58,7 @@ export function showHealth(fleet, link, why) {
     notices.push(`The controller has been away since ${since} (${fleet.away}). Tokens go on; figures of the fleet are old.`);
   }
   showLines(byId("notices"), notices);
-  showLines(byId("warnings"), warnings);
+  showLines(byId("warnings"), fleet.status?.warnings ?? []);
 }
 
 function showLines(list, lines) {
