@@ -10,6 +10,7 @@ turns, and counts tokens and the processor time of the gateway, the controller a
 
 import argparse
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -19,12 +20,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx2
 import psutil
 from playwright.sync_api import sync_playwright
 
@@ -193,24 +194,34 @@ def _cost(model: Path, num_viewers: int, num_streams: int, rounds: int) -> dict[
 
 @contextmanager
 def _watched(url: str, num_viewers: int) -> Iterator[None]:
-    """Have that many viewers read the events while the block lasts."""
-    stopping = threading.Event()
+    """Have that many viewers read the events while the block lasts, over bare sockets, which cost next to nothing."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    request = f"GET /live/events HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    reading, waking = socket.socketpair()
 
     def read() -> None:
-        with httpx2.stream("GET", f"{url}/live/events", timeout=30) as answer:
-            for _ in answer.iter_raw():
-                if stopping.is_set():
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is reading:
                     return
+                if not key.fileobj.recv(1 << 20):  # type: ignore[union-attr]  # all are sockets
+                    raise UnavailableError("a viewer was let go")
 
-    threads = [threading.Thread(target=read) for _ in range(num_viewers)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        for thread in threads:
-            thread.join()
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for end in (reading, waking):
+            stack.enter_context(end)
+        selector.register(reading, selectors.EVENT_READ)
+        for _ in range(num_viewers):
+            viewer = stack.enter_context(socket.create_connection((host, int(port))))
+            viewer.sendall(request)
+            selector.register(viewer, selectors.EVENT_READ)
+        with ThreadPoolExecutor(1) as pool:
+            reader = pool.submit(read)
+            try:
+                yield
+            finally:
+                waking.sendall(b"!")
+        reader.result()
 
 
 def _processes() -> list[psutil.Process]:
