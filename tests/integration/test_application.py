@@ -156,8 +156,9 @@ def pending_labels(address: str, env: dict[str, str]) -> list[dict[str, list[str
         "from ray._raylet import GcsClient\n"
         "from ray.autoscaler.v2.sdk import get_cluster_resource_state\n"
         "state = get_cluster_resource_state(GcsClient(address=sys.argv[1]))\n"
-        "requests = [r for gang in state.pending_gang_resource_requests for s in gang.bundle_selectors\n"
-        "            for r in s.resource_requests]\n"
+        "gangs = state.pending_gang_resource_requests\n"
+        "requests = [r for g in gangs for r in g.requests]\n"
+        "requests += [r for g in gangs for s in g.bundle_selectors for r in s.resource_requests]\n"
         "wanted = [[c for s in r.label_selectors for c in s.label_constraints] for r in requests]\n"
         "print(json.dumps([{c.label_key: list(c.label_values) for c in constraints} for constraints in wanted]))\n"
     )

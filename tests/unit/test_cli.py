@@ -22,10 +22,6 @@ CALLS = itertools.count()
 Run = Callable[..., tuple[int, str, str]]
 
 
-async def get_status() -> dict[str, object]:
-    return STATUS
-
-
 async def get_loads() -> list[dict[str, object]]:
     """Return what grows by a token of a prompt and two generated ones from one call to the next."""
     called = next(CALLS)
@@ -41,7 +37,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def url(tokenizer: Tokenizer) -> Iterator[str]:
     """Address of a server that runs in a thread of its own, as the commands block."""
-    with in_a_thread(running(FakeWorker("a"), tokenizer=tokenizer, max_requests=1024)) as up:
+    with in_a_thread(running(FakeWorker("a"), tokenizer=tokenizer, loads=get_loads, max_requests=1024)) as up:
         yield up.server.address
 
 

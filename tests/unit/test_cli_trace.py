@@ -21,12 +21,13 @@ def test_a_trace_is_recorded_from_a_running_server(run: Run, url: str, tmp_path:
     reader = TraceReader(file.read_bytes())
     assert (reader.header.model, reader.header.layers, reader.header.hidden_size) == ("fake", (0, 1), 8)
     steps = list(reader.steps())
-    assert len(steps) == 5 == told["num_steps"]
+    assert 1 <= len(steps) == told["num_steps"] <= 5  # fewer on a busy machine
     for step in steps:
         assert (step.prefill_tokens, step.decode_tokens) == (1, 2)
         assert step.load_LE.tolist() == [[3, 2, 1, 0]] * 2
-    assert 0.4 < told["duration_s"] == steps[-1].time_s
-    assert told["loads"] == [{"layer": layer, "tokens": [15, 10, 5, 0]} for layer in (0, 1)]
+    assert 0.1 <= told["duration_s"] == steps[-1].time_s
+    tokens = [len(steps) * count for count in (3, 2, 1, 0)]
+    assert told["loads"] == [{"layer": layer, "tokens": tokens} for layer in (0, 1)]
 
 
 def test_a_trace_is_made_up_and_shown(run: Run, tmp_path: Path) -> None:
