@@ -3,11 +3,13 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from expertmesh.cluster.placement import EVEN_WEIGHT, Placement
 from tests.integration.conftest import POCKET, Server, serving
 from tests.integration.test_scale import NUM_STREAMS, Streams, cli
 
@@ -34,6 +36,14 @@ def plan_of(server: Server, *options: str) -> dict[str, Any]:
     return plan
 
 
+def skewed(record: bytes) -> bytes:
+    """Give nearly all of each replicated expert's tokens to its first replica."""
+    level = Placement.from_bytes(record)
+    counts = {key: len(level.replicas(key)) for shard in level.shards for key in shard.experts}
+    weights = {key: (EVEN_WEIGHT, *[1] * (count - 1)) for key, count in counts.items() if count > 1}
+    return replace(level, weights=weights).to_bytes()
+
+
 def test_hot_experts_are_replicated_and_the_way_back_is_open(server: Server, tmp_path: Path) -> None:
     streams = Streams(server)
     expected = {number: streams.generate(number) for number in range(NUM_STREAMS)}
@@ -57,8 +67,11 @@ def test_hot_experts_are_replicated_and_the_way_back_is_open(server: Server, tmp
         assert sum(s.experts_copied for s in after.shards) >= sum(s.num_slots for s in after.shards) - 64
         assert sum(s.experts_read for s in after.shards) == 64, "read when the server started, and not again"
 
-        epoch = after.epoch
-        deadline_s = time.monotonic() + 30
+        assert cli(server, "placement", "save", str(tmp_path / "level")).returncode == 0
+        (tmp_path / "skewed").write_bytes(skewed((tmp_path / "level").read_bytes()))
+        assert cli(server, "placement", "load", str(tmp_path / "skewed"), "--wait").returncode == 0
+        epoch = server.status().epoch
+        deadline_s = time.monotonic() + 60
         while server.status().epoch == epoch:  # the weights follow the load of the last seconds
             assert time.monotonic() < deadline_s, "the weights never changed"
             time.sleep(0.3)
