@@ -13,7 +13,7 @@ import numpy as np
 from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.operator import Operator
-from expertmesh.actors.event_log import EventLog
+from expertmesh.actors.recent_events import RecentEvents
 from expertmesh.cluster.events import EventKind, MemberWatch
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.load_following import shard_facts
@@ -36,7 +36,7 @@ class LiveView:
         operator: Operator,
         *,
         spare_slots: float,
-        events: EventLog | None = None,
+        events: RecentEvents | None = None,
     ) -> None:
         """Hear of nothing yet.
 
@@ -50,7 +50,7 @@ class LiveView:
         """
         self._model, self._keeper, self._collector, self._operator = model, keeper, collector, operator
         self._spare_slots = spare_slots
-        self._events = events or EventLog()
+        self._events = events or RecentEvents()
         self._members = MemberWatch()
         self._placed: tuple[ShardSlots, ...] = ()
 

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Callable
 
-from expertmesh.actors.event_log import EventLog
+from expertmesh.actors.recent_events import RecentEvents
 from expertmesh.cluster.events import Event, EventKind
 
 
 class GatewayEvents:
     """The events of one gateway. Use it inside one event loop."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, log: EventLog | None = None) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, log: RecentEvents | None = None) -> None:
         """Begin without events, with a controller that answers and a gateway that does not serve yet.
 
         Args:
@@ -18,7 +18,7 @@ class GatewayEvents:
             log: to keep them in; None: a new one.
         """
         self._clock = clock
-        self._log = log or EventLog()
+        self._log = log or RecentEvents()
         self._is_ready = False
         self._away_since_s: float | None = None
 
@@ -46,5 +46,5 @@ class GatewayEvents:
             self._log.add(EventKind.FAULT, f"{worker_id} is lost, {text}: {why}")
 
     def after(self, number: int) -> list[Event]:
-        """See EventLog.after."""
+        """See RecentEvents.after."""
         return self._log.after(number)

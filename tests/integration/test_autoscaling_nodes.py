@@ -46,7 +46,8 @@ def test_load_brings_a_node_and_calm_ends_it(tmp_path: Path) -> None:
             assert all(output == outputs[0] for output in outputs)
         assert len(streams.outputs) == NUM_STREAMS
         lines = cluster.lines_of(busy.controller.pid)
-    decisions = [json.loads(line.partition(": decision ")[2]) for line in lines if ": decision " in line]
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    decisions = [json.loads(record["decision"]) for record in records if record["event"] == "autoscale_decision"]
     wanted = [decision["shards"]["wanted"] for decision in decisions]
     assert wanted[0] == 1
     assert {1, 2} == set(wanted)

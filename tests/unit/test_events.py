@@ -2,8 +2,8 @@
 
 import pytest
 
-from expertmesh.actors.event_log import EventLog
 from expertmesh.actors.gateway.gateway_events import GatewayEvents
+from expertmesh.actors.recent_events import RecentEvents
 from expertmesh.cluster.events import Event, EventKind, MemberWatch
 
 MEMBERS = ["shard-0", "shard-1"]
@@ -18,7 +18,7 @@ class Clock:
 
 def test_a_log_is_bounded_by_kind_and_numbers_go_on() -> None:
     clock = Clock()
-    log = EventLog(clock, max_of_a_kind=2)
+    log = RecentEvents(clock, max_of_a_kind=2)
     log.add(EventKind.FAULT, "rare")
     for epoch in range(5):
         clock.now_s += 1

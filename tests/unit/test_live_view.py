@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from expertmesh.actors.controller.live_view import LiveView
-from expertmesh.actors.event_log import EventLog
+from expertmesh.actors.recent_events import RecentEvents
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.operations import Operation, Phase
@@ -54,7 +54,7 @@ class Fleet:
         collector: Any = SimpleNamespace(latest=lambda: self.counters)
         self.operations: list[Operation] = []
         operator: Any = SimpleNamespace(all=lambda: self.operations)
-        log = EventLog(lambda: 1000.0)
+        log = RecentEvents(lambda: 1000.0)
         self.live = LiveView(model, self.keeper, collector, operator, spare_slots=0.25, events=log)
 
     def view(self, epoch: int = 0, after: int = 0, life: int = 0) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from expertmesh.cluster.events import Event, EventKind
 MAX_OF_A_KIND = 100
 
 
-class EventLog:
+class RecentEvents:
     """Events, numbered from 1 in the order in which they were added. Any thread may call."""
 
     def __init__(self, wall_clock: Callable[[], float] = time.time, max_of_a_kind: int = MAX_OF_A_KIND) -> None:
