@@ -32,7 +32,7 @@ RATE = 100_000.0
 
 
 def main() -> int:
-    """Time the cases, print and return 1 if the hour took longer than wanted."""
+    """Time the cases, print and return 1 if the hour on 144 GPUs took longer than wanted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="of traffic of the second case")
     parser.add_argument("--only", choices=["144", "1024"], help="one of the cases")
@@ -62,7 +62,7 @@ def main() -> int:
         path = keep("simulate", result)
         if not arguments.json:
             print(f"kept in {path}")
-    return int(any(found["processor_s"] > WANTED_S for found in cases.values()))
+    return int("144 GPUs" in cases and cases["144 GPUs"]["processor_s"] > WANTED_S)
 
 
 def case(num_gpus: int, duration_s: float, *, spare_slots: float, fail_s: float | None) -> dict[str, Any]:
