@@ -9,7 +9,7 @@ import pytest
 from expertmesh.actors.links.base import Link
 from expertmesh.cluster.requests import SamplingParams, SequenceRequest, TokenEvent
 from tests.families import BATCHED, random_prompts, write_checkpoint
-from tests.fleet import LocalFleet, break_link
+from tests.fleet import LocalFleet, break_link, greedy
 
 NUM_TOKENS = 16
 LENGTHS = (5, 33, 70, 1)
@@ -18,9 +18,9 @@ Stream = list[TokenEvent]
 
 def requests() -> list[SequenceRequest]:
     """Return greedy and seeded requests of unlike lengths, all with logprobs."""
-    greedy = SamplingParams(max_tokens=NUM_TOKENS, logprobs=3)
-    seeded = replace(greedy, temperature=1.0, top_p=0.9, seed=7, repetition_penalty=1.2)
-    samplings = (greedy, seeded, greedy, seeded)
+    likeliest = SamplingParams(max_tokens=NUM_TOKENS, logprobs=3)
+    seeded = replace(likeliest, temperature=1.0, top_p=0.9, seed=7, repetition_penalty=1.2)
+    samplings = (likeliest, seeded, likeliest, seeded)
     prompts = random_prompts(LENGTHS)
     return [
         SequenceRequest(sequence_id=str(i), prompt_ids=tuple(prompt), sampling=sampling)
@@ -127,5 +127,7 @@ def test_slices_on_any_shards_give_the_same_bits(qwen: Path) -> None:
 def test_preempted_sequences_change_no_bit(qwen: Path, expected: tuple[str, dict[str, Stream]]) -> None:
     dtype, by_itself = expected
     with LocalFleet(qwen, dtype=dtype, deterministic=True, num_pages=19) as fleet:
+        for n in range(3):
+            fleet.run([greedy(f"curt {n}", [5], 1)])  # so little is expected of all
         assert streams(fleet, requests()) == by_itself
         assert fleet.scheduler.num_preempted
