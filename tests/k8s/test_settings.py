@@ -33,10 +33,6 @@ def test_the_application_is_one_that_serve_and_we_take(name: str, tmp_path: Path
     assert deployed.import_path == f"{application.__name__}:{application.build.__name__}"
     for file, text in setting_files(name).items():
         (tmp_path / file).write_text(text)
-    needs = settings_table(name).keys() - ServeSettings.model_fields.keys()
-    if needs:
-        assert needs <= {"tls", "keys"}, "unknown settings"
-        pytest.skip(f"these settings are not there yet: {', '.join(sorted(needs))}")
     arguments = application.ApplicationArguments(**{**deployed.args, "config": tmp_path, "secrets": None})
     built = application.build(arguments)
     deployment = built._bound_deployment
