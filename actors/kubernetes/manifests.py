@@ -61,7 +61,8 @@ def render(kubectl: Kubectl, cluster_name: str, named_in: Path | None) -> Wanted
     if place.is_dir():
         answer = kubectl.ask("kustomize", str(place))
         if answer.complaint is not None:
-            raise InputError(f"manifests {place}: {answer.complaint.line}; see kubectl kustomize {place}")
+            said = " ".join(answer.err.split()).removeprefix("error: ")
+            raise InputError(f"manifests {place}: {said}; see kubectl kustomize {place}")
         text = answer.out
     else:
         try:
