@@ -1,5 +1,6 @@
 """The fake API server as the real kubectl sees it."""
 
+import copy
 import json
 import secrets
 import ssl
@@ -30,6 +31,7 @@ POD = {
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_overlay_is_applied_and_applied_again(kube: FakeKubernetes, run: Kubectl, name: str) -> None:
     kube.install_kuberay()
+    kube.add_namespace("expertmesh")
     for group, plural, kind in (("monitoring.coreos.com", "podmonitors", "PodMonitor"),
                                 ("monitoring.coreos.com", "prometheusrules", "PrometheusRule")):  # fmt: skip
         kube.install(open_crd(group, plural, kind))
@@ -131,15 +133,17 @@ def test_commands_run_in_pods(kubelet: PlainKubelet, kube: FakeKubernetes, run: 
 
 def test_who_may_what(kube: FakeKubernetes, run: Kubectl) -> None:
     (role,) = [found for found in overlay("raycluster") if found["kind"] == "Role"]
-    (binding,) = [found for found in overlay("raycluster") if found["kind"] == "RoleBinding"]
-    binding = {**binding, "subjects": [{**subject, "namespace": "default"} for subject in binding["subjects"]]}
+    (binding,) = copy.deepcopy([found for found in overlay("raycluster") if found["kind"] == "RoleBinding"])
     kube.install_kuberay()
+    kube.add_namespace("expertmesh")
     run("apply", "-f", "-", stdin=yaml.safe_dump_all([role, binding]))
-    account = kube.kubeconfig("system:serviceaccount:default:expertmesh-autoscaler")
+    account = kube.kubeconfig("system:serviceaccount:expertmesh:expertmesh-autoscaler", "expertmesh")
     assert run("auth", "can-i", "patch", "rayclusters", config=account).stdout == "yes\n"
     assert run("auth", "can-i", "delete", "pods", config=account, code=1).stdout == "no\n"
     told = run("delete", "pod", "one", config=account, code=1).stderr
-    assert 'cannot delete resource "pods" in API group "" in the namespace "default"' in told
+    assert 'cannot delete resource "pods" in API group "" in the namespace "expertmesh"' in told
+    del binding["subjects"][0]["namespace"]
+    assert "subjects[0].namespace" in run("apply", "-f", "-", stdin=yaml.safe_dump(binding), code=1).stderr
     kube.authorizer.deny("admin", "create", "pods/exec")
     assert run("auth", "can-i", "create", "pods", "--subresource=exec", code=1).stdout == "no\n"
     assert run("auth", "can-i", "create", "pods").stdout == "yes\n"
