@@ -197,3 +197,39 @@ def test_a_watch_tells_of_each_change(kube: FakeKubernetes, run: Kubectl) -> Non
         watching.wait()
         if watching.stdout is not None:
             watching.stdout.close()
+
+
+def test_replace_knows_what_is_stale(kube: FakeKubernetes, run: Kubectl) -> None:
+    kube.install_kuberay()
+    cluster = yaml.safe_dump(ray_cluster(replicas=1))
+    first = json.loads(run("create", "-f", "-", "-o", "json", stdin=cluster).stdout)
+    kube.store.wait_until(lambda: kube.store.all(kube.operator.resource)[0].get("status", {}).get("state") == "ready")
+    stale = run("replace", "-f", "-", stdin=json.dumps(first), code=1).stderr
+    assert "the object has been modified" in stale
+    current = json.loads(run("get", "rayclusters.ray.io/mesh", "-o", "json").stdout)
+    current["spec"]["workerGroupSpecs"][0]["maxReplicas"] = 9
+    del current["status"]
+    tried = json.loads(run("replace", "--dry-run=server", "-f", "-", "-o", "json", stdin=json.dumps(current)).stdout)
+    assert tried["spec"]["workerGroupSpecs"][0]["maxReplicas"] == 9
+    assert kube.store.all(kube.operator.resource)[0]["spec"] == first["spec"]
+    replaced = json.loads(run("replace", "-f", "-", "-o", "json", stdin=json.dumps(current)).stdout)
+    assert replaced["metadata"]["generation"] == 2
+    assert replaced["status"]["state"] == "ready"
+    run("create", "--dry-run=server", "-f", "-", stdin=cluster, code=1)
+
+
+def test_objects_are_found_and_deleted_by_label(kube: FakeKubernetes, run: Kubectl) -> None:
+    assert "NotFound" in run("get", "--raw", "/apis/ray.io/v1", code=1).stderr
+    kube.install_kuberay()
+    assert "rayclusters" in run("get", "--raw", "/apis/ray.io/v1").stdout
+    assert run("get", "rayclusters.ray.io/no", "rayservices.ray.io/no", "--ignore-not-found", "-o", "json").stdout == ""
+    run("create", "-f", "-", stdin=yaml.safe_dump(ray_cluster(replicas=1)))
+    run("label", "raycluster", "mesh", "made-by=test")
+    kube.store.wait_until(lambda: len(kube.store.all(PODS)) == 2)
+    about = ("get", "events", "--field-selector", "involvedObject.name=mesh", "-o", "json")
+    reasons = {event["reason"] for event in json.loads(run(*about).stdout)["items"]}
+    assert reasons == {"CreatedHeadPod", "CreatedWorkerPod"}
+    run("delete", "rayclusters.v1.ray.io", "-l", "made-by=other")
+    assert run("get", "rayclusters", "-o", "name").stdout
+    run("delete", "rayclusters.v1.ray.io", "-l", "made-by=test")
+    assert not run("get", "rayclusters", "-o", "name").stdout
