@@ -5,7 +5,7 @@ from decimal import Decimal
 
 from tests.kube.resources import CRDS, PODS, QUOTAS, REVIEWS, Resource
 from tests.kube.schemas import admit_core, admit_custom
-from tests.kube.status import ApiError, Manifest, quota_exceeded
+from tests.kube.status import ApiError, Manifest, invalid, quota_exceeded
 from tests.kube.store import Store
 
 ZERO = Decimal(0)
@@ -33,6 +33,10 @@ def admit(store: Store, resource: Resource, manifest: Manifest, strictness: str)
             return admit_custom(whole, crd, resource.version, strictness)
     if resource not in (CRDS, REVIEWS):
         admit_core(whole, strictness)
+    for number, subject in enumerate(whole.get("subjects") or ()):
+        if subject["kind"] == "ServiceAccount" and not subject.get("namespace"):
+            place = f"subjects[{number}].namespace"
+            raise invalid(kind, resource.group, whole["metadata"].get("name", ""), [(place, "Required value")])
     if texts := whole.pop("stringData", None):
         encoded = {name: base64.b64encode(text.encode()).decode() for name, text in texts.items()}
         whole["data"] = {**whole.get("data", {}), **encoded}

@@ -1,8 +1,10 @@
 """What goes wrong on request, and what was requested."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tests.kube.api import Call
 from tests.kube.status import ApiError, Manifest
 
 
@@ -51,6 +53,8 @@ class Faults:
     """Faults to come, and the log of requests, in the order in which they were answered."""
 
     log: list[Request] = field(default_factory=list)
+    observers: list[Callable[[Call], None]] = field(default_factory=list)
+    """Called with each request that is about to be carried out; they may block, and ask other servers."""
     _planned: list[_Planned] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

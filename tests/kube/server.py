@@ -93,6 +93,8 @@ class Server:
         return web.json_response(answer.body, status=answer.code, headers=headers)
 
     def _handle(self, call: Call) -> Answer:
+        for observe in self._faults.observers:
+            observe(call)
         # Under the lock, so that the log has the order of the changes.
         with self._api.store.locked():
             answer = self._api.handle(call)

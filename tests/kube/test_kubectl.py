@@ -1,5 +1,6 @@
 """The fake API server as the real kubectl sees it."""
 
+import copy
 import json
 import secrets
 import ssl
@@ -30,6 +31,7 @@ POD = {
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_overlay_is_applied_and_applied_again(kube: FakeKubernetes, run: Kubectl, name: str) -> None:
     kube.install_kuberay()
+    kube.add_namespace("expertmesh")
     for group, plural, kind in (("monitoring.coreos.com", "podmonitors", "PodMonitor"),
                                 ("monitoring.coreos.com", "prometheusrules", "PrometheusRule")):  # fmt: skip
         kube.install(open_crd(group, plural, kind))
@@ -131,15 +133,17 @@ def test_commands_run_in_pods(kubelet: PlainKubelet, kube: FakeKubernetes, run: 
 
 def test_who_may_what(kube: FakeKubernetes, run: Kubectl) -> None:
     (role,) = [found for found in overlay("raycluster") if found["kind"] == "Role"]
-    (binding,) = [found for found in overlay("raycluster") if found["kind"] == "RoleBinding"]
-    binding = {**binding, "subjects": [{**subject, "namespace": "default"} for subject in binding["subjects"]]}
+    (binding,) = copy.deepcopy([found for found in overlay("raycluster") if found["kind"] == "RoleBinding"])
     kube.install_kuberay()
+    kube.add_namespace("expertmesh")
     run("apply", "-f", "-", stdin=yaml.safe_dump_all([role, binding]))
-    account = kube.kubeconfig("system:serviceaccount:default:expertmesh-autoscaler")
+    account = kube.kubeconfig("system:serviceaccount:expertmesh:expertmesh-autoscaler", "expertmesh")
     assert run("auth", "can-i", "patch", "rayclusters", config=account).stdout == "yes\n"
     assert run("auth", "can-i", "delete", "pods", config=account, code=1).stdout == "no\n"
     told = run("delete", "pod", "one", config=account, code=1).stderr
-    assert 'cannot delete resource "pods" in API group "" in the namespace "default"' in told
+    assert 'cannot delete resource "pods" in API group "" in the namespace "expertmesh"' in told
+    del binding["subjects"][0]["namespace"]
+    assert "subjects[0].namespace" in run("apply", "-f", "-", stdin=yaml.safe_dump(binding), code=1).stderr
     kube.authorizer.deny("admin", "create", "pods/exec")
     assert run("auth", "can-i", "create", "pods", "--subresource=exec", code=1).stdout == "no\n"
     assert run("auth", "can-i", "create", "pods").stdout == "yes\n"
@@ -193,3 +197,39 @@ def test_a_watch_tells_of_each_change(kube: FakeKubernetes, run: Kubectl) -> Non
         watching.wait()
         if watching.stdout is not None:
             watching.stdout.close()
+
+
+def test_replace_knows_what_is_stale(kube: FakeKubernetes, run: Kubectl) -> None:
+    kube.install_kuberay()
+    cluster = yaml.safe_dump(ray_cluster(replicas=1))
+    first = json.loads(run("create", "-f", "-", "-o", "json", stdin=cluster).stdout)
+    kube.store.wait_until(lambda: kube.store.all(kube.operator.resource)[0].get("status", {}).get("state") == "ready")
+    stale = run("replace", "-f", "-", stdin=json.dumps(first), code=1).stderr
+    assert "the object has been modified" in stale
+    current = json.loads(run("get", "rayclusters.ray.io/mesh", "-o", "json").stdout)
+    current["spec"]["workerGroupSpecs"][0]["maxReplicas"] = 9
+    del current["status"]
+    tried = json.loads(run("replace", "--dry-run=server", "-f", "-", "-o", "json", stdin=json.dumps(current)).stdout)
+    assert tried["spec"]["workerGroupSpecs"][0]["maxReplicas"] == 9
+    assert kube.store.all(kube.operator.resource)[0]["spec"] == first["spec"]
+    replaced = json.loads(run("replace", "-f", "-", "-o", "json", stdin=json.dumps(current)).stdout)
+    assert replaced["metadata"]["generation"] == 2
+    assert replaced["status"]["state"] == "ready"
+    run("create", "--dry-run=server", "-f", "-", stdin=cluster, code=1)
+
+
+def test_objects_are_found_and_deleted_by_label(kube: FakeKubernetes, run: Kubectl) -> None:
+    assert "NotFound" in run("get", "--raw", "/apis/ray.io/v1", code=1).stderr
+    kube.install_kuberay()
+    assert "rayclusters" in run("get", "--raw", "/apis/ray.io/v1").stdout
+    assert run("get", "rayclusters.ray.io/no", "rayservices.ray.io/no", "--ignore-not-found", "-o", "json").stdout == ""
+    run("create", "-f", "-", stdin=yaml.safe_dump(ray_cluster(replicas=1)))
+    run("label", "raycluster", "mesh", "made-by=test")
+    kube.store.wait_until(lambda: len(kube.store.all(PODS)) == 2)
+    about = ("get", "events", "--field-selector", "involvedObject.name=mesh", "-o", "json")
+    reasons = {event["reason"] for event in json.loads(run(*about).stdout)["items"]}
+    assert reasons == {"CreatedHeadPod", "CreatedWorkerPod"}
+    run("delete", "rayclusters.v1.ray.io", "-l", "made-by=other")
+    assert run("get", "rayclusters", "-o", "name").stdout
+    run("delete", "rayclusters.v1.ray.io", "-l", "made-by=test")
+    assert not run("get", "rayclusters", "-o", "name").stdout
