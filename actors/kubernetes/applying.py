@@ -8,7 +8,7 @@ from typing import Any
 from expertmesh.actors.kubernetes.kubectl import Answer, Kubectl
 from expertmesh.cluster.errors import ConflictError, NotFoundError
 from expertmesh.cluster.kubernetes.complaints import Cause, missing_kind
-from expertmesh.cluster.kubernetes.objects import RAY_API, Manifest, Wanted, merged, name_of
+from expertmesh.cluster.kubernetes.objects import RAY_API, Manifest, Wanted, changed_groups, merged, name_of
 
 Say = Callable[[str], None]
 
@@ -72,6 +72,8 @@ def put_ray(kubectl: Kubectl, wanted: Wanted, say: Say, *, is_dry: bool = False)
         if answer.complaint is None:
             word = f"{resource} {_what_was_done(live, json.loads(answer.out))}"
             say(word)
+            if live:
+                _tell_of_old_pods(live[0], json.loads(answer.out), say)
             return word
         if answer.complaint.cause not in (Cause.CONFLICT, Cause.ALREADY_EXISTS, Cause.NOT_FOUND):
             raise answer.complaint.error()
@@ -80,6 +82,15 @@ def put_ray(kubectl: Kubectl, wanted: Wanted, say: Say, *, is_dry: bool = False)
         f"{name_of(wanted.ray)} was changed by others each of {_TRIES} times that it was about to be replaced; "
         f"try again, and see {kubectl.shown()} get {resource} -o yaml --show-managed-fields"
     )
+
+
+def _tell_of_old_pods(before: Manifest, after: Manifest, say: Say) -> None:
+    groups = changed_groups(before, after)
+    if groups:
+        say(
+            f"pods of {', '.join(groups)} that run stay as they are, new ones are as is wanted now; `down` and `up` "
+            "renew all, a RayService does it while it serves"
+        )
 
 
 def _write(kubectl: Kubectl, manifest: Manifest, is_there: bool, is_dry: bool) -> Answer:

@@ -150,8 +150,13 @@ def _running(kubectl: Kubectl) -> Callable[[Picture], bool]:
 
 
 def _is_service_ready(picture: Picture) -> bool:
-    conditions = ((picture.ray or {}).get("status") or {}).get("conditions") or ()
-    return any(found["type"] == "Ready" and found["status"] == "True" for found in conditions)
+    """Of an upgrade the next cluster is waited for; what the status says of an older generation counts for nothing."""
+    if picture.ray is None:
+        return False
+    status = picture.ray.get("status") or {}
+    states = {found["type"]: found["status"] for found in status.get("conditions") or ()}
+    is_of_now = status.get("observedGeneration") == picture.ray["metadata"].get("generation")
+    return is_of_now and states.get("Ready") == "True" and states.get("UpgradeInProgress") != "True"
 
 
 def _services(wanted: Wanted, namespace: str) -> dict[str, list[str]]:

@@ -41,7 +41,7 @@ def prepare(manifests: Sequence[object], *, cluster_name: str, namespace: str, i
     Args:
         manifests: objects as kustomize prints them; lists of them are taken apart.
         cluster_name: what the RayCluster or RayService must be called.
-        namespace: where it will be.
+        namespace: where it will be: objects that name the namespace of the Ray cluster are moved with it.
         image: of Ray's container in every group of pods; empty: leave them.
 
     Raises:
@@ -58,8 +58,7 @@ def prepare(manifests: Sequence[object], *, cluster_name: str, namespace: str, i
         raise InputError(f"{name_of(ray)} is of {ray['apiVersion']}; {RAY_API} is what is supported")
     if ray["metadata"]["name"] != cluster_name:
         raise InputError(f"cluster_name is {cluster_name!r}, and the manifests have {name_of(ray)}; make them the same")
-    if ray["metadata"].get("namespace", namespace) != namespace:
-        raise InputError(f"namespace is {namespace!r}, and {name_of(ray)} is for {ray['metadata']['namespace']!r}")
+    _move(objects, ray["metadata"].get("namespace", ""), namespace)
     _require_scalable(ray)
     if image:
         for group in groups_of(ray):
@@ -87,6 +86,24 @@ def merged(live: Manifest, wanted: Manifest) -> Manifest:
         spec = result["spec"]
         spec["workerGroupSpecs"] = _with_autoscaled(live["spec"].get("workerGroupSpecs", []), spec["workerGroupSpecs"])
     return result
+
+
+def changed_groups(before: Manifest, after: Manifest) -> list[str]:
+    """Return the groups of a live RayCluster whose pods would be made otherwise now; those that run stay as they are.
+
+    Args:
+        before: as the server had it.
+        after: as the server has it, with its defaults as well.
+    """
+    if before["kind"] != "RayCluster" or cluster_spec(after).get("upgradeStrategy", {}).get("type") == "Recreate":
+        return []  # KubeRay makes new pods by itself
+    was = {group.get("groupName", "head"): _recipe(group) for group in groups_of(before)}
+    now = {group.get("groupName", "head"): _recipe(group) for group in groups_of(after)}
+    return [name for name, recipe in now.items() if name in was and was[name] != recipe]
+
+
+def _recipe(group: Manifest) -> tuple[object, ...]:
+    return tuple(group.get(field) for field in ("template", "rayStartParams", "labels", "resources"))
 
 
 def cluster_spec(ray: Manifest) -> Manifest:
@@ -128,6 +145,16 @@ def _flat(manifests: Sequence[object]) -> Iterator[Manifest]:
         if lacking:
             raise InputError(f"object {number} of the manifests lacks {', '.join(lacking)}")
         yield found
+
+
+def _move(objects: Sequence[Manifest], home: str, namespace: str) -> None:
+    """Have objects of a namespace in another, and service accounts that role bindings name, which must say where."""
+    for found in objects:
+        if home and found["metadata"].get("namespace") == home:
+            found["metadata"]["namespace"] = namespace
+        for subject in found.get("subjects") or ():
+            if subject.get("kind") == "ServiceAccount" and subject.get("namespace", home) == home:
+                subject["namespace"] = namespace
 
 
 def _require_scalable(ray: Manifest) -> None:

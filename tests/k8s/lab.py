@@ -1,6 +1,7 @@
 """A fake cluster with KubeRay, manifests and a file for `ray up`; its pods' commands run on this machine."""
 
 import contextlib
+import copy
 import os
 import queue
 import re
@@ -185,15 +186,13 @@ class Lab:
         """Return what was asked of the server that changes it, in order, without what was refused."""
         verbs = ("create", "update", "patch", "delete", "deletecollection")
         log = [found for found in self.kube.faults.log if found.verb in verbs and found.code < 400]
-        return [
-            f"{one.verb} {one.resource}/{one.name or (one.body or {}).get('metadata', {}).get('name')}" for one in log
-        ]  # type: ignore[union-attr]
+        return [f"{found.verb} {found.resource}/{found.name}" for found in log]
 
 
 def with_gateway(ray: Manifest) -> Manifest:
     """Put a second group before that of the experts."""
     (experts,) = ray["spec"]["workerGroupSpecs"]
-    gateway = {**experts, "groupName": "gateway", "replicas": 1, "labels": {"tier": "gateway"}}
+    gateway = {**copy.deepcopy(experts), "groupName": "gateway", "replicas": 1, "labels": {"tier": "gateway"}}
     return {**ray, "spec": {**ray["spec"], "workerGroupSpecs": [gateway, experts]}}
 
 

@@ -1,6 +1,7 @@
 """`expertmesh up|down --kubernetes` with the real kubectl against the fake API: what is applied, kept, deleted."""
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from expertmesh.cluster.kubernetes.objects import LABEL
 from tests.k8s.conftest import Run
 from tests.k8s.lab import APPLICATION, NAME, NAMESPACE, Lab, one_line
 from tests.k8s.manifests import K8S
+from tests.k8s.played_kuberay import RAY_SERVICES, play
 from tests.kube.operator import RAY_CLUSTERS
 from tests.kube.resources import PODS
 from tests.kube.status import conflict
@@ -71,10 +73,12 @@ def test_up_again_changes_what_changed_and_keeps_what_is_the_autoscaler_s(run: R
     assert {line.rpartition(" ")[2] for line in json.loads(out)["applied"]} == {"unchanged"}
     assert lab.cluster()["metadata"]["generation"] == version
 
+    assert "stay as they are" not in err
     lab.objects[0]["data"]["a.toml"] = "shards = 3"
     (_, experts) = lab.ray["spec"]["workerGroupSpecs"]
     lab.ray["spec"]["workerGroupSpecs"].reverse()
     experts["maxReplicas"] = 7
+    experts["template"]["spec"]["containers"][0]["image"] = "next"
     lab.write()
     code, out, err = up(run, lab, "--json")
     assert code == 0, err
@@ -85,6 +89,7 @@ def test_up_again_changes_what_changed_and_keeps_what_is_the_autoscaler_s(run: R
         "service/mesh-grpc": "unchanged",
         "rayclusters.ray.io/mesh": "replaced",
     }
+    assert "pods of experts that run stay as they are" in err
     group = lab.group()
     assert (group["replicas"], group["maxReplicas"]) == (3, 7)
     assert group["scaleStrategy"] == {"workersToDelete": ["mesh-gone"]}
@@ -211,6 +216,47 @@ def test_a_dry_run_without_a_server_says_so_and_prints(run: Run, lab: Lab) -> No
     assert code == 0
     assert len(list(yaml.safe_load_all(out))) == 4
     assert "no server was asked: nothing listens at 127.0.0.1:1" in err
+
+
+def test_a_ray_service_is_waited_for_also_through_an_upgrade(run: Run, lab: Lab) -> None:
+    spec = lab.ray["spec"]
+    lab.ray = {**lab.ray, "kind": "RayService", "spec": {"serveConfigV2": APPLICATION, "rayClusterConfig": spec}}
+    lab.write()
+    operator = threading.Thread(target=play, args=(lab, 2))
+    operator.start()
+    code, _, err = up(run, lab)
+    assert code == 0, err
+    assert "rayservices.ray.io/mesh created" in err
+    assert lab.head.deployed == [], "KubeRay deploys"
+    spec["workerGroupSpecs"][1]["maxReplicas"] = 7
+    lab.write()
+    code, _, err = up(run, lab)
+    operator.join()
+    assert code == 0, err
+    assert "rayservices.ray.io/mesh replaced" in err
+    (service,) = lab.kube.store.all(RAY_SERVICES)
+    assert service["status"]["activeServiceStatus"]["rayClusterName"] == "mesh-1"
+
+    lab.ray = {**lab.ray, "kind": "RayCluster", "spec": spec}
+    lab.write()
+    code, _, err = up(run, lab)
+    assert code == 1
+    assert "has the RayService mesh, and the manifests have a RayCluster of that name: take it down first" in err
+
+    code, _, err = down(run, lab)
+    assert code == 0, err
+    assert lab.pods() == []
+    assert lab.kube.store.all(RAY_CLUSTERS) == []
+
+
+def test_another_namespace_than_that_of_the_manifests(run: Run, lab: Lab) -> None:
+    lab.ray["metadata"]["namespace"] = lab.objects[0]["metadata"]["namespace"] = "home"
+    lab.write()
+    code, _, err = up(run, lab)
+    assert code == 0, err
+    assert len(lab.pods()) == 4
+    assert down(run, lab)[0] == 0
+    assert lab.pods() == []
 
 
 def test_the_manifests_of_the_project_come_up(run: Run, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,9 @@ def shown(lab: Lab) -> str:
 def change_config(lab: Lab, change: Callable[[dict[str, dict[str, object]]], None]) -> None:
     """Change cluster and user of the kubeconfig."""
     table = yaml.safe_load(lab.config.read_text())
-    change({"cluster": table["clusters"][0]["cluster"], "user": table["users"][0]["user"]})
+    parts = {"cluster": table["clusters"][0]["cluster"], "user": table["users"][0]["user"]}
+    change(parts)
+    table["clusters"][0]["cluster"], table["users"][0]["user"] = parts["cluster"], parts["user"]
     lab.config.write_text(yaml.safe_dump(table))
 
 
@@ -83,7 +85,7 @@ def test_a_connection_that_breaks(run: Run, lab: Lab) -> None:
 
 def test_a_certificate_of_a_stranger(run: Run, lab: Lab, tmp_path: Path) -> None:
     cert_file, _ = make("somebody").write(tmp_path, "somebody")
-    change_config(lab, lambda of: of["cluster"].pop("certificate-authority-data"))
+    change_config(lab, lambda of: of["cluster"].__delitem__("certificate-authority-data"))
     change_config(lab, lambda of: of["cluster"].update({"certificate-authority": str(cert_file)}))
     code, line, _ = fail(run, lab)
     assert code == 1
@@ -91,7 +93,7 @@ def test_a_certificate_of_a_stranger(run: Run, lab: Lab, tmp_path: Path) -> None
 
 
 def test_credentials_that_the_server_does_not_know(run: Run, lab: Lab) -> None:
-    change_config(lab, lambda of: (of["user"].clear(), of["user"].update({"token": "stale"}))[1])
+    change_config(lab, lambda of: of.update(user={"token": "stale"}))
     code, line, _ = fail(run, lab)
     assert (code, line) == (1, f"the server does not know these credentials (401); see {shown(lab)} auth whoami")
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh.cluster.errors import InputError
-from expertmesh.cluster.kubernetes.objects import LABEL, Manifest, merged, prepare, resource_type
+from expertmesh.cluster.kubernetes.objects import LABEL, Manifest, changed_groups, merged, prepare, resource_type
 
 
 def group(name: str, replicas: int = 2, low: int = 1, high: int = 4, **fields: Any) -> Manifest:
@@ -81,7 +81,6 @@ def test_an_image_is_that_of_ray_s_container_in_every_group(make: Any) -> None:
         ),
         ([{**cluster(), "apiVersion": "ray.io/v1alpha1"}], "is of ray.io/v1alpha1; ray.io/v1 is what is supported"),
         ([cluster(name="other")], "cluster_name is 'mesh', and the manifests have RayCluster other"),
-        ([cluster(namespace="x")], "namespace is 'ml', and RayCluster mesh is for 'x'"),
         ([{**cluster(), "spec": {}}], "RayCluster mesh: its spec lacks 'headGroupSpec'"),
         ([cluster({"groupName": "g"})], "RayCluster mesh: its spec lacks 'template'"),
         (
@@ -97,6 +96,42 @@ def test_an_image_is_that_of_ray_s_container_in_every_group(make: Any) -> None:
 def test_what_cannot_be_applied_is_refused_by_its_name(manifests: list[object], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         ready(*manifests)
+
+
+def test_what_names_the_namespace_of_the_ray_cluster_goes_with_it() -> None:
+    def subject(**fields: str) -> Manifest:
+        return {"kind": "ServiceAccount", "name": "mesh", **fields}
+
+    def binding(**metadata: str) -> Manifest:
+        subjects = [subject(), subject(namespace="home"), subject(namespace="else"), {"kind": "User", "name": "u"}]
+        kind = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding"}
+        return {**kind, "metadata": {"name": "b", **metadata}, "subjects": subjects}
+
+    other = {**CONFIG_MAP, "metadata": {"name": "elsewhere", "namespace": "monitoring"}}
+    wanted = ready(cluster(namespace="home"), binding(namespace="home"), other, CONFIG_MAP)
+    assert wanted.ray["metadata"]["namespace"] == "ml"
+    assert [found["metadata"].get("namespace") for found in wanted.others] == ["ml", "monitoring", None]
+    expected = [
+        subject(namespace="ml"),
+        subject(namespace="ml"),
+        subject(namespace="else"),
+        {"kind": "User", "name": "u"},
+    ]
+    assert wanted.others[0]["subjects"] == expected
+    (unnamed,) = ready(cluster(), binding()).others
+    assert unnamed["subjects"][:2] == [subject(namespace="ml"), subject(namespace="home")]
+
+
+def test_groups_whose_pods_would_be_made_otherwise_are_named() -> None:
+    before = cluster(group("a"), group("b"), group("gone"))
+    after = copy.deepcopy(cluster(group("a", replicas=9, high=9), group("b"), group("new")))
+    assert changed_groups(before, after) == []
+    after["spec"]["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["image"] = "next"
+    after["spec"]["headGroupSpec"]["rayStartParams"] = {"num-cpus": "0"}
+    assert changed_groups(before, after) == ["head", "b"]
+    after["spec"]["upgradeStrategy"] = {"type": "Recreate"}
+    assert changed_groups(before, after) == []
+    assert changed_groups(service(before), service(after)) == []
 
 
 def test_a_group_may_have_no_pods_at_all() -> None:
