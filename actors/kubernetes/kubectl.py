@@ -53,12 +53,19 @@ class Kubectl:
     def ask(self, *args: str, stdin: str = "", namespace: str | None = None, timeout_s: float | None = None) -> Answer:
         """Run a command to its end and return what it wrote. It never asks a question of the terminal.
 
+        Args:
+            args: of kubectl.
+            stdin: its input.
+            namespace: another than the settings'.
+            timeout_s: longest time for what is more than a few questions to the server, such as a command in a pod.
+
         Raises:
             InputError: kubectl is not there.
             UnavailableError: it did not end in time.
         """
+        # To kubectl all that comes over a stream, as of a command in a pod or a wait, is one request.
+        command = self.command(*args, namespace=namespace, is_long=timeout_s is not None)
         timeout_s = timeout_s or _REQUESTS * self.settings.request_timeout_s
-        command = self.command(*args, namespace=namespace)
         try:
             ended = subprocess.run(  # noqa: S603 - words, not a shell's line
                 command, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
