@@ -87,8 +87,6 @@ def test_what_cannot_be_is_refused_in_one_line(ray: Ray, lab: Lab) -> None:
     lab.kube.store.wait_until(lambda: len(lab.pods()) == 4)
     for words, said in (
         (("exec", "--tmux", "sleep 1"), "--tmux and --screen cannot be"),
-        (("exec", "--screen", "sleep 1"), "--tmux and --screen cannot be"),
-        (("attach", "--tmux"), "--tmux and --screen cannot be"),
         (("exec", "--stop", "echo a"), "`ray stop` is KubeRay's matter in this pod: leave it, and --stop, out"),
         (("down", "-y", "--workers-only"), "--workers-only cannot be: the autoscaler would have others made"),
         (("down", "-y"), "RayCluster mesh was not applied by `up`"),

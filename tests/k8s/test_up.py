@@ -259,6 +259,21 @@ def test_another_namespace_than_that_of_the_manifests(run: Run, lab: Lab) -> Non
     assert lab.pods() == []
 
 
+@pytest.mark.parametrize("name", ["cpu-try-out", "gpu", "raycluster"])
+def test_the_server_takes_every_overlay(run: Run, lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In another namespace than they name. `production` has kinds of Prometheus's operator, which is not here."""
+    monkeypatch.chdir(K8S.parent)
+    monkeypatch.setenv("KUBECONFIG", str(lab.config))
+    monkeypatch.setenv("PATH", str(lab.kubectl).rpartition("/")[0], prepend=":")
+    code, out, err = run(
+        "up", "--kubernetes", "--overlay", name, "--namespace", NAMESPACE, "--dry-run", "--image", "i:1"
+    )
+    assert code == 0, err
+    objects = list(yaml.safe_load_all(out))
+    assert err.count("(server dry run)") == len(objects) > 10
+    assert {found["metadata"]["namespace"] for found in objects} == {NAMESPACE}
+
+
 def test_the_manifests_of_the_project_come_up(run: Run, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """k8s/ray-up.yaml as it is, but for where the cluster is."""
     monkeypatch.chdir(K8S.parent)
