@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertmesh.actors.kubernetes.applying import Say, apply_others, put_ray, require_kuberay
-from expertmesh.actors.kubernetes.head import application_states, deploy, failure_line
+from expertmesh.actors.kubernetes.head import ApplicationStates, application_states, deploy, failure_line
 from expertmesh.actors.kubernetes.kubectl import Kubectl
 from expertmesh.actors.kubernetes.live import Picture, find_ray
 from expertmesh.actors.kubernetes.manifests import application_file, render
 from expertmesh.actors.kubernetes.waiting import Waiting
-from expertmesh.cluster.errors import ConflictError, ExpertMeshError
+from expertmesh.cluster.errors import ConflictError, ExpertMeshError, UnavailableError
 from expertmesh.cluster.kubernetes.objects import Wanted, name_of
 from expertmesh.cluster.kubernetes.settings import ProviderSettings
 
@@ -110,15 +110,16 @@ def _serve(kubectl: Kubectl, wanted: Wanted, file: Path | None, say: Say) -> str
     """Wait for what serves; return a word about the application."""
     waiting = Waiting(kubectl, wanted.name, say)
     if wanted.is_service:
-        waiting.until(f"{name_of(wanted.ray)} is ready", _is_service_ready)
+        waiting.until(f"{name_of(wanted.ray)} is to be ready", _is_service_ready)
         return "RUNNING"
-    waiting.until("the head is ready", lambda picture: picture.is_head_ready)
+    waiting.until("the head is to be ready", lambda picture: picture.is_head_ready)
     if file is None:
         say("the head is ready; there is no application to deploy")
         return ""
     say(f"the head is ready; deploying {file.name}")
-    waiting.until("the application is deployed", _deployed(kubectl, file))
-    waiting.until("the application serves", _running(kubectl))
+    waiting.until("the application is to be deployed", _deployed(kubectl, file))
+    application = _Application(kubectl)
+    waiting.until("the application is to serve", application.serves, application)
     return "RUNNING"
 
 
@@ -132,21 +133,41 @@ def _deployed(kubectl: Kubectl, file: Path) -> Callable[[Picture], bool]:
     return is_reached
 
 
-def _running(kubectl: Kubectl) -> Callable[[Picture], bool]:
-    asked_s = float("-inf")
+class _Application:
+    """What Ray Serve says of the applications, asked now and then."""
 
-    def is_reached(picture: Picture) -> bool:
-        nonlocal asked_s
-        now_s = time.monotonic()
-        if picture.head is None or not picture.is_head_ready or now_s - asked_s < _STATUS_PERIOD_S:
+    def __init__(self, kubectl: Kubectl) -> None:
+        self._kubectl = kubectl
+        self._asked_s = float("-inf")
+        self._error: UnavailableError | None = None
+        self.states: ApplicationStates | None = None
+
+    def serves(self, picture: Picture) -> bool:
+        """Return whether all run.
+
+        Raises:
+            UnavailableError: Serve could not be asked the last time.
+            ExpertMeshError: it gave one up.
+        """
+        if picture.head is None or not picture.is_head_ready:
             return False
-        asked_s = now_s
-        states = application_states(kubectl, picture.head)
-        if states.failed:
-            raise failure_line(states, kubectl, picture.head)
-        return states.are_running
+        now_s = time.monotonic()
+        if now_s - self._asked_s < _STATUS_PERIOD_S:
+            if self._error is not None:
+                raise self._error
+            return False
+        self._asked_s, self._error = now_s, None
+        try:
+            self.states = application_states(self._kubectl, picture.head)
+        except UnavailableError as error:
+            self._error = error
+            raise
+        if self.states.failed:
+            raise failure_line(self.states, self._kubectl, picture.head)
+        return self.states.are_running
 
-    return is_reached
+    def __str__(self) -> str:
+        return f"application {self.states}" if self.states is not None else ""
 
 
 def _is_service_ready(picture: Picture) -> bool:

@@ -19,7 +19,7 @@ _REMOTE_FILE = "/tmp/expertmesh-application.yaml"  # noqa: S108 - the container'
 
 @dataclass(frozen=True, slots=True)
 class ApplicationStates:
-    """What Ray Serve says of its applications, as in `expertmesh DEPLOYING`."""
+    """What Ray Serve says of its applications: states as in `expertmesh DEPLOYING`, and messages, by name."""
 
     by_name: dict[str, str]
     messages: dict[str, str]
@@ -35,7 +35,8 @@ class ApplicationStates:
         return [name for name, state in self.by_name.items() if state == "DEPLOY_FAILED"]
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {state}" for name, state in self.by_name.items()) or "none"
+        parts = [(f"{name} {state}", self.messages[name]) for name, state in self.by_name.items()]
+        return ", ".join(f"{state} ({said})" if said else state for state, said in parts) or "none yet"
 
 
 def exec_words(head: Manifest, command: Sequence[str], *, options: Sequence[str] = ()) -> list[str]:

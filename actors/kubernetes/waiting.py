@@ -25,8 +25,13 @@ class Waiting:
         # What has been wrong without a pause, by its key, since when.
         self._since_s: dict[str, float] = {}
 
-    def until(self, what: str, is_reached: Callable[[Picture], bool]) -> Picture:
+    def until(self, what: str, is_reached: Callable[[Picture], bool], beside: object = "") -> Picture:
         """Look until something is reached. A server that is away, and an UnavailableError of is_reached, may pass.
+
+        Args:
+            what: it is, for the line that it was not reached in time.
+            is_reached: of a look.
+            beside: what is told beside the pods, as its str() is then.
 
         Raises:
             UnavailableError: it was not reached in time; the line has what pods wait for.
@@ -45,26 +50,29 @@ class Waiting:
                 troubles = (Trouble("server", str(error)),)
             now_s = time.monotonic()
             self._since_s = {trouble.key: self._since_s.get(trouble.key, now_s) for trouble in troubles}
-            self._progress(picture, troubles, now_s)
+            self._progress(picture, troubles, str(beside), now_s)
             for trouble in troubles:
                 if not trouble.does_wait and now_s - self._since_s[trouble.key] >= settings.patience_s:
                     raise ExpertMeshError(trouble.line)
             if now_s - self._began_s > settings.timeout_s:
-                raise UnavailableError(self._too_late(what, picture, troubles))
+                raise UnavailableError(self._too_late(what, picture, troubles, str(beside)))
             time.sleep(settings.poll_s)
 
-    def _progress(self, picture: Picture | None, troubles: Sequence[Trouble], now_s: float) -> None:
+    def _progress(self, picture: Picture | None, troubles: Sequence[Trouble], beside: str, now_s: float) -> None:
         if now_s - self._began_s < min(_QUIET_S, self._kubectl.settings.timeout_s):
             return
-        groups = describe_groups(picture.states, picture.wanted) if picture is not None else ""
-        line = "; ".join(part for part in (groups, *(trouble.line for trouble in troubles[:1])) if part)
+        line = "; ".join([*_states(picture, beside), *(trouble.line for trouble in troubles[:1])])
         if line and line != self._said:
             self._say(line)
             self._said = line
 
-    def _too_late(self, what: str, picture: Picture | None, troubles: Sequence[Trouble]) -> str:
+    def _too_late(self, what: str, picture: Picture | None, troubles: Sequence[Trouble], beside: str) -> str:
         kubectl = self._kubectl
-        why = troubles[0].line if troubles else ""
-        if not why and picture is not None:
-            why = f"{describe_groups(picture.states, picture.wanted) or 'no pods'}; see {kubectl.shown()} get pods"
-        return f"{what} not within {kubectl.settings.timeout_s:g} s: {why}"
+        states = "; ".join(_states(picture, beside)) or "no pods"
+        why = troubles[0].line if troubles else f"{states}; see {kubectl.shown()} get pods"
+        return f"{what}: not within {kubectl.settings.timeout_s:g} s: {why}"
+
+
+def _states(picture: Picture | None, beside: str) -> list[str]:
+    groups = describe_groups(picture.states, picture.wanted) if picture is not None else ""
+    return [part for part in (groups, beside) if part]

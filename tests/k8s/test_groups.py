@@ -94,7 +94,7 @@ def test_groups_have_room_for_the_members_at_first_and_at_most(name: str) -> Non
         limits = container_of(group)["resources"]["limits"]
         of_a_pod = int(limits.get("nvidia.com/gpu", 0)) or int(limits["cpu"]) // table["member_cpus"]
         assert table[members] <= group["minReplicas"] * of_a_pod
-        threads = table.get(f"{members.removesuffix('s')}_threads", table["member_cpus"])
+        threads = table.get(f"{members.removesuffix('s')}_threads") or table["member_cpus"]
         assert 0 < threads * of_a_pod <= int(limits["cpu"])
         assert table["autoscale"][members]["max_count"] <= group["maxReplicas"] * of_a_pod
     on_gpus = "nvidia.com/gpu" in limits

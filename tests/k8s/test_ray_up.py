@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from tests.k8s.lab import APPLICATION, NAMESPACE, Lab
+from tests.k8s.manifests import K8S
 from tests.kube.cluster import ADMIN
 from tests.kube.operator import RAY_CLUSTERS
+from tests.kube.resources import PODS
 
 Ray = Callable[..., "subprocess.CompletedProcess[str]"]
 TIMEOUT_S = 100
@@ -20,12 +22,20 @@ TIMEOUT_S = 100
 @pytest.fixture
 def ray(lab: Lab, tmp_path: Path) -> Ray:
     """Return what runs a command of Ray's on the lab's file; it fails the test unless the exit code is as expected."""
-    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "TMPDIR": str(tmp_path), "COLUMNS": "400"}
+    path = os.pathsep.join([str(Path(lab.kubectl).parent), os.environ["PATH"]])
+    env = {
+        **os.environ,
+        "PATH": path,
+        "KUBECONFIG": str(lab.config),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TMPDIR": str(tmp_path),
+        "COLUMNS": "400",
+    }
 
     def call(
-        command: str, *words: str, code: int = 0, stdin: str = "", cwd: Path = lab.folder
+        command: str, *words: str, code: int = 0, stdin: str = "", cwd: Path = lab.folder, file: Path = lab.file
     ) -> "subprocess.CompletedProcess[str]":
-        line = [sys.executable, "-m", "ray.scripts.scripts", command, str(lab.file), *words]
+        line = [sys.executable, "-m", "ray.scripts.scripts", command, str(file), *words]
         done = subprocess.run(
             line, input=stdin, capture_output=True, text=True, env=env, cwd=cwd, timeout=TIMEOUT_S, check=False
         )
@@ -68,6 +78,18 @@ def test_a_life_by_ray_s_commands(ray: Ray, lab: Lab, tmp_path: Path) -> None:
     assert lab.pods() == []
     assert "delete configmaps/settings" in lab.writes()
     assert ray("down", "-y").returncode == 0
+
+
+@pytest.mark.timeout(300)
+def test_the_file_of_the_project(ray: Ray, lab: Lab) -> None:
+    lab.kube.add_namespace("expertmesh")
+    file = Path("k8s") / "ray-up.yaml"
+    out = ray("up", "-y", cwd=K8S.parent, file=file).stdout
+    assert "rayclusters.ray.io/expertmesh created" in out
+    assert "service/expertmesh-grpc 50051" in out
+    assert lab.head.deployed == [(K8S / "overlays" / "raycluster" / "application.yaml").read_text()]
+    ray("down", "-y", cwd=K8S.parent, file=file)
+    assert lab.kube.store.all(PODS) == []
 
 
 @pytest.mark.timeout(300)

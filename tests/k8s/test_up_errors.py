@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from expertmesh.actors.kubernetes import waiting
 from tests.certificates import make
 from tests.k8s.conftest import Run
 from tests.k8s.lab import NAMESPACE, Lab, one_line
@@ -202,8 +203,48 @@ def test_pods_that_find_no_node_are_waited_for_as_long_as_is_given(run: Run, lab
     lab.write_file(timeout_s=3, patience_s=0)
     code, line, _ = fail(run, lab)
     assert code == 1
-    assert line.startswith("the application serves not within 3 s: pod mesh-experts-worker-")
+    assert line.startswith("the application is to serve: not within 3 s: pod mesh-experts-worker-")
     assert "finds no node: not enough nvidia.com/gpu: 0/2 nodes are available" in line
+
+
+def test_an_application_that_takes_too_long(run: Run, lab: Lab) -> None:
+    lab.head.states, lab.head.message = {"mesh": "DEPLOYING"}, "members wait for room"
+    lab.write_file(timeout_s=3)
+    code, line, err = fail(run, lab)
+    states = "head 1/1; gateway 1/1; experts 2/2; application mesh DEPLOYING (members wait for room)"
+    assert (code, line) == (1, f"the application is to serve: not within 3 s: {states}; see {shown(lab)} get pods")
+    assert f"s] {states}\n" in err
+
+
+def test_serve_that_cannot_be_asked(run: Run, lab: Lab) -> None:
+    """The application is asked for now and then; what was wrong the last time counts until the next."""
+    lab.head.silence = "ConnectionError: no dashboard"
+    code, line, _ = fail(run, lab)
+    assert (code, line) == (
+        1,
+        f"`serve status` in pod mesh-head failed: ConnectionError: no dashboard; see {shown(lab)} logs mesh-head",
+    )
+
+
+def test_an_answer_that_is_lost(run: Run, lab: Lab) -> None:
+    """What was done is found when `up` is asked again."""
+    lab.kube.faults.plan("create", "rayclusters", Close(done=True))
+    code, _, err = fail(run, lab)
+    assert code == 1
+    assert UNFINISHED in err
+    code, out, err = run("up", lab.file, "--kubernetes", "--json")
+    assert code == 0, err
+    assert '"rayclusters.ray.io/mesh unchanged"' in out
+
+
+def test_ctrl_c(run: Run, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(waiting, "look", interrupt)
+    code, _, err = run("up", lab.file, "--kubernetes")
+    assert code == 130
+    assert UNFINISHED in err
 
 
 def test_nodes_that_come_meanwhile(run: Run, lab: Lab) -> None:
