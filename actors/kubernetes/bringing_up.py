@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertmesh.actors.kubernetes.applying import Say, apply_others, put_ray, require_kuberay
-from expertmesh.actors.kubernetes.head import ApplicationStates, application_states, deploy, failure_line
+from expertmesh.actors.kubernetes.head import ApplicationStates, application_states, deploy, failure_of
 from expertmesh.actors.kubernetes.kubectl import Kubectl
 from expertmesh.actors.kubernetes.live import Picture, find_ray
-from expertmesh.actors.kubernetes.manifests import application_file, render
+from expertmesh.actors.kubernetes.manifests import read_application, render
 from expertmesh.actors.kubernetes.waiting import Waiting
 from expertmesh.cluster.errors import ConflictError, ExpertMeshError, UnavailableError
 from expertmesh.cluster.kubernetes.objects import Wanted, name_of
@@ -51,7 +51,7 @@ def bring_up(settings: ProviderSettings, cluster_name: str, named_in: Path | Non
     began_s = time.monotonic()
     kubectl = Kubectl(settings)
     wanted = render(kubectl, cluster_name, named_in)
-    file = None if wanted.is_service else application_file(settings, named_in)
+    to_deploy = None if wanted.is_service else read_application(settings, named_in)
     _require_kind(kubectl, wanted)
     applied: list[str] = []
 
@@ -62,7 +62,7 @@ def bring_up(settings: ProviderSettings, cluster_name: str, named_in: Path | Non
     try:
         done = apply_others(kubectl, wanted.others, note)
         done.append(put_ray(kubectl, wanted, note))
-        application = _serve(kubectl, wanted, file, say)
+        application = _serve(kubectl, wanted, to_deploy, say)
     except (ExpertMeshError, KeyboardInterrupt):
         if applied:
             say(f"not finished; what was applied stays: `down` removes it, `up` again goes on ({settings.namespace})")
@@ -106,28 +106,29 @@ def _require_kind(kubectl: Kubectl, wanted: Wanted) -> None:
         )
 
 
-def _serve(kubectl: Kubectl, wanted: Wanted, file: Path | None, say: Say) -> str:
+def _serve(kubectl: Kubectl, wanted: Wanted, to_deploy: tuple[Path, str] | None, say: Say) -> str:
     """Wait for what serves; return a word about the application."""
     waiting = Waiting(kubectl, wanted.name, say)
     if wanted.is_service:
         waiting.until(f"{name_of(wanted.ray)} is to be ready", _is_service_ready)
         return "RUNNING"
     waiting.until("the head is to be ready", lambda picture: picture.is_head_ready)
-    if file is None:
+    if to_deploy is None:
         say("the head is ready; there is no application to deploy")
         return ""
+    file, text = to_deploy
     say(f"the head is ready; deploying {file.name}")
-    waiting.until("the application is to be deployed", _deployed(kubectl, file))
+    waiting.until("the application is to be deployed", _deployed(kubectl, text))
     application = _Application(kubectl)
     waiting.until("the application is to serve", application.serves, application)
     return "RUNNING"
 
 
-def _deployed(kubectl: Kubectl, file: Path) -> Callable[[Picture], bool]:
+def _deployed(kubectl: Kubectl, text: str) -> Callable[[Picture], bool]:
     def is_reached(picture: Picture) -> bool:
         if picture.head is None or not picture.is_head_ready:
             return False
-        deploy(kubectl, picture.head, file)
+        deploy(kubectl, picture.head, text)
         return True
 
     return is_reached
@@ -163,7 +164,7 @@ class _Application:
             self._error = error
             raise
         if self.states.failed:
-            raise failure_line(self.states, self._kubectl, picture.head)
+            raise failure_of(self.states, self._kubectl, picture.head)
         return self.states.are_running
 
     def __str__(self) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
@@ -45,15 +44,15 @@ def exec_words(head: Manifest, command: Sequence[str], *, options: Sequence[str]
     return ["exec", *options, head["metadata"]["name"], f"--container={container}", "--", *command]
 
 
-def deploy(kubectl: Kubectl, head: Manifest, file: Path) -> None:
-    """Have Ray Serve deploy an application; it returns when Serve has taken the order.
+def deploy(kubectl: Kubectl, head: Manifest, application: str) -> None:
+    """Have Ray Serve deploy an application, as YAML; it returns when Serve has taken the order.
 
     Raises:
         UnavailableError: `serve deploy` failed, which may pass: the dashboard starts after Ray.
         ExpertMeshError: commands cannot be run in the pod.
     """
     script = f"cat > {_REMOTE_FILE} && exec serve deploy {_REMOTE_FILE}"
-    _checked(kubectl, head, _run(kubectl, head, script, stdin=file.read_text()), "serve deploy")
+    _checked(kubectl, head, _run(kubectl, head, script, stdin=application), "serve deploy")
 
 
 def application_states(kubectl: Kubectl, head: Manifest) -> ApplicationStates:
@@ -92,7 +91,7 @@ def _checked(kubectl: Kubectl, head: Manifest, answer: Answer, what: str) -> str
     raise UnavailableError(f"`{what}` in pod {pod} failed: {line}; see {kubectl.shown()} logs {pod}")
 
 
-def failure_line(states: ApplicationStates, kubectl: Kubectl, head: Manifest) -> ExpertMeshError:
+def failure_of(states: ApplicationStates, kubectl: Kubectl, head: Manifest) -> ExpertMeshError:
     """Return the error about applications that Ray Serve gave up."""
     name = states.failed[0]
     pod = head["metadata"]["name"]

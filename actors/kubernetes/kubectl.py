@@ -68,7 +68,7 @@ class Kubectl:
         timeout_s = timeout_s or _REQUESTS * self.settings.request_timeout_s
         try:
             ended = subprocess.run(  # noqa: S603 - words, not a shell's line
-                command, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
+                command, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
             )
         except subprocess.TimeoutExpired as error:
             shown = self.shown(namespace)

@@ -23,9 +23,14 @@ _MAX_EVENT_CALLS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """A look at a cluster. wanted: pods of each group; troubles: what keeps some from running."""
+    """A look at a cluster.
+
+    cluster: name of the RayCluster, empty where there is none yet; wanted: pods of each group; troubles: what keeps
+    some from running.
+    """
 
     ray: Manifest | None
+    cluster: str = ""
     states: tuple[PodState, ...] = ()
     wanted: dict[str, int] = field(default_factory=dict)
     troubles: tuple[Trouble, ...] = ()
@@ -103,7 +108,9 @@ def look(kubectl: Kubectl, name: str) -> Picture:
     if len(states) < sum(wanted.values()):
         owner = read_owner(cluster, _events(kubectl, waited), kubectl.shown())
         troubles = [owner, *troubles] if owner is not None else troubles
-    return Picture(ray=ray, states=states, wanted=wanted, troubles=tuple(troubles), head=find_head(pods))
+    return Picture(
+        ray=ray, cluster=waited, states=states, wanted=wanted, troubles=tuple(troubles), head=find_head(pods)
+    )
 
 
 def has_label(manifest: Manifest, name: str) -> bool:

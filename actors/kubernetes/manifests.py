@@ -31,8 +31,8 @@ def load_yaml(file: Path) -> object:
         InputError: it cannot be read.
     """
     try:
-        return yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
         raise InputError(f"{file}: {' '.join(str(error).split())}") from error
 
 
@@ -65,10 +65,7 @@ def render(kubectl: Kubectl, cluster_name: str, named_in: Path | None) -> Wanted
             raise InputError(f"manifests {place}: {said}; see kubectl kustomize {place}")
         text = answer.out
     else:
-        try:
-            text = place.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"manifests {place}: {error}") from error
+        text = read_text(place)
     try:
         manifests = list(yaml.safe_load_all(text))
     except yaml.YAMLError as error:
@@ -77,14 +74,27 @@ def render(kubectl: Kubectl, cluster_name: str, named_in: Path | None) -> Wanted
     return prepare(manifests, cluster_name=cluster_name, namespace=settings.namespace, image=settings.image)
 
 
-def application_file(settings: ProviderSettings, named_in: Path | None) -> Path | None:
-    """Return what `serve deploy` is to get, None where there is nothing to deploy.
+def read_application(settings: ProviderSettings, named_in: Path | None) -> tuple[Path, str] | None:
+    """Return what `serve deploy` is to get, and its file; None where there is nothing to deploy.
 
     Raises:
-        InputError: the file that the settings name is nowhere.
+        InputError: the file that the settings name is nowhere, or cannot be read.
     """
-    if settings.application:
-        return locate(settings.application, named_in)
-    place = locate(settings.manifests, named_in)
-    beside = (place if place.is_dir() else place.parent) / APPLICATION_FILE
-    return beside if beside.is_file() else None
+    place = locate(settings.application or settings.manifests, named_in)
+    if not settings.application:
+        place = (place if place.is_dir() else place.parent) / APPLICATION_FILE
+        if not place.exists():
+            return None
+    return place, read_text(place)
+
+
+def read_text(file: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {error}") from error

@@ -8,6 +8,7 @@ from expertmesh.actors.kubernetes.kubectl import Kubectl
 from expertmesh.actors.kubernetes.live import Picture, look
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
 from expertmesh.cluster.kubernetes.pods import Trouble, describe_groups
+from expertmesh.cluster.kubernetes.turnover import Turnover
 
 # What is over within this time needs no progress.
 _QUIET_S = 2.0
@@ -24,6 +25,7 @@ class Waiting:
         self._said = ""
         # What has been wrong without a pause, by its key, since when.
         self._since_s: dict[str, float] = {}
+        self._turnover = Turnover()
 
     def until(self, what: str, is_reached: Callable[[Picture], bool], beside: object = "") -> Picture:
         """Look until something is reached. A server that is away, and an UnavailableError of is_reached, may pass.
@@ -35,7 +37,7 @@ class Waiting:
 
         Raises:
             UnavailableError: it was not reached in time; the line has what pods wait for.
-            ExpertMeshError: a pod's trouble lasted longer than the settings' patience_s.
+            ExpertMeshError: a pod's trouble lasted longer than the settings' patience_s, or pods come and go.
         """
         settings = self._kubectl.settings
         while True:
@@ -51,12 +53,23 @@ class Waiting:
             now_s = time.monotonic()
             self._since_s = {trouble.key: self._since_s.get(trouble.key, now_s) for trouble in troubles}
             self._progress(picture, troubles, str(beside), now_s)
+            self._require_rest(picture)
             for trouble in troubles:
                 if not trouble.does_wait and now_s - self._since_s[trouble.key] >= settings.patience_s:
                     raise ExpertMeshError(trouble.line)
             if now_s - self._began_s > settings.timeout_s:
                 raise UnavailableError(self._too_late(what, picture, troubles, str(beside)))
             time.sleep(settings.poll_s)
+
+    def _require_rest(self, picture: Picture | None) -> None:
+        restless = self._turnover.restless(picture.states) if picture is not None else None
+        if picture is not None and restless is not None:
+            group, number = restless
+            of_group = f"--selector=ray.io/cluster={picture.cluster},ray.io/group={group}"
+            raise ExpertMeshError(
+                f"pods of {group} end soon after they start, {number} so far, and others are made; see "
+                f"{self._kubectl.shown()} logs {of_group} --all-containers --prefix --tail=50"
+            )
 
     def _progress(self, picture: Picture | None, troubles: Sequence[Trouble], beside: str, now_s: float) -> None:
         if now_s - self._began_s < min(_QUIET_S, self._kubectl.settings.timeout_s):

@@ -30,6 +30,7 @@ class Trouble:
 class PodState:
     """A pod. waits_for is empty where it is ready."""
 
+    uid: str
     name: str
     group: str
     is_ready: bool
@@ -59,7 +60,14 @@ def read_pod(pod: Manifest, events: Sequence[Manifest], kubectl: str) -> PodStat
     is_ready = _condition(status, "Ready").get("status") == "True"
     trouble = None if is_ready else _trouble(name, status, events, kubectl)
     waits_for = "" if is_ready else _waits_for(status)
-    return PodState(name=name, group=group_of(pod), is_ready=is_ready, waits_for=waits_for, trouble=trouble)
+    return PodState(
+        uid=str(pod["metadata"]["uid"]),
+        name=name,
+        group=group_of(pod),
+        is_ready=is_ready,
+        waits_for=waits_for,
+        trouble=trouble,
+    )
 
 
 def needs_events(pod: Manifest) -> bool:
@@ -120,8 +128,7 @@ def _trouble(name: str, status: Manifest, events: Sequence[Manifest], kubectl: s
             line = f"pod {name}: container {what} ends again and again{_last_end(container)}; see {how}"
             return Trouble(f"{name} crash", line)
     if status.get("phase") == "Failed":
-        why = " ".join(f"{status.get('reason', '')}: {status.get('message', '')}".split()).strip(": ")
-        return Trouble(f"{name} failed", f"pod {name} has failed{f' ({why})' if why else ''}; {see}")
+        return _failed(name, status, kubectl)
     for event in _warnings(events):
         if str(event.get("reason", "")) in ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"):
             return _mount(name, " ".join(str(event.get("message", "")).split()), see)
@@ -149,6 +156,19 @@ def _mount(name: str, message: str, see: str) -> Trouble:
     return Trouble(f"{name} mount", f"pod {name} waits for a volume or its network: {message}; {see}")
 
 
+def _failed(name: str, status: Manifest, kubectl: str) -> Trouble:
+    ended = [(one, one.get("state", {}).get("terminated") or {}) for one in _containers(status)]
+    for container, end in ended:
+        if end.get("exitCode"):
+            what = container.get("name", "")
+            how = f"{kubectl} logs {name} -c {what} --tail=50"
+            line = f"pod {name}: container {what} has ended{_told(end)}; see {how}"
+            return Trouble(f"{name} failed", line)
+    why = " ".join(f"{status.get('reason', '')}: {status.get('message', '')}".split()).strip(": ")
+    see = f"see {kubectl} describe pod {name}"
+    return Trouble(f"{name} failed", f"pod {name} has failed{f' ({why})' if why else ''}; {see}")
+
+
 def _ends_again(container: Manifest) -> bool:
     """Between two ends a container runs for a while: the second restart counts as long as it is not ready."""
     reason = (container.get("state", {}).get("waiting") or {}).get("reason")
@@ -158,10 +178,11 @@ def _ends_again(container: Manifest) -> bool:
 
 
 def _last_end(container: Manifest) -> str:
-    ended = container.get("lastState", {}).get("terminated") or {}
-    if not ended:
-        return ""
-    return f" (exit code {ended.get('exitCode')}, {ended.get('reason', 'no reason')})"
+    return _told(container.get("lastState", {}).get("terminated") or {})
+
+
+def _told(ended: Manifest) -> str:
+    return f" (exit code {ended.get('exitCode')}, {ended.get('reason', 'no reason')})" if ended else ""
 
 
 def _waits_for(status: Manifest) -> str:

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from expertmesh.actors.cli import main
-from tests.k8s.lab import NAMESPACE, Head, Lab
+from tests.k8s.lab import NAMESPACE, EndingKubelet, Head, Lab
 from tests.k8s.manifests import kubectl
 from tests.kube.cluster import fake_kubernetes
-from tests.kube.kubelet import PlainKubelet
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -23,9 +22,10 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     # kubectl keeps what it discovered in the home.
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     head = Head(tmp_path / "home")
-    with fake_kubernetes(tmp_path / "kube", PlainKubelet(answers=head)) as kube:
+    kubelet = EndingKubelet(answers=head)
+    with fake_kubernetes(tmp_path / "kube", kubelet) as kube:
         kube.install_kuberay()
-        yield Lab(kube, head, tmp_path / "lab", program, kube.kubeconfig(namespace=NAMESPACE))
+        yield Lab(kube, kubelet, head, tmp_path / "lab", program, kube.kubeconfig(namespace=NAMESPACE))
 
 
 @pytest.fixture

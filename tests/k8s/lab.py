@@ -7,6 +7,7 @@ import queue
 import re
 import subprocess
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from tests.kube.cluster import FakeKubernetes
-from tests.kube.kubelet import ExecStreams
+from tests.kube.kubelet import ExecStreams, PlainKubelet
 from tests.kube.operator import RAY_CLUSTERS
 from tests.kube.rays import ray_cluster
 from tests.kube.resources import PODS
@@ -109,10 +110,23 @@ def _pass_on(pipe: Any, write: Any) -> None:
 
 
 @dataclass
+class EndingKubelet(PlainKubelet):
+    """Has pods whose names begin so end with code 1 as soon as they have begun."""
+
+    ending: str = "nobody"
+
+    def start(self, pod: Manifest, exited: Callable[[int], None]) -> str:
+        if pod["metadata"]["name"].startswith(self.ending):
+            exited(1)
+        return super().start(pod, exited)
+
+
+@dataclass
 class Lab:
     """A cluster, what is to be applied to it, and the file that says so."""
 
     kube: FakeKubernetes
+    kubelet: "EndingKubelet"
     head: Head
     folder: Path
     kubectl: str

@@ -247,6 +247,21 @@ def test_ctrl_c(run: Run, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert UNFINISHED in err
 
 
+def test_containers_that_end_and_are_made_again(run: Run, lab: Lab) -> None:
+    """With Ray's autoscaler a pod is not started again: KubeRay makes another, and its end is soon forgotten."""
+    lab.head.states = {"mesh": "DEPLOYING"}
+    lab.write_file(poll_s=0.01)
+    lab.kubelet.ending = "mesh-experts-"
+    code, line, _ = fail(run, lab)
+    assert code == 1
+    said = "container ray-worker has ended (exit code 1, Error); see"
+    again = "pods of experts end soon after they start, "
+    assert line.startswith(again) or said in line
+    lab.kubelet.ending = "nobody"
+    lab.head.states = {"mesh": "RUNNING"}
+    assert run("up", lab.file, "--kubernetes")[0] == 0
+
+
 def test_nodes_that_come_meanwhile(run: Run, lab: Lab) -> None:
     """Progress tells what is waited for, and then it goes on."""
     lab.kube.runner.fail("ray.io/node-type=head", "Unschedulable", "0/2 nodes are available: 2 Insufficient cpu.")

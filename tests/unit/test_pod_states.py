@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from expertmesh.cluster.kubernetes.pods import (
+    HEAD_GROUP,
     PodState,
     Trouble,
     describe_groups,
@@ -11,13 +12,17 @@ from expertmesh.cluster.kubernetes.pods import (
     read_owner,
     read_pod,
 )
+from expertmesh.cluster.kubernetes.turnover import Turnover
 
 KUBECTL = "kubectl --namespace=ml"
 SEE = f"see {KUBECTL} describe pod p"
 
 
 def pod(phase: str = "Pending", group: str = "experts", **status: Any) -> dict[str, Any]:
-    return {"metadata": {"name": "p", "labels": {"ray.io/group": group}}, "status": {"phase": phase, **status}}
+    return {
+        "metadata": {"name": "p", "uid": "u", "labels": {"ray.io/group": group}},
+        "status": {"phase": phase, **status},
+    }
 
 
 def waiting(reason: str, message: str = "", **container: Any) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def test_a_ready_pod_waits_for_nothing() -> None:
     """What it went through before is over."""
     conditions = [condition("PodScheduled", "True"), condition("Ready", "True")]
     state = read(pod("Running", conditions=conditions, containerStatuses=[{"restartCount": 7, "ready": True}]))
-    assert state == PodState(name="p", group="experts", is_ready=True, waits_for="", trouble=None)
+    assert state == PodState(uid="u", name="p", group="experts", is_ready=True, waits_for="", trouble=None)
 
 
 TROUBLES = [
@@ -195,6 +200,27 @@ def test_a_pod_that_has_failed_says_why() -> None:
     )
 
 
+def test_a_pod_whose_container_has_ended_says_which() -> None:
+    state = {"terminated": {"exitCode": 2, "reason": "Error"}}
+    containers = [{"name": "side", "state": {"terminated": {"exitCode": 0}}}, {"name": "ray-worker", "state": state}]
+    line = f"pod p: container ray-worker has ended (exit code 2, Error); see {KUBECTL} logs p -c ray-worker --tail=50"
+    assert read(pod("Failed", containerStatuses=containers)).trouble == Trouble("p failed", line)
+
+
+def state_of(uid: str, group: str) -> PodState:
+    return PodState(uid=uid, name=uid, group=group, is_ready=False, waits_for="x", trouble=None)
+
+
+def test_pods_that_come_and_go_are_counted_by_group() -> None:
+    turnover = Turnover()
+    assert turnover.restless([state_of(f"old-{number}", "experts") for number in range(9)]) is None
+    for number in range(3):
+        head = state_of(f"head-{number}", HEAD_GROUP) if number < 2 else state_of("head-1", HEAD_GROUP)
+        assert turnover.restless([head, state_of(str(number), "experts")]) is None, "old ones that go are no concern"
+    assert turnover.restless([state_of("3", "experts")]) == ("experts", 3)
+    assert turnover.restless([state_of("3", "experts"), state_of("2", "experts")]) is None, "it was only missed"
+
+
 def test_ending_pods_are_those_deleted_or_done() -> None:
     deleted = pod("Running")
     deleted["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
@@ -239,7 +265,7 @@ def test_what_kuberay_refuses_is_told_and_what_is_well_is_not() -> None:
 
 def test_progress_tells_each_group_and_what_it_waits_for() -> None:
     def state(group: str, waits_for: str) -> PodState:
-        return PodState(name="p", group=group, is_ready=not waits_for, waits_for=waits_for, trouble=None)
+        return PodState(uid="u", name="p", group=group, is_ready=not waits_for, waits_for=waits_for, trouble=None)
 
     states = [state("headgroup", ""), state("experts", ""), state("experts", "no node"), state("experts", "not ready")]
     line = describe_groups(states, {"headgroup": 1, "gateway": 2, "experts": 4})

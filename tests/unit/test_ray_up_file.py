@@ -13,7 +13,7 @@ from ray.autoscaler._private.providers import _get_node_provider_cls
 from ray.autoscaler._private.util import hash_launch_conf, prepare_config, validate_config
 
 from expertmesh.actors.kubernetes import provider as provider_module
-from expertmesh.actors.kubernetes.manifests import application_file, locate, read_file
+from expertmesh.actors.kubernetes.manifests import locate, read_application, read_file
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.kubernetes.settings import ProviderSettings, read_provider
 
@@ -54,7 +54,8 @@ def test_the_file_is_what_the_provider_takes() -> None:
     settings, name = read_file(FILE)
     assert (name, settings.namespace, settings.manifests) == ("expertmesh", "expertmesh", "k8s/overlays/raycluster")
     assert locate(settings.manifests, FILE) == ROOT / "k8s" / "overlays" / "raycluster"
-    assert application_file(settings, FILE) == ROOT / "k8s" / "overlays" / "raycluster" / "application.yaml"
+    file = ROOT / "k8s" / "overlays" / "raycluster" / "application.yaml"
+    assert read_application(settings, FILE) == (file, file.read_text())
 
 
 def test_options_win_over_the_file() -> None:
@@ -127,11 +128,14 @@ def test_an_application_is_the_one_named_else_the_one_beside(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
     settings = read_provider(TABLE)
-    assert application_file(settings, None) is None
-    (tmp_path / "m" / "application.yaml").touch()
-    assert application_file(settings, None) == tmp_path / "m" / "application.yaml"
-    (tmp_path / "mine.yaml").touch()
-    assert application_file(read_provider({**TABLE, "application": "mine.yaml"}), None) == tmp_path / "mine.yaml"
+    assert read_application(settings, None) is None
+    (tmp_path / "m" / "application.yaml").write_text("beside")
+    assert read_application(settings, None) == (tmp_path / "m" / "application.yaml", "beside")
+    (tmp_path / "mine.yaml").write_text("mine")
+    named = read_provider({**TABLE, "application": "mine.yaml"})
+    assert read_application(named, None) == (tmp_path / "mine.yaml", "mine")
+    with pytest.raises(InputError, match="Is a directory"):
+        read_application(read_provider({**TABLE, "application": "m"}), None)
 
 
 def test_of_ray_s_command_the_file_is_the_one_with_a_provider(tmp_path: Path) -> None:
