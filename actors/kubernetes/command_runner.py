@@ -178,7 +178,7 @@ class KubectlCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
         container = self._pod["spec"]["containers"][0]["name"]
         timeout_s = self._kubectl.settings.timeout_s
         try:
-            self._kubectl.tell("cp", source, target, f"--container={container}", timeout_s=timeout_s)
+            self._kubectl.run("cp", source, target, f"--container={container}", timeout_s=timeout_s)
         except ExpertMeshError as error:
             _refuse(f"kubectl cp {source} {target}: {error}")
 

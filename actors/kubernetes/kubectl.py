@@ -78,7 +78,7 @@ class Kubectl:
         complaint = read_complaint(ended.stderr, self.shown(namespace)) if ended.returncode else None
         return Answer(ended.returncode, ended.stdout, ended.stderr, complaint)
 
-    def tell(self, *args: str, stdin: str = "", namespace: str | None = None, timeout_s: float | None = None) -> str:
+    def run(self, *args: str, stdin: str = "", namespace: str | None = None, timeout_s: float | None = None) -> str:
         """Run a command that must succeed, and return its output.
 
         Raises:
@@ -95,7 +95,7 @@ class Kubectl:
         Raises:
             ExpertMeshError: the server cannot be asked.
         """
-        return _items(self.tell("get", *names, "--ignore-not-found", "--output=json"))
+        return _items(self.run("get", *names, "--ignore-not-found", "--output=json"))
 
     def list(self, kind: str, *options: str) -> list[dict[str, Any]]:
         """Return objects of a kind, of a selector in the options.
@@ -103,7 +103,7 @@ class Kubectl:
         Raises:
             ExpertMeshError: the server cannot be asked.
         """
-        return _items(self.tell("get", kind, "--output=json", *options))
+        return _items(self.run("get", kind, "--output=json", *options))
 
     def _options(self, namespace: str | None) -> Sequence[str]:
         settings = self.settings

@@ -119,7 +119,7 @@ class KubernetesProvider(NodeProvider):  # type: ignore[misc]
                 )
             )
         try:
-            self._kubectl.tell("delete", "pod", node_id, "--wait=false", "--ignore-not-found")
+            self._kubectl.run("delete", "pod", node_id, "--wait=false", "--ignore-not-found")
         except ExpertMeshError as error:
             _refuse(error)
 

@@ -42,7 +42,7 @@ def take_down(settings: ProviderSettings, cluster_name: str, named_in: Path | No
             )
         resource = f"{ray['kind'].lower()}s.ray.io/{cluster_name}"
         names = cluster_names(ray, cluster_name)
-        kubectl.tell("delete", resource, "--wait=false", "--ignore-not-found")
+        kubectl.run("delete", resource, "--wait=false", "--ignore-not-found")
         say(f"{resource} is deleted; waiting for its pods, which let their streams end")
         deleted.append(resource)
     else:
@@ -121,5 +121,5 @@ def _delete_labelled(kubectl: Kubectl, namespace: str, kind: str, cluster_name: 
     if names:
         timeout_s = kubectl.settings.timeout_s
         options = ["--ignore-not-found", f"--timeout={timeout_s:g}s"]
-        kubectl.tell("delete", *names, *options, namespace=namespace, timeout_s=timeout_s + _SPARE_S)
+        kubectl.run("delete", *names, *options, namespace=namespace, timeout_s=timeout_s + _SPARE_S)
     return names
