@@ -33,10 +33,12 @@ from expertmesh.actors.kubernetes.kubectl import Kubectl
 from expertmesh.actors.kubernetes.live import cluster_names, find_pods, find_ray
 from expertmesh.actors.kubernetes.manifests import load_yaml
 from expertmesh.actors.kubernetes.taking_down import remains, take_down
-from expertmesh.cluster.errors import ExpertMeshError, InputError
+from expertmesh.cluster.errors import ExpertMeshError, InputError, NotFoundError
 from expertmesh.cluster.kubernetes.objects import Manifest
 from expertmesh.cluster.kubernetes.pods import group_of, is_ending
 from expertmesh.cluster.kubernetes.settings import read_provider
+
+_AT_A_HEAD = ("exec", "attach", "dashboard", "get-head-ip", "monitor", "rsync-down", "rsync-up", "submit")
 
 
 class KubernetesProvider(NodeProvider):  # type: ignore[misc]
@@ -60,7 +62,11 @@ class KubernetesProvider(NodeProvider):  # type: ignore[misc]
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Return the pods that have these tags and do not end."""
-        return self._nodes(tag_filters, with_ending=False)
+        nodes = self._nodes(tag_filters, with_ending=False)
+        if not nodes and tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and _needs_a_head(sys.argv):
+            where = f"{self.cluster_name} in the namespace {self._kubectl.settings.namespace}"
+            _refuse(NotFoundError(f"there is no head of {where}: `ray up` brings one up"))
+        return nodes
 
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
         """Return what there is to delete; the head stands for everything, also where it never came to be."""
@@ -193,6 +199,11 @@ def _has(tags: dict[str, str], wanted: dict[str, str]) -> bool:
 def _file_of_the_command(words: list[str]) -> Path | None:
     """Return the YAML file that Ray's command was given, beside which files are looked for; Ray tells it to nobody."""
     return next((Path(word) for word in words[1:] if word.endswith((".yaml", ".yml")) and _is_for_ray(word)), None)
+
+
+def _needs_a_head(words: list[str]) -> bool:
+    """Return whether Ray's command is of no use without a head; Ray itself ends such with a traceback."""
+    return len(words) > 1 and words[1] in _AT_A_HEAD and "--start" not in words
 
 
 def _is_for_ray(word: str) -> bool:

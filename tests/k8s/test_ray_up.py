@@ -101,6 +101,10 @@ def test_what_cannot_be_is_refused_in_one_line(ray: Ray, lab: Lab) -> None:
     assert "configmap/settings created" in done.stdout
     assert "not finished; what was applied stays" in done.stdout
 
+    done = ray("exec", "echo", code=1)
+    assert "Error: there is no head of mesh in the namespace ml: `ray up` brings one up" in done.stderr
+    assert "Traceback" not in done.stderr
+
     # Only what is beside the cluster was applied: it is taken down too.
     ray("down", "-y")
     assert "delete configmaps/settings" in lab.writes()

@@ -138,6 +138,21 @@ def test_an_application_is_the_one_named_else_the_one_beside(tmp_path: Path, mon
         read_application(read_provider({**TABLE, "application": "m"}), None)
 
 
+@pytest.mark.parametrize(
+    ("line", "needs"),
+    [
+        ("ray exec up.yaml ls", True),
+        ("ray attach up.yaml", True),
+        ("ray attach --start up.yaml", False),
+        ("ray up up.yaml", False),
+        ("ray down up.yaml", False),
+        ("ray", False),
+    ],
+)
+def test_commands_that_are_of_no_use_without_a_head(line: str, needs: bool) -> None:
+    assert provider_module._needs_a_head(line.split()) == needs
+
+
 def test_of_ray_s_command_the_file_is_the_one_with_a_provider(tmp_path: Path) -> None:
     find = provider_module._file_of_the_command
     other = tmp_path / "other.yaml"
