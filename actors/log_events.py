@@ -31,6 +31,7 @@ EVENTS: tuple[Event, ...] = (
     Event("traces_sent_again", _INFO, "traces are sent again; {num_spans} spans or more were dropped"),
     # Of a gateway: its requests.
     Event("request_accepted", _DEBUG, "{request_id}: {prompt_tokens} prompt tokens, {samples} samples"),
+    Event("request_taken_up", _INFO, "{request_id} goes on after {former_tokens} tokens from another gateway"),
     Event("request_placed", _DEBUG, "{request_id} is at {worker}"),
     Event("request_moved", _WARNING, "{request_id} leaves {worker} with {output_tokens} tokens: {reason}"),
     Event(

@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 class Relay:
     """Passes bytes on between clients and a server, until it is told to cut.
 
+    server_port: where new connections go. It may change, as what a Service of Kubernetes leads to does.
     cut_at: bytes from the server over the first connection after which all are cut.
     """
 
     def __init__(self, port: int, cut_at: int | None = None) -> None:
-        self._server_port = port
+        self.server_port = port
         self._cut_at = cut_at
         self._writers: list[asyncio.StreamWriter] = []
         self.tasks: set[asyncio.Task[None] | None] = set()
@@ -28,7 +29,7 @@ class Relay:
     async def join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         self.tasks.add(asyncio.current_task())
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.server_port)
         self._writers += [writer, far_writer]
         cut_at = self._cut_at if self.num_connections == 1 else None
         await asyncio.gather(self._pass_on(reader, far_writer), self._pass_on(far_reader, writer, cut_at))

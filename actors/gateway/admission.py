@@ -153,9 +153,9 @@ class Admission:
     def _enter(self, caller: Caller, request: ValidRequest) -> Ticket:
         ticket = Ticket(
             caller=caller,
-            num_left=len(request.sampling),
+            num_left=len(request.tokens_left),
             num_prompt_tokens=len(request.prompt_ids),
-            most_tokens=sum(sampling.max_tokens for sampling in request.sampling),
+            most_tokens=sum(request.tokens_left),
         )
         name, weight, num_prompt_tokens = caller.name, caller.weight, ticket.num_prompt_tokens
         waits = self._would_wait
