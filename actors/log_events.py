@@ -49,6 +49,7 @@ EVENTS: tuple[Event, ...] = (
     Event("cancel_unheard", _INFO, "worker {worker} did not hear of {num_sequences} cancels: {reason}"),
     Event("controller_away", _WARNING, "the controller is away, going on with {num_workers} workers: {reason}"),
     Event("controller_back", _INFO, "the controller answers again"),
+    Event("node_end_unknown", _WARNING, "Ray does not say whether this node is to end: {reason}"),
     Event("readiness_changed", _INFO, "ready: {ready}"),
     Event("live_look_failed", _ERROR, "a look for the live page failed"),
     Event("viewer_let_go", _INFO, "a viewer of the live page is {num_messages} messages behind; it is let go"),

@@ -16,7 +16,7 @@ from expertmesh.actors.gateway.request_log import told
 from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import NotRead, WorkerLost
+from expertmesh.actors.gateway.worker_client import GATEWAY_ENDS, GatewayEnds, NotRead, WorkerLost
 from expertmesh.actors.gateway.worker_pool import WorkerPool
 from expertmesh.actors.logs import EventLog
 from expertmesh.actors.metrics import Metrics
@@ -114,6 +114,11 @@ class Engine:
         if num_live >= most:
             raise CapacityError(f"{num_live} sequences are live at {num_workers} workers, {most} is the most")
 
+    def end(self) -> None:
+        """Let all requests that are alive fail with UnavailableError: the gateway's time is over."""
+        self.admission.end()
+        self.pool.end()
+
     async def generate(self, request: ValidRequest) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; those of different samples interleave.
 
@@ -124,6 +129,7 @@ class Engine:
                 on after a stop string.
             CapacityError: the gateway or all workers are full, its key is above its limits, or too many tokens waited
                 to be read.
+            UnavailableError: the gateway's time is over.
             ExpertMeshError: a worker could not go on.
         """
         async with self._admitted(request) as (times, live, ticket):
@@ -137,6 +143,8 @@ class Engine:
                 for item in await _arrived(live.inbox):
                     if isinstance(item, NotRead):
                         raise CapacityError(NOT_READ)
+                    if isinstance(item, GatewayEnds):
+                        raise UnavailableError(GATEWAY_ENDS)
                     if isinstance(item, WorkerLost):
                         if item.link is live.link:
                             await self.pool.place(live)

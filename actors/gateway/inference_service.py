@@ -26,6 +26,8 @@ from expertmesh.v1.inference_pb2 import GenerateOnceResponse, GenerateRequest, G
 
 # A longer prompt is tokenised in a thread: meanwhile the streams of the others go on.
 LONG_PROMPT_CHARS = 8192
+# A larger request is checked there too: its prompt is long, or much was received of it.
+LONG_REQUEST_BYTES = 8192
 DEFAULTS = GrpcSettings()
 
 FINISH_REASONS = {
@@ -177,7 +179,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         seed = self._rng.getrandbits(63)
         with self._engine.meter.refusals(), refusals_told(request_id):
-            return await asyncio.to_thread(validate) if len(request.text) > LONG_PROMPT_CHARS else validate()
+            return await asyncio.to_thread(validate) if request.ByteSize() > LONG_REQUEST_BYTES else validate()
 
 
 def _fingerprint(request: GenerateRequest) -> bytes:

@@ -8,12 +8,12 @@ from typing import TypeAlias
 
 from expertmesh.actors.gateway.request_trace import UNTRACED, RequestTrace
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import NotRead, WorkerLink, WorkerLost
+from expertmesh.actors.gateway.worker_client import GatewayEnds, NotRead, WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
 from expertmesh.cluster.token_budget import Account
 
-Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead
+Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead | GatewayEnds
 Inbox: TypeAlias = asyncio.Queue[Arrival]
 
 

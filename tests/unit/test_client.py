@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
-from expertmesh.client import AsyncClient, Client
+from expertmesh.client import AsyncClient, Client, connection
 from expertmesh.client.requests import FIRST_PAUSE_S, LONGEST_PAUSE_S, Received, generate_request, pause_s
+from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
 from expertmesh.v1.inference_pb2 import GenerateRequest, GenerateResponse
 from tests.relay import relayed
@@ -142,7 +143,7 @@ async def test_a_stream_goes_on_at_another_gateway_wherever_it_breaks(tokenizer:
                 async for message in client.generate(PROMPT, max_tokens=12, n=2, temperature=1, stop=["zzz"]):
                     got.append(message)
                     if len(got) == num_before + 1:
-                        relay.server_port = new.server.port
+                        relay.server_address = new.server.address
                         relay.cut()
             drawn = [sequence.sampling for sequence in first.submitted[-2:]]
             assert [tokens(got, index) for index in (0, 1)] == [fake_output(PROMPT, one) for one in drawn]
@@ -160,14 +161,14 @@ async def all_of(client: AsyncClient, **options: Any) -> list[GenerateResponse]:
 async def test_a_stream_goes_from_gateway_to_gateway_and_back(tokenizer: Tokenizer) -> None:
     workers = FakeWorker("a", step_s=0.005), FakeWorker("b", step_s=0.005)
     async with running(workers[0], tokenizer=tokenizer) as one, running(workers[1], tokenizer=tokenizer) as other:
-        ports = [one.server.port, other.server.port]
-        async with relayed(ports[0]) as relay, AsyncClient(relay.address) as client:
+        addresses = [one.server.address, other.server.address]
+        async with relayed(one.server.port) as relay, AsyncClient(relay.address) as client:
             got = []
             async for message in client.generate(PROMPT, max_tokens=200, seed=6):
                 got.append(message)
                 if len(got) in (5, 20, 35, 50):
-                    ports.reverse()
-                    relay.server_port = ports[0]
+                    addresses.reverse()
+                    relay.server_address = addresses[0]
                     relay.cut()
     assert tokens(got) == fake_output(PROMPT, sampling(6, 200))
     assert "".join(m.text for m in got) == fake_text(PROMPT, sampling(6, 200))
@@ -181,7 +182,7 @@ async def test_the_client_for_threads_goes_on_at_another_gateway_too(tokenizer: 
             for message in client.generate(PROMPT, max_tokens=100, seed=6):
                 got.append(message)
                 if len(got) == 5:
-                    relay.server_port = new.server.port
+                    relay.server_address = new.server.address
                     loop.call_soon_threadsafe(relay.cut)
             return got
 
@@ -210,9 +211,31 @@ async def test_a_gateway_that_ends_in_order_lets_its_streams_go_on_elsewhere(tok
         async for message in client.generate(PROMPT, max_tokens=300, seed=6):
             got.append(message)
             if len(got) == 5:
-                relay.server_port = new.server.port
+                relay.server_address = new.server.address
                 ending = asyncio.create_task(old.server.stop(grace_s=0.1))
         await ending
+    assert tokens(got) == fake_output(PROMPT, sampling(6, 300))
+    assert len(worker.submitted) == 1
+
+
+async def test_a_gateway_that_vanishes_without_a_word_is_missed(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "KEEPALIVE_S", 0.3)
+    monkeypatch.setattr(connection, "KEEPALIVE_TIMEOUT_S", 0.3)
+    worker, often = FakeWorker("b"), GrpcSettings(min_ping_s=0.1)
+    async with (
+        running(FakeWorker("a", step_s=0.005), settings=often) as old,
+        running(worker, settings=often) as new,
+        relayed(old.server.port) as relay,
+        AsyncClient(relay.address) as client,
+    ):
+        got = []
+        async for message in client.generate(PROMPT, max_tokens=300, seed=6):
+            got.append(message)
+            if len(got) == 5:
+                relay.server_address = new.server.address
+                relay.silence()
     assert tokens(got) == fake_output(PROMPT, sampling(6, 300))
     assert len(worker.submitted) == 1
 
