@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
 
 from expertmesh.actors.logs import EventLog, reason_of
 
@@ -29,6 +31,7 @@ async def until_node_ends(
     while True:
         try:
             end_ms = (await asyncio.to_thread(deadlines)).get(node_id)
+            told = False
         except Exception as error:  # noqa: BLE001 - Ray's own are of many kinds; it is asked again
             if not told:
                 _log.tell("node_end_unknown", reason=reason_of(error))
@@ -40,12 +43,15 @@ async def until_node_ends(
 
 def ray_deadlines(gcs_address: str) -> Deadlines:
     """Return a way to ask the head of a Ray cluster. Ray Serve asks in the same way; Ray's stubs leave it out."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-    client = GcsClient(address=gcs_address)
+    @cache
+    def client() -> Any:
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+        return GcsClient(address=gcs_address)
 
     def ask() -> Mapping[str, float]:
-        found: Mapping[str, float] = client.get_draining_nodes(timeout=_TIMEOUT_S)
+        found: Mapping[str, float] = client().get_draining_nodes(timeout=_TIMEOUT_S)
         return found
 
     return ask
