@@ -255,3 +255,15 @@ async def test_the_log_tells_of_it_and_counts_what_is_new(tokenizer: Tokenizer) 
     (taken_up,), (ended,) = lines.of("request_taken_up"), lines.of("request_ended")
     assert (taken_up["former_tokens"], ended["output_tokens"]) == (4, 5)
     assert recorded.value("key_tokens_total", key="-", kind="output") == 9 + 5
+
+
+async def test_what_waits_is_counted_by_what_is_left(tokenizer: Tokenizer) -> None:
+    engine = Engine(tokenizer=tokenizer, rng=random.Random(1), batch_sequences=1)  # and no worker
+    received = [ReceivedSample(token_ids=[1] * 5), ReceivedSample(token_ids=[1] * 2, has_ended=True)]
+    waiting = asyncio.create_task(collect(engine, tokenizer, received, n=2, max_tokens=20))
+    while not engine.admission.num_waiting:  # noqa: ASYNC110 - nobody is told
+        await asyncio.sleep(0)
+    assert (engine.admission.num_waiting, engine.admission.waiting_tokens) == (1, 15)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await engine.pool.close()
