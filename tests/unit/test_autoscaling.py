@@ -37,6 +37,7 @@ class Fleet:
         self.refusals: list[Exception] = []
         self.rolls_back = False
         self.busy, self.free_pages = 0.5, 60
+        self.evacuations = SimpleNamespace(surplus=frozenset())
         self._set(shards, workers)
 
     @property
