@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,13 @@ def _is_placed(group: PlacementGroup, room: Room) -> bool:
     return True
 
 
+@cache
+def _gcs_client(address: str) -> Any:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's stubs leave it out
+
+    return GcsClient(address=address)
+
+
 def draining_nodes(timeout_s: float) -> dict[str, float]:
     """Return when each node that Ray was told to drain may end, by the node's id, seconds since the epoch.
 
@@ -162,11 +170,9 @@ def draining_nodes(timeout_s: float) -> dict[str, float]:
     Raises:
         UnavailableError: Ray does not answer within timeout_s.
     """
-    # What Ray Serve's controller asks to move its replicas; Ray's stubs leave it out.
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
     try:
-        client = GcsClient(address=ray.get_runtime_context().gcs_address)
+        # What Ray Serve's controller asks to move its replicas.
+        client = _gcs_client(ray.get_runtime_context().gcs_address)
         deadlines_ms: dict[str, int] = client.get_draining_nodes(timeout=timeout_s)
     except RayError as error:
         raise UnavailableError(f"Ray's head does not say which nodes end: {error}") from error

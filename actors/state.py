@@ -25,7 +25,7 @@ from expertmesh.cluster.operations import Operation
 from expertmesh.cluster.placement import Placement
 
 _log = EventLog(__name__)
-_KEPT_OPERATIONS = 100
+_KEPT_OPERATIONS = 400
 # Redis answers within milliseconds. Who asks has faults to see to, and must not wait for one that hangs.
 _ANSWER_S = 1.0
 # How long nobody asks one that did not answer.

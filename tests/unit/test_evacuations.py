@@ -129,6 +129,7 @@ class Keeper:
         self.change_members(shards, workers)
 
     def adopt(self, target: Placement) -> None:
+        assert {slots.shard for slots in target.shards} == set(self.shard_ids), "of other members"
         self._world.effect()
 
 
@@ -299,6 +300,15 @@ def test_a_placement_that_is_asked_for_waits_for_nobody_and_nobody_is_moved_unde
     assert operator.go_to(keeper.placement, "rebalance").phase is Phase.PREPARE
 
 
+def test_members_move_when_a_placement_that_was_asked_for_is_in_force() -> None:
+    operator, keeper = controller(World(), {})
+    operator.go_to(keeper.placement, "rebalance")
+    operator.evacuations.hear({OLD: time.time() + 600})
+    step(operator)
+    assert {o.phase for o in operator.all()} == {Phase.DONE}
+    assert len(operator.all()) == 3
+
+
 def test_processes_beside_the_members_are_not_counted() -> None:
     operator, keeper = controller(World())
     surplus: list[set[str]] = []
@@ -347,7 +357,7 @@ def test_killed_at_any_point_it_goes_on_or_begins_anew() -> None:
         assert tuple(map(len, world.members)) == (2, 1), killed_at
         assert world.processes.keys() == {m for members in world.members for m in members}, killed_at
         assert OLD not in world.processes.values(), killed_at
-        assert not operator.evacuations.under_way
+        assert {o.phase for o in operator.all()} == {Phase.DONE}, "what was begun is gone on with"
     else:
         pytest.fail("it never came to its end")
     assert phases >= {Phase.PREPARE, Phase.COMMIT, Phase.DRAIN}, "it was killed in every phase"
