@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 from ray.exceptions import RayError
 
@@ -30,6 +29,7 @@ from expertmesh.actors.controller.status_fields import drops, layer_traffic, sho
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.cores import step_back, take_part
 from expertmesh.actors.logs import EventLog, reason_of, start_logs
+from expertmesh.actors.machine_share import num_usable_cores
 from expertmesh.actors.runtime import draining_nodes, node_id
 from expertmesh.actors.shard.actor import ShardActor
 from expertmesh.actors.state import EmbeddedRedis, StateStore, open_client
@@ -66,9 +66,9 @@ class Controller:
         self._redis = None if settings.state else EmbeddedRedis(Path(state_dir))
         url = settings.state or (self._redis.url if self._redis else "")
         # Shards of a step compute at the same time, so they share the cores. A worker takes turns with them.
-        cores = psutil.cpu_count() or 1
-        shard_threads = settings.shard_threads or max(1, cores // settings.shards)
-        worker_threads = settings.worker_threads or max(1, cores // settings.workers)
+        cores, reserved = num_usable_cores(), int(settings.member_cpus)
+        shard_threads = settings.shard_threads or reserved or max(1, cores // settings.shards)
+        worker_threads = settings.worker_threads or reserved or max(1, cores // settings.workers)
         self._shards = Tier[ShardId](
             ShardActor, settings, node_labels=settings.nodes.shards, threads=shard_threads, concurrency=8
         )
