@@ -233,17 +233,21 @@ class Evacuations:
         self._set(operation.advanced(Phase.ROLLED_BACK, "", now_s=time.time(), error=error))
 
     def _tell_nodes(self) -> None:
-        """Say once of each node of ours that it is to end, and once that nothing is left on it."""
+        """Say once of each node of ours that it is to end, and once who has moved when nobody is left on it."""
         leaving, now_s = self._leaving, time.time()
-        self._said = {node: are_left for node, are_left in self._said.items() if node in leaving}
         for node, deadline_s in leaving.items():
             there = self._members_on(node)
             if there and node not in self._said:
                 self._said[node] = True
                 self._note(f"node {_short(node)} is to end{_when(deadline_s - now_s)}; {', '.join(there)} move off it")
-            elif not there and self._said.get(node):
+        for node, are_left in tuple(self._said.items()):
+            if are_left and not self._members_on(node):
                 self._said[node] = False
-                self._note(f"nothing is left on node {_short(node)}; it may end")
+                moved = [o.removing[0] for o in self._book.all() if o.node == node and o.phase is Phase.DONE]
+                if moved:
+                    self._note(f"{', '.join(moved)} moved off node {_short(node)}; nothing is left on it")
+            elif not are_left and node not in leaving:
+                del self._said[node]
 
     def _members_on(self, node: str) -> list[str]:
         there = [m for m, facts in self._facts().items() if facts.get("node") == node and facts["state"] != "dead"]

@@ -124,11 +124,12 @@ class Keeper:
         """Do rounds until `stop`."""
         self._watchdog.expect("fleet's rounds", _PERIOD_S, patience=_PATIENCE_ROUNDS)
         while not self._stopping.is_set():
-            alarmed = self._alarm.wait(_PERIOD_S)
+            self._alarm.wait(_PERIOD_S)
             self._alarm.clear()
+            ask_timeout_s = _ALARM_TIMEOUT_S if self._lost.is_set() else _ASK_TIMEOUT_S
             self._lost.clear()
             try:
-                self.round(_ALARM_TIMEOUT_S if alarmed else _ASK_TIMEOUT_S)
+                self.round(ask_timeout_s)
                 self._watchdog.success("fleet's rounds", time.monotonic())
             except ExpertMeshError as error:
                 self._watchdog.failure("fleet's rounds", time.monotonic(), str(error))

@@ -332,10 +332,26 @@ def test_nodes_are_told_of_once_when_they_are_to_end_and_once_when_nothing_is_le
     assert sorted(said) == [
         "node de-other is to end; shard-0 move off it",
         "node node-old is to end in 600 s; shard-1, worker-0 move off it",
-        "nothing is left on node de-other; it may end",
-        "nothing is left on node node-old; it may end",
+        "shard-0 moved off node de-other; nothing is left on it",
+        "shard-1, worker-0 moved off node node-old; nothing is left on it",
     ]
     assert operator.evacuations.warnings(time.time()) == []
+
+
+def test_who_has_moved_is_said_when_the_node_is_gone_at_once_and_nothing_of_who_died() -> None:
+    said: list[str] = []
+    world = World()
+    keeper = Keeper(world)
+    operator = Operator(keeper, world, note=said.append)  # type: ignore[arg-type]  # a fleet and a store in memory
+    operator.evacuations.hear({OLD: time.time() + 600})
+    while "shard-1" in world.processes:
+        step(operator, 1)
+    operator.evacuations.hear({OTHER: math.inf})
+    world.dead = {"shard-0"}
+    step(operator)
+    assert [line for line in said if "moved" in line] == [
+        "shard-1, worker-0 moved off node node-old; nothing is left on it"
+    ]
 
 
 def test_killed_at_any_point_it_goes_on_or_begins_anew() -> None:
