@@ -17,6 +17,7 @@ from ray import serve
 from expertmesh.actors.cli.configuration import read_settings
 from expertmesh.actors.controller.actor import find_or_start_controller
 from expertmesh.actors.gateway.deployment import Gateway, call, gateway_deployment
+from expertmesh.actors.gateway.node_end import ray_deadlines, until_node_ends
 from expertmesh.actors.inspection import inspect, known_facts
 from expertmesh.actors.logs import start_logs
 from expertmesh.actors.runtime import actor_env, node_id, on_this_node
@@ -85,11 +86,25 @@ class ApplicationGateway(Gateway):
             )
         await call(controller.start.remote())
         await super().__init__(settings, info)
+        self._ending: asyncio.Task[None] | None = None
+        self._node_task = asyncio.create_task(self._end_with_node())
+
+    async def _end_with_node(self) -> None:
+        """Begin to end when Serve does. It waits first for what came over HTTP, a viewer of the live page say."""
+        deadlines = ray_deadlines(ray.get_runtime_context().gcs_address)
+        await until_node_ends(node_id(), self._drain_s + STOP_S, deadlines)
+        await self._end()
+
+    def _end(self) -> "asyncio.Task[None]":
+        if self._ending is None:
+            self._ending = asyncio.create_task(self.shut_down(self._drain_s))
+        return self._ending
 
     async def __del__(self) -> None:
         """End in order. Serve calls and awaits it once when it stops a replica; see Gateway.shut_down."""
-        if hasattr(self, "_server"):  # it came up
-            await self.shut_down(self._drain_s)
+        if hasattr(self, "_node_task"):  # it came up
+            await self._end()
+            self._node_task.cancel()
 
 
 async def _facts(settings: ServeSettings) -> CheckpointFacts:
