@@ -203,6 +203,14 @@ class Lab:
     def pods(self) -> list[str]:
         return [pod["metadata"]["name"] for pod in self.kube.store.all(PODS, NAMESPACE)]
 
+    def phases(self) -> list[str]:
+        """Return the phases of the pods, by the alphabet; of a pod that nobody has looked at yet, none."""
+        return sorted(pod["status"].get("phase", "none") for pod in self.kube.store.all(PODS, NAMESPACE))
+
+    def looks(self) -> int:
+        """Return how often somebody asked for pods."""
+        return sum((found.verb, found.resource) == ("list", "pods") for found in list(self.kube.faults.log))
+
     def writes(self) -> list[str]:
         """Return what was asked of the server that changes it, in order, without what was refused."""
         verbs = ("create", "update", "patch", "delete", "deletecollection")
