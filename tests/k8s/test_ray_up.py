@@ -67,6 +67,11 @@ def test_a_life_by_ray_s_commands(ray: Ray, lab: Lab, tmp_path: Path) -> None:
     ray("rsync-down", "~/arrived", str(tmp_path / "back"))
     assert (tmp_path / "back").read_text() == "sent"
 
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "leaf").write_text("leaf")
+    ray("rsync-up", f"{tmp_path}/tree/", "~/tree")
+    assert (lab.head.home / "tree" / "leaf").read_text() == "leaf"
+
     lab.scale(3)
     lab.ray["spec"]["workerGroupSpecs"][1]["maxReplicas"] = 7
     lab.write()
