@@ -99,6 +99,7 @@ EVENTS: tuple[Event, ...] = (
     Event("round_failed", _ERROR, "a round failed; the next is in {delay_s:.1f} s"),
     Event("take_up_failed", _ERROR, "the fleet could not be taken up; trying again in {delay_s:.0f} s"),
     Event("loop_failed", _ERROR, "the loop of the {loop} failed"),
+    Event("move_put_off", _WARNING, "{members} cannot move off their node yet: {reason}"),
     Event("slots_not_freed", _WARNING, "a shard may still hold what it no longer needs: {reason}"),
     # Of the controller: what it decides.
     Event("operation_phase", _INFO, "{operation}, {request}: {phase} {reason}"),
