@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -20,6 +19,7 @@ from expertmesh.actors.gateway.credentials import CertificateWatch
 from expertmesh.actors.gateway.deployment import deploy_gateway
 from expertmesh.actors.gateway.key_book import read_keys
 from expertmesh.actors.inspection import inspect, known_facts
+from expertmesh.actors.machine_share import usable_memory
 from expertmesh.actors.port_claim import PortClaim, require_http, url_host
 from expertmesh.actors.runtime import GATEWAY_APP, join_ray, metrics_address, start_local_ray, yield_to_actors
 from expertmesh.actors.state import connect
@@ -211,7 +211,7 @@ class Deployment:
             return
         experts = facts.expert_bytes * info.num_experts * len(info.moe_layers) * settings.replicas
         dense = facts.dense_bytes * settings.workers
-        free = psutil.virtual_memory().available
+        free = usable_memory().available_bytes
         if experts + dense > free:
             raise CapacityError(
                 f"{settings.model}: {experts / 2**30:.2f} GiB of experts and {dense / 2**30:.2f} GiB of dense halves "

@@ -31,6 +31,7 @@ EVENTS: tuple[Event, ...] = (
     Event("traces_sent_again", _INFO, "traces are sent again; {num_spans} spans or more were dropped"),
     # Of a gateway: its requests.
     Event("request_accepted", _DEBUG, "{request_id}: {prompt_tokens} prompt tokens, {samples} samples"),
+    Event("request_taken_up", _INFO, "{request_id} goes on after {former_tokens} tokens from another gateway"),
     Event("request_placed", _DEBUG, "{request_id} is at {worker}"),
     Event("request_moved", _WARNING, "{request_id} leaves {worker} with {output_tokens} tokens: {reason}"),
     Event(
@@ -48,6 +49,7 @@ EVENTS: tuple[Event, ...] = (
     Event("cancel_unheard", _INFO, "worker {worker} did not hear of {num_sequences} cancels: {reason}"),
     Event("controller_away", _WARNING, "the controller is away, going on with {num_workers} workers: {reason}"),
     Event("controller_back", _INFO, "the controller answers again"),
+    Event("node_end_unknown", _WARNING, "Ray does not say whether this node is to end: {reason}"),
     Event("readiness_changed", _INFO, "ready: {ready}"),
     Event("live_look_failed", _ERROR, "a look for the live page failed"),
     Event("viewer_let_go", _INFO, "a viewer of the live page is {num_messages} messages behind; it is let go"),
@@ -97,6 +99,7 @@ EVENTS: tuple[Event, ...] = (
     Event("round_failed", _ERROR, "a round failed; the next is in {delay_s:.1f} s"),
     Event("take_up_failed", _ERROR, "the fleet could not be taken up; trying again in {delay_s:.0f} s"),
     Event("loop_failed", _ERROR, "the loop of the {loop} failed"),
+    Event("move_put_off", _WARNING, "{members} cannot move off their node yet: {reason}"),
     Event("slots_not_freed", _WARNING, "a shard may still hold what it no longer needs: {reason}"),
     # Of the controller: what it decides.
     Event("operation_phase", _INFO, "{operation}, {request}: {phase} {reason}"),

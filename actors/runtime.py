@@ -1,22 +1,37 @@
 """Ray as ExpertMesh uses it: names, the environment of the actors, a local cluster of our own."""
 
+import math
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expertmesh.actors.cores import step_back
 from expertmesh.actors.links.ends import LinkEnd
-from expertmesh.cluster.errors import CapacityError
+from expertmesh.cluster.errors import CapacityError, UnavailableError
 
 NAMESPACE = "expertmesh"
 CONTROLLER = "controller"
 GATEWAY_APP = "expertmesh"
+_LOOK_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How long a member waits for room in the cluster; give_up, where there is one, ends the wait when it is set."""
+
+    timeout_s: float
+    give_up: threading.Event | None = None
 
 
 def actor_env(threads: int) -> dict[str, str]:
@@ -100,24 +115,23 @@ def pinned_options(
     num_gpus: float,
     node_labels: Mapping[str, str],
     runtime_env: dict[str, Any],
-    timeout_s: float,
+    room: Room,
 ) -> dict[str, Any]:
     """Reserve an accelerator, under group_name, for a detached actor and return the actor's options.
 
     While it waits for room it is a demand that Ray's autoscaler sees.
 
     Raises:
-        CapacityError: the cluster has no room within timeout_s on a node with these labels; the reservation is
-            withdrawn.
+        CapacityError: the cluster has no room in time on a node with these labels; the reservation is withdrawn.
     """
     bundle = {"GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
     selector = [dict(node_labels)] if node_labels else None
     group = placement_group([bundle], name=group_name, lifetime="detached", bundle_label_selector=selector)
-    if not group.wait(timeout_s):
+    if not _is_placed(group, room):
         remove_placement_group(group)
         labelled = f" and labels {dict(node_labels)}" if node_labels else ""
         raise CapacityError(
-            f"{name}: no node with {bundle} free{labelled} within {timeout_s:.0f} s; "
+            f"{name}: no node with {bundle} free{labelled} within {room.timeout_s:.0f} s; "
             f"Ray has {ray.available_resources()}"
         )
     return {
@@ -129,6 +143,40 @@ def pinned_options(
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
         "runtime_env": runtime_env,
     }
+
+
+def _is_placed(group: PlacementGroup, room: Room) -> bool:
+    if room.give_up is None:
+        return bool(group.wait(room.timeout_s))
+    deadline_s = time.monotonic() + room.timeout_s
+    while not group.wait(max(0.0, min(_LOOK_AGAIN_S, deadline_s - time.monotonic()))):
+        if room.give_up.is_set() or time.monotonic() >= deadline_s:
+            return False
+    return True
+
+
+@cache
+def _gcs_client(address: str) -> Any:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's stubs leave it out
+
+    return GcsClient(address=address)
+
+
+def draining_nodes(timeout_s: float) -> dict[str, float]:
+    """Return when each node that Ray was told to drain may end, by the node's id, seconds since the epoch.
+
+    Infinite: it is not said. A node that is gone is not among them.
+
+    Raises:
+        UnavailableError: Ray does not answer within timeout_s.
+    """
+    try:
+        # What Ray Serve's controller asks to move its replicas.
+        client = _gcs_client(ray.get_runtime_context().gcs_address)
+        deadlines_ms: dict[str, int] = client.get_draining_nodes(timeout=timeout_s)
+    except RayError as error:
+        raise UnavailableError(f"Ray's head does not say which nodes end: {error}") from error
+    return {node: deadline_ms / 1000 if deadline_ms else math.inf for node, deadline_ms in deadlines_ms.items()}
 
 
 def node_id() -> str:

@@ -25,7 +25,7 @@ from expertmesh.cluster.operations import Operation
 from expertmesh.cluster.placement import Placement
 
 _log = EventLog(__name__)
-_KEPT_OPERATIONS = 100
+_KEPT_OPERATIONS = 400
 # Redis answers within milliseconds. Who asks has faults to see to, and must not wait for one that hangs.
 _ANSWER_S = 1.0
 # How long nobody asks one that did not answer.
@@ -112,7 +112,7 @@ class StateStore:
         return None if record is None else LoadWindows.from_bytes(record)
 
     def save_operation(self, operation: Operation) -> None:
-        """Keep an operation as the newest; there are no two at a time.
+        """Keep an operation: in the place of what was kept of it, or as the newest.
 
         Raises:
             UnavailableError: Redis cannot be reached.
@@ -122,8 +122,9 @@ class StateStore:
             if self._client.type(key) not in (b"list", b"none"):
                 _log.tell("record_damaged", key=key, reason="it is no list and is replaced")
                 self._client.delete(key)
-            if self._client.lindex(key, 0) is not None and self._newest_id(key) == operation.id:
-                self._client.lset(key, 0, operation.to_bytes())  # type: ignore[arg-type]  # takes bytes too
+            position = self._position(key, operation.id)
+            if position is not None:
+                self._client.lset(key, position, operation.to_bytes())  # type: ignore[arg-type]  # takes bytes too
             else:
                 self._client.lpush(key, operation.to_bytes())
                 self._client.ltrim(key, 0, _KEPT_OPERATIONS - 1)
@@ -162,12 +163,15 @@ class StateStore:
         except redis.RedisError as error:
             raise UnavailableError(f"Redis: {error}") from error
 
-    def _newest_id(self, key: str) -> str:
-        record: Any = self._client.lindex(key, 0)
-        try:
-            return Operation.from_bytes(record).id
-        except StateError:
-            return ""  # damaged: it is left behind the new one
+    def _position(self, key: str, operation_id: str) -> int | None:
+        records: Any = self._client.lrange(key, 0, -1)
+        for position, record in enumerate(records):
+            try:
+                if Operation.from_bytes(record).id == operation_id:
+                    return position
+            except StateError:
+                continue  # damaged: it stays behind the new ones
+        return None
 
     def _save(self, name: str, record: bytes) -> None:
         with self._reaching():

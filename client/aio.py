@@ -52,6 +52,8 @@ class AsyncClient(Connection):
     ) -> AsyncGenerator[GenerateResponse, None]:
         """Yield the messages of a stream as they come. A broken one is resumed: no token is missing, none comes twice.
 
+        It goes on at another gateway if its own is gone.
+
         Close the generator to end the request before its time.
 
         Raises:
@@ -64,12 +66,13 @@ class AsyncClient(Connection):
         try:
             while not received.is_over:
                 try:
-                    async for message in self._stream(request, received, attempts.left_s):
+                    async for message in self._stream(received, attempts.left_s):
                         received.add(message)
                         attempts.succeed()
                         yield message
                 except grpc.RpcError as error:
-                    await asyncio.sleep(attempts.fail(error))
+                    if not received.is_unknown(error):
+                        await asyncio.sleep(attempts.fail(error))
         except (GeneratorExit, asyncio.CancelledError):
             with suppress(grpc.RpcError):
                 await self._cancel(request)

@@ -7,14 +7,18 @@ from typing import Any, TypedDict
 
 import grpc
 
-from expertmesh.client.requests import Received, pause_s
+from expertmesh.client.requests import LONGEST_PAUSE_S, Received, pause_s
 from expertmesh.v1.admin_pb2_grpc import AdminStub
-from expertmesh.v1.inference_pb2 import CancelRequest, GenerateRequest
+from expertmesh.v1.inference_pb2 import CancelRequest, GenerateRequest, ResumeRequest
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 
 DEFAULT_RETRIES = 8
 DEFAULT_TIMEOUT_S = 600.0
 CANCEL_TIMEOUT_S = 2.0
+# A server that vanished without closing its connections is missed after this silence and this wait; servers allow pings
+# each 10 s. Whoever waits for one that is away asks about as often as the retries do.
+KEEPALIVE_S = 20.0
+KEEPALIVE_TIMEOUT_S = 10.0
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -90,6 +94,15 @@ class Attempts:
         return seconds
 
 
+def channel_options() -> list[tuple[str, int]]:
+    """Name how a channel notices that its server is gone, as gRPC does: see its grpc_arg_keys."""
+    return [
+        ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
+        ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
+        ("grpc.max_reconnect_backoff_ms", round(LONGEST_PAUSE_S * 1000)),
+    ]
+
+
 class Connection:
     """What both clients have: a channel, and calls that carry the key. What a call returns is the channel's kind's."""
 
@@ -97,15 +110,16 @@ class Connection:
         self,
         address: str,
         options: ConnectionOptions,
-        plaintext: Callable[[str], Any],
-        encrypted: Callable[[str, grpc.ChannelCredentials], Any],
+        plaintext: Callable[..., Any],
+        encrypted: Callable[..., Any],
     ) -> None:
         """Connect at the first call, over one of these kinds of channel."""
         self._timeout_s = options.get("timeout_s", DEFAULT_TIMEOUT_S)
         self._retries = options.get("retries", DEFAULT_RETRIES)
         self._metadata = key_metadata(address, options)
         credentials = options.get("credentials")
-        self._channel = plaintext(address) if credentials is None else encrypted(address, credentials)
+        how = channel_options()
+        self._channel = plaintext(address, how) if credentials is None else encrypted(address, credentials, how)
         self._inference: Any = InferenceStub(self._channel)
         self._admin: Any = AdminStub(self._channel)
 
@@ -115,11 +129,11 @@ class Connection:
     def _call(self, method: Callable[..., Any], message: Any, timeout_s: float) -> Any:
         return method(message, timeout=timeout_s, metadata=self._metadata)
 
-    def _stream(self, request: GenerateRequest, received: Received, timeout_s: float) -> Any:
+    def _stream(self, received: Received, timeout_s: float) -> Any:
         """Ask for what has not come of a request."""
-        if received.is_empty:
-            return self._call(self._inference.Generate, request, timeout_s)
-        return self._call(self._inference.Resume, received.rest(), timeout_s)
+        message = received.next_call()
+        is_known = isinstance(message, ResumeRequest)
+        return self._call(self._inference.Resume if is_known else self._inference.Generate, message, timeout_s)
 
     def _cancel(self, request: GenerateRequest) -> Any:
         """End a request. A server that does not hear of it ends it itself, a while after its reader left."""

@@ -52,6 +52,8 @@ class Client(Connection):
     ) -> Generator[GenerateResponse, None, None]:
         """Yield the messages of a stream as they come. A broken one is resumed: no token is missing, none comes twice.
 
+        It goes on at another gateway if its own is gone.
+
         Close the generator to end the request before its time.
 
         Raises:
@@ -64,12 +66,13 @@ class Client(Connection):
         try:
             while not received.is_over:
                 try:
-                    for message in self._stream(request, received, attempts.left_s):
+                    for message in self._stream(received, attempts.left_s):
                         received.add(message)
                         attempts.succeed()
                         yield message
                 except grpc.RpcError as error:
-                    time.sleep(attempts.fail(error))
+                    if not received.is_unknown(error):
+                        time.sleep(attempts.fail(error))
         except (GeneratorExit, KeyboardInterrupt):
             with suppress(grpc.RpcError):
                 self._cancel(request)

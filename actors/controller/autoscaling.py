@@ -92,9 +92,10 @@ class Autoscaling:
         keeper, is_free = self._keeper, self._operator.current is None
         if is_free:
             self._note_end(now_s)
+        surplus = self._operator.evacuations.surplus
         inputs = self._measuring.look(
-            dict(keeper.shards.facts),
-            dict(keeper.workers.facts),
+            {shard: facts for shard, facts in tuple(keeper.shards.facts.items()) if shard not in surplus},
+            {worker: facts for worker, facts in tuple(keeper.workers.facts.items()) if worker not in surplus},
             needed_bytes=keeper.expert_bytes * self._needed_slots,
             backlog=self.queues.sum(now_s),
         )
@@ -138,7 +139,8 @@ class Autoscaling:
 
     @property
     def _newest(self) -> Operation | None:
-        return next(reversed(self._operator.all()), None)
+        # Moves off a node that is to end change no numbers.
+        return next((operation for operation in reversed(self._operator.all()) if not operation.node), None)
 
     def _note_end(self, now_s: float) -> None:
         """Learn from the operation that ended last; there is one at a time."""

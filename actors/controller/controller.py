@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
-from google.protobuf.message import Message
 from ray.exceptions import RayError
 
 from expertmesh.actors.controller.autoscaling import Autoscaling
@@ -23,13 +21,16 @@ from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.actors.controller.live_view import LiveView
 from expertmesh.actors.controller.loads import LoadCollector
 from expertmesh.actors.controller.metrics import FleetMeter
+from expertmesh.actors.controller.node_watch import NodeWatch
 from expertmesh.actors.controller.operator import Operator
 from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.controller.records import FleetRecords
+from expertmesh.actors.controller.status_fields import drops, layer_traffic, shown
 from expertmesh.actors.controller.tiers import Tier
 from expertmesh.actors.cores import step_back, take_part
 from expertmesh.actors.logs import EventLog, reason_of, start_logs
-from expertmesh.actors.runtime import node_id
+from expertmesh.actors.machine_share import num_usable_cores
+from expertmesh.actors.runtime import draining_nodes, node_id
 from expertmesh.actors.shard.actor import ShardActor
 from expertmesh.actors.state import EmbeddedRedis, StateStore, open_client
 from expertmesh.actors.worker.actor import WorkerActor
@@ -65,9 +66,9 @@ class Controller:
         self._redis = None if settings.state else EmbeddedRedis(Path(state_dir))
         url = settings.state or (self._redis.url if self._redis else "")
         # Shards of a step compute at the same time, so they share the cores. A worker takes turns with them.
-        cores = psutil.cpu_count() or 1
-        shard_threads = settings.shard_threads or max(1, cores // settings.shards)
-        worker_threads = settings.worker_threads or max(1, cores // settings.workers)
+        cores, reserved = num_usable_cores(), int(settings.member_cpus)
+        shard_threads = settings.shard_threads or reserved or max(1, cores // settings.shards)
+        worker_threads = settings.worker_threads or reserved or max(1, cores // settings.workers)
         self._shards = Tier[ShardId](
             ShardActor, settings, node_labels=settings.nodes.shards, threads=shard_threads, concurrency=8
         )
@@ -81,7 +82,8 @@ class Controller:
         self._collector = LoadCollector(model, store, self._workers)
         self._meter = FleetMeter(model, hot_experts=settings.hot_experts)
         self._balancing = Balancing(self._keeper, self._collector, settings, self._watchdog, self._report)
-        self._operator = Operator(self._keeper, store, room_timeout_s=settings.room_timeout_s)
+        self._operator = Operator(self._keeper, store, room_timeout_s=settings.room_timeout_s, note=self._note)
+        self._node_watch = NodeWatch(draining_nodes, self._operator.evacuations.hear, self._watchdog)
         self._autoscaling = (
             Autoscaling(self._keeper, self._operator, settings.autoscale, model, self._watchdog)
             if settings.autoscale
@@ -89,8 +91,9 @@ class Controller:
         )
         self._live = LiveView(model, self._keeper, self._collector, self._operator, spare_slots=settings.spare_slots)
         self._keeper.on_asked, self._keeper.on_moved = self._live.look, self._moved
-        self._operator.on_noted = self._live.operation
+        self._operator.book.on_noted = self._live.operation
         self._keeper.each_round = self._operator.step
+        self._keeper.succeeded = lambda: self._operator.evacuations.moving
         if self._redis is not None:
             records.ensure_store = self._redis.ensure
         self._progress: list[str] = []
@@ -133,6 +136,7 @@ class Controller:
         self._note("ready")
         self._started = True
         threading.Thread(target=self._keeper.run, name="keeper", daemon=True).start()
+        threading.Thread(target=self._node_watch.run, name="node watch", daemon=True).start()
         threading.Thread(target=self._balancing.run, name="balancing", daemon=True).start()
         if self._autoscaling is not None:
             threading.Thread(target=self._autoscaling.run, name="autoscaling", daemon=True).start()
@@ -164,6 +168,7 @@ class Controller:
         handles = dict(self._workers.handles)
         ready = {w: handles[w] for w in self._workers.ready if w in handles}
         leaving = self._operator.leaving_workers
+        self._operator.handover.inform(gateway_id, leaving, time.monotonic())
         ready = {worker: handle for worker, handle in ready.items() if worker not in leaving}
         return {
             "started": self._started,
@@ -252,13 +257,17 @@ class Controller:
             "balancedness": self._balancedness(self._collector.slow(time.time())),
             "recent_balancedness": self._balancedness(self._collector.fast(time.time())),
             "controller": {"pid": os.getpid(), "node": node_id()},
-            "shards": [_shown(f, ShardStatus) for f in self._shards.in_order()],
-            "workers": [_shown(f, WorkerStatus) for f in self._workers.in_order()],
-            "layer_traffic": self._traffic(),
-            **self._dropped(),
+            "shards": [shown(f, ShardStatus) for f in self._shards.in_order()],
+            "workers": [shown(f, WorkerStatus) for f in self._workers.in_order()],
+            "layer_traffic": layer_traffic(self._model, self._collector.latest()),
+            **drops(self._model, self._settings.capacity_factor, self._collector),
             "ready": not reason,
             "not_ready_reason": reason,
-            "warnings": [*self._watchdog.stalled(time.monotonic()), *self._exposed()],
+            "warnings": [
+                *self._watchdog.stalled(time.monotonic()),
+                *self._exposed(),
+                *self._operator.evacuations.warnings(time.time()),
+            ],
             "autoscaler": self._autoscaling.status(time.monotonic()) if self._autoscaling else None,
         }
 
@@ -281,6 +290,7 @@ class Controller:
         """End workers, shards and the embedded Redis, and free what was reserved for them."""
         if self._autoscaling is not None:
             self._autoscaling.stop()
+        self._node_watch.stop()
         self._balancing.stop()
         self._keeper.stop()
         for worker in tuple(self._workers.handles):
@@ -343,31 +353,6 @@ class Controller:
             [f"{len(exposed)} experts have all their replicas on one node, {exposed[0]} among them"] if exposed else []
         )
 
-    def _traffic(self) -> list[dict[str, int]]:
-        counters = self._collector.latest()
-        back = "combine_bytes" if self._model.expert_tp == 1 else "reduce_bytes"
-        return [
-            {
-                "layer": layer,
-                "dispatch_bytes": sum(c["dispatch_bytes_L"][row] for c in counters),
-                "combine_bytes": 0,
-                "reduce_bytes": 0,
-                back: sum(c["combine_bytes_L"][row] for c in counters),
-            }
-            for row, layer in enumerate(self._model.moe_layers)
-        ]
-
-    def _dropped(self) -> dict[str, Any]:
-        factor = self._settings.capacity_factor
-        if factor is None:
-            return {}
-        dropped_LE = self._collector.dropped_LE()
-        drops = [
-            {"layer": layer, "pairs": dropped_E.tolist()}
-            for layer, dropped_E in zip(self._model.moe_layers, dropped_LE, strict=True)
-        ]
-        return {"capacity_factor": factor, "dropped_pairs": int(dropped_LE.sum()), "drops": drops}
-
     def _plan_name(self) -> str:
         keeper = self._keeper
         replicas = min(keeper.replicas, max(1, len(keeper.shard_ids)))
@@ -392,8 +377,3 @@ def _first_members(settings: ServeSettings) -> tuple[list[ShardId], list[WorkerI
 def _was_restarted() -> bool:
     """Say whether Ray has started this actor again: then nobody calls `start`."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
-
-
-def _shown(facts: dict[str, Any], message: type[Message]) -> dict[str, Any]:
-    """Return those facts that the status has a field for."""
-    return {name: value for name, value in facts.items() if name in message.DESCRIPTOR.fields_by_name}

@@ -7,7 +7,7 @@ from what it left.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from expertmesh.actors.controller.mover import Mover
@@ -15,8 +15,10 @@ from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.reviver import Reviver
 from expertmesh.actors.controller.tiers import Tier, natural, wait_for
 from expertmesh.actors.logs import EventLog, reason_of
+from expertmesh.actors.runtime import Room
 from expertmesh.cluster.attendance import given_up, is_settled, still_away
 from expertmesh.cluster.errors import ExpertMeshError, UnavailableError
+from expertmesh.cluster.evacuation import succeeded
 from expertmesh.cluster.ids import ExpertKey, ShardId, WorkerId
 from expertmesh.cluster.model_info import ModelInfo
 from expertmesh.cluster.placement import Placement, ShardSlots, initial_placement
@@ -58,6 +60,8 @@ class Keeper:
         self.shard_ids: list[ShardId] = []
         self.worker_ids: list[WorkerId] = []
         self.each_round: Callable[[], None] = lambda: None
+        # Who is not to be started again when dead: a successor is being started.
+        self.succeeded: Callable[[], frozenset[str]] = frozenset
         # Told how many seconds each change of placement took, and why the load asked for it, if it did.
         self.on_moved: Callable[[float, str], None] = lambda _duration_s, _why: None
         # Told that the members have just been asked.
@@ -120,11 +124,12 @@ class Keeper:
         """Do rounds until `stop`."""
         self._watchdog.expect("fleet's rounds", _PERIOD_S, patience=_PATIENCE_ROUNDS)
         while not self._stopping.is_set():
-            alarmed = self._alarm.wait(_PERIOD_S)
+            self._alarm.wait(_PERIOD_S)
             self._alarm.clear()
+            ask_timeout_s = _ALARM_TIMEOUT_S if self._lost.is_set() else _ASK_TIMEOUT_S
             self._lost.clear()
             try:
-                self.round(_ALARM_TIMEOUT_S if alarmed else _ASK_TIMEOUT_S)
+                self.round(ask_timeout_s)
                 self._watchdog.success("fleet's rounds", time.monotonic())
             except ExpertMeshError as error:
                 self._watchdog.failure("fleet's rounds", time.monotonic(), str(error))
@@ -163,7 +168,7 @@ class Keeper:
             self._note(f"{len(missing)} experts have no live replica; loading them on {len(hosting)} shards")
             self._move_to(repair(self.placement, hosting, {}, replicas=1, level=False), urgent=True)
         for tier in (self.shards, self.workers):
-            self._reviver.begin(tier)
+            self._reviver.begin(tier, self.succeeded())
         placed = {slots.shard for slots in self.placement.shards}
         if live and not placed == set(live) == set(hosting) and not self._reviver.may_be_soon_done:
             held, nodes = {shard: self._keys_of(shard) for shard in live}, self.shards.nodes
@@ -236,8 +241,12 @@ class Keeper:
         loaded = [facts for facts in tuple(self.shards.facts.values()) if facts.get("num_slots")]
         return max((facts["weight_bytes"] // facts["num_slots"] for facts in loaded), default=0)
 
-    def start_member(self, member: ShardId | WorkerId) -> None:
+    def start_member(self, member: ShardId | WorkerId, room: Room | None = None) -> None:
         """Start a shard without experts, or a worker in the placement in force; either is ready afterwards.
+
+        Args:
+            member: its name.
+            room: how long it may wait for room; None: as the settings say.
 
         Raises:
             ExpertMeshError: it could not be started.
@@ -245,7 +254,7 @@ class Keeper:
         timeout_s = self._settings.start_timeout_s
         tier = self._tier(member)
         tier.facts[member] = {"id": member, "state": "starting"}
-        handle = tier.create(member, behind_traffic=True)
+        handle = tier.create(member, behind_traffic=True, room=room)
         if tier is self.shards:
             wait_for([handle.open.remote()], timeout_s)
         else:
@@ -276,6 +285,30 @@ class Keeper:
             held, nodes = {shard: self._keys_of(shard) for shard in shards}, self.shards.nodes
             self._move_to(repair(self.placement, shards, held, replicas=self.replicas, level=True, nodes=nodes))
         self.shard_ids, self.worker_ids = shards, workers
+        self._save()
+
+    def replace_members(self, successors: Mapping[str, str]) -> None:
+        """Have others in the place of some members: they take over what those have, which may be ended afterwards.
+
+        Args:
+            successors: by member; all are ready.
+
+        Raises:
+            ExpertMeshError: experts could not be moved; nothing has changed.
+        """
+        assert self.placement is not None, "replace_members() before bring_up()"
+        shards = [ShardId(successors.get(shard, shard)) for shard in self.shard_ids]
+        if shards != self.shard_ids:
+            live = [shard for shard in shards if shard in self.shards.ready]
+            # While one is away that may come back, no more is moved than must be.
+            whole = len(live) == len(shards)
+            current = succeeded(self.placement, successors)
+            placed = {slots.shard for slots in current.shards}
+            held, nodes = {shard: self._keys_of(shard) for shard in live if shard not in placed}, self.shards.nodes
+            replicas = self.replicas if whole else 1
+            self._move_to(repair(current, live, held, replicas=replicas, level=whole, nodes=nodes))
+        self.shard_ids = shards
+        self.worker_ids = [WorkerId(successors.get(worker, worker)) for worker in self.worker_ids]
         self._save()
 
     def not_ready_reason(self) -> str:

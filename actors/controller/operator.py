@@ -1,5 +1,8 @@
 """Carries out what an operator asks for: scale, drain, go to a placement. One operation at a time.
 
+Beside it members move off nodes that are to end (evacuations.py), under other names: who was asked to leave meanwhile
+leaves under the new one.
+
 The keeper's rounds call `step`. Processes are started on a thread of their own, so that a fault meanwhile is not left
 waiting. An operation under way goes on when the controller was killed and started again: all that it needs is kept.
 """
@@ -10,25 +13,20 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
+from expertmesh.actors.controller.evacuations import Evacuations
+from expertmesh.actors.controller.handover import Handover
 from expertmesh.actors.controller.keeper import Keeper
-from expertmesh.actors.logs import EventLog, reason_of
+from expertmesh.actors.controller.member_names import is_worker, new_names, typed
+from expertmesh.actors.controller.operation_book import OperationBook
 from expertmesh.actors.state import StateStore
-from expertmesh.cluster.errors import (
-    CapacityError,
-    ConflictError,
-    ExpertMeshError,
-    InputError,
-    StateError,
-    UnavailableError,
-)
+from expertmesh.cluster.errors import CapacityError, ConflictError, ExpertMeshError, InputError, UnavailableError
+from expertmesh.cluster.evacuation import present_names
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.operations import Operation, Phase
 from expertmesh.cluster.placement import Placement, ShardSlots
 from expertmesh.cluster.repair import repair
 
-_log = EventLog(__name__)
 _MOST = 1024
 _DEADLINE_S = 900.0
 # What a leaving worker's sequences may take to go on elsewhere before its process ends; they do either way.
@@ -39,39 +37,45 @@ _STARTED_AT_ONCE = 32
 class Operator:
     """The operations of one deployment. Any thread may ask; the keeper's thread steps."""
 
-    def __init__(self, keeper: Keeper, store: StateStore, *, room_timeout_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        keeper: Keeper,
+        store: StateStore,
+        *,
+        room_timeout_s: float = 0.0,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Make an operator without operations.
 
         Args:
             keeper: of the fleet.
             store: keeps the operations.
             room_timeout_s: what a member may wait for room, and the deadlines allow for.
+            note: told what happens to nodes that are to end, in words.
         """
         self._keeper = keeper
         self._deadline_s = _DEADLINE_S + room_timeout_s
-        self._store = store
-        self._operations: dict[str, Operation] = {}
         self._current: Operation | None = None
         self._starting: threading.Thread | None = None
         self._start_error: ExpertMeshError | None = None
         self._lock = threading.Lock()
-        # Told of each operation that begins, goes on or ends.
-        self.on_noted: Callable[[Operation], None] = lambda _: None
+        self.book = OperationBook(store)
+        self.handover = Handover()
+        self.evacuations = Evacuations(
+            keeper, self.book, self._lock, self.handover, room_timeout_s=room_timeout_s, note=note
+        )
 
     def resume(self) -> None:
         """Read the operations of a former life. Call it before the keeper's rounds begin."""
-        try:
-            kept = self._store.load_operations()
-        except (StateError, UnavailableError) as error:
-            _log.tell("record_lost", what="the operations", reason=reason_of(error))
-            return
-        self._operations = {operation.id: operation for operation in reversed(kept)}
-        current = next((operation for operation in kept if not operation.is_over), None)
+        self.book.load()
+        under_way = [operation for operation in self.book.all() if not operation.is_over and not operation.node]
+        current = under_way[-1] if under_way else None
         members = {*self._keeper.shard_ids, *self._keeper.worker_ids}
         if current is not None and current.phase is Phase.COMMIT and set(current.adding) - members:
             # Who is no member yet is found again by being started again.
             current = replace(current, phase=Phase.PREPARE)
         self._current = current
+        self.evacuations.resume()
 
     def scale(self, shards: int | None, workers: int | None) -> Operation:
         """Begin to have that many shards and workers; None leaves a tier as it is.
@@ -97,8 +101,10 @@ class Operator:
                 (workers, self._keeper.worker_ids, "worker-"),
             ):
                 if wanted is not None:
-                    adding += _new_ids(prefix, have, wanted - len(have))
-                    removing += list(have[wanted:])
+                    adding += new_names(prefix, [*have, *self.book.names_in_use], wanted - len(have))
+                    # Those first that would have to move in any case.
+                    moving = self.evacuations.moving
+                    removing += sorted(have, key=lambda member: member in moving)[wanted:]
             return self._begin(f"scale to {' and '.join(parts)}", adding, removing)
 
     def drain(self, member: str) -> Operation:
@@ -129,11 +135,13 @@ class Operator:
 
         Raises:
             InputError: it is of another model, names unknown shards, or leaves an expert out.
-            ConflictError: another operation is under way.
+            ConflictError: another operation is under way, or members move off a node.
         """
         with self._lock:
             if same := self._same(request):
                 return same
+            if moves := self.evacuations.under_way:
+                raise ConflictError(f"{moves[0].id} is under way: {moves[0].request}")
             current = self._keeper.placement
             assert current is not None, "an operation before the fleet"
             if (target.layers, target.num_experts) != (current.layers, current.num_experts):
@@ -153,18 +161,12 @@ class Operator:
             return self._begin(request, [], [], replace(target, shards=whole))
 
     def get(self, operation_id: str) -> Operation:
-        """Return one operation.
-
-        Raises:
-            InputError: there is none of that id.
-        """
-        if operation_id not in self._operations:
-            raise InputError(f"there is no operation {operation_id!r}")
-        return self._operations[operation_id]
+        """Return one operation; see OperationBook.get."""
+        return self.book.get(operation_id)
 
     def all(self) -> list[Operation]:
         """Return all operations, the newest last."""
-        return list(self._operations.values())
+        return self.book.all()
 
     @property
     def current(self) -> Operation | None:
@@ -175,10 +177,12 @@ class Operator:
     def leaving_workers(self) -> list[str]:
         """Workers whose sequences are to go on elsewhere now."""
         current = self._current
-        return [m for m in current.removing if _is_worker(m)] if current and current.phase is Phase.DRAIN else []
+        removing = self._removing(current) if current and current.phase is Phase.DRAIN else ()
+        return [*(m for m in removing if is_worker(m)), *self.evacuations.leaving_workers]
 
     def step(self) -> None:
-        """Take the operation under way one step further."""
+        """Take the operation under way one step further, and the moves off nodes that are to end."""
+        self.evacuations.step(self._current)
         operation = self._current
         if operation is None:
             return
@@ -264,7 +268,7 @@ class Operator:
         try:
             # All at once, so that Ray sees all that is demanded and brings the nodes for it together.
             with ThreadPoolExecutor(_STARTED_AT_ONCE, operation.id) as pool:
-                list(pool.map(lambda member: self._keeper.start_member(_id(member)), operation.adding))
+                list(pool.map(lambda member: self._keeper.start_member(typed(member)), operation.adding))
         except ExpertMeshError as error:
             self._start_error = error
         finally:
@@ -273,9 +277,10 @@ class Operator:
     def _commit(self, operation: Operation) -> None:
         keeper = self._keeper
         members = [*keeper.shard_ids, *keeper.worker_ids]
-        after = [m for m in members if m not in operation.removing]
+        removing = self._removing(operation)
+        after = [m for m in members if m not in removing]
         after += [m for m in operation.adding if m not in after]
-        shards = [ShardId(m) for m in after if not _is_worker(m)]
+        shards = [ShardId(m) for m in after if not is_worker(m)]
         if not operation.target and set(after) == set(members):
             # A former controller changed the members and was killed before it could say so; or nothing is to change.
             self._note(operation.advanced(Phase.DRAIN, _ending(operation), now_s=time.time()))
@@ -288,7 +293,7 @@ class Operator:
             return
         try:
             if not operation.target:
-                keeper.change_members(shards, [WorkerId(m) for m in after if _is_worker(m)])
+                keeper.change_members(shards, [WorkerId(m) for m in after if is_worker(m)])
             else:
                 assert keeper.placement is not None
                 keeper.adopt(replace(Placement.from_bytes(operation.target), epoch=keeper.placement.epoch + 1))
@@ -298,58 +303,34 @@ class Operator:
         self._note(operation.advanced(Phase.DRAIN, _ending(operation), now_s=time.time()))
 
     def _drain(self, operation: Operation) -> None:
-        keeper = self._keeper
-        for member in operation.removing:
+        keeper, removing = self._keeper, self._removing(operation)
+        for member in filter(is_worker, removing):
             facts = keeper.workers.facts.get(WorkerId(member), {})
-            busy = facts.get("running", 0) + facts.get("waiting", 0)
-            if busy and time.time() < operation.started_s + _DRAIN_S:
+            is_busy = facts.get("running", 0) + facts.get("waiting", 0) > 0
+            is_known = self.handover.is_known(member, time.monotonic())
+            if (is_busy or not is_known) and time.time() < operation.started_s + _DRAIN_S:
                 return
-        for member in operation.removing:
-            keeper.end_member(_id(member))
+        for member in removing:
+            keeper.end_member(typed(member))
         self._note(operation.advanced(Phase.DONE, "", now_s=time.time()))
 
     def _roll_back(self, operation: Operation, error: str) -> None:
         for member in operation.adding:
-            self._keeper.end_member(_id(member))
+            self._keeper.end_member(typed(member))
         self._note(operation.advanced(Phase.ROLLED_BACK, "", now_s=time.time(), error=error))
 
     def _lives(self, members: Sequence[str]) -> bool:
         ready = {*self._keeper.shards.ready, *self._keeper.workers.ready}
         return set(members) <= ready
 
+    def _removing(self, operation: Operation) -> tuple[str, ...]:
+        """Return who leaves, by the names that they have now."""
+        return present_names(operation.removing, self.book.all(), operation.started_s)
+
     def _note(self, operation: Operation) -> None:
-        """Keep an operation as it is now. Without a store it goes on in memory."""
-        self._operations[operation.id] = operation
         self._current = None if operation.is_over else operation
-        self.on_noted(operation)
-        _log.tell(
-            "operation_phase",
-            operation=operation.id,
-            request=operation.request,
-            phase=operation.phase,
-            progress=operation.progress,
-            reason=operation.error,
-            duration_s=time.time() - operation.started_s,
-        )
-        try:
-            self._store.save_operation(operation)
-        except UnavailableError as error:
-            _log.tell("record_unsaved", what=operation.id, reason=reason_of(error))
+        self.book.note(operation)
 
 
 def _ending(operation: Operation) -> str:
     return f"ending {', '.join(operation.removing)}" if operation.removing else ""
-
-
-def _is_worker(member: str) -> bool:
-    return member.startswith("worker-")
-
-
-def _id(member: str) -> Any:
-    return WorkerId(member) if _is_worker(member) else ShardId(member)
-
-
-def _new_ids(prefix: str, have: Sequence[str], count: int) -> list[str]:
-    """Return `count` ids that are not taken, the smallest numbers first."""
-    free = (f"{prefix}{number}" for number in range(len(have) + max(0, count)) if f"{prefix}{number}" not in have)
-    return [name for name, _ in zip(free, range(count), strict=False)]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from expertmesh.actors.logs import EventLog, reason_of
@@ -50,11 +50,16 @@ class Reviver:
         now_s = time.monotonic()
         return any(now_s < self._gone_since_s.get(member, 0.0) + _SOON_S for member in tuple(self._under_way))
 
-    def begin(self, tier: Any) -> None:
-        """Begin to replace the dead of a tier, and to finish what a former controller began to start."""
+    def begin(self, tier: Any, succeeded: Collection[str] = ()) -> None:
+        """Begin to replace the dead of a tier, and to finish what a former controller began to start.
+
+        Args:
+            tier: the tier.
+            succeeded: members that have a successor to come, and are left alone.
+        """
         dead = tier.dead
         for member in (*dead, *tier.loading):
-            if self._is_member(member) and member not in self._under_way:
+            if self._is_member(member) and member not in self._under_way and member not in succeeded:
                 is_gone = member in dead
                 self._under_way.add(member)
                 self._gone_since_s.setdefault(member, time.monotonic())

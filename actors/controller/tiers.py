@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group_table
 
 from expertmesh.actors.cores import python_that_gives_way
 from expertmesh.actors.logs import EventLog, reason_of
-from expertmesh.actors.runtime import NAMESPACE, actor_env, pinned_options
+from expertmesh.actors.runtime import NAMESPACE, Room, actor_env, pinned_options
 from expertmesh.cluster.errors import ExpertMeshError, InputError, UnavailableError
 from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.settings import ServeSettings
@@ -89,13 +89,14 @@ class Tier(Generic[Id]):
         """The members that said that they were still loading when last asked."""
         return [i for i, facts in tuple(self.facts.items()) if facts["state"] == "loading"]
 
-    def create(self, actor_id: Id, *, behind_traffic: bool = False) -> Any:
+    def create(self, actor_id: Id, *, behind_traffic: bool = False, room: Room | None = None) -> Any:
         """Return the actor of that name, started if it is not there; it is no member yet.
 
         Args:
             actor_id: the name.
             behind_traffic: requests are served meanwhile: on a cluster of one machine the process gives way to them
                 until it is ready, and only so many are launched at once that cores are left.
+            room: how long it may wait for room; None: as the settings say.
 
         Raises:
             CapacityError: the cluster has no room for it.
@@ -118,7 +119,7 @@ class Tier(Generic[Id]):
             num_gpus=1 if use_gpu else 0,
             node_labels=self._node_labels,
             runtime_env=self._runtime_env(gives_way=behind_traffic),
-            timeout_s=settings.room_timeout_s,
+            room=room or Room(timeout_s=settings.room_timeout_s),
         )
         actor = ray.remote(self._actor).options(max_concurrency=self._concurrency, **options)
         if not behind_traffic:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from expertmesh.actors.gateway.callers import Caller
 from expertmesh.actors.gateway.key_metrics import KeyCounts
 from expertmesh.actors.gateway.validation import ValidRequest
+from expertmesh.actors.gateway.worker_client import GATEWAY_ENDS
 from expertmesh.actors.metrics import Metrics
+from expertmesh.cluster.errors import UnavailableError
 from expertmesh.cluster.fair_queue import FairQueue
 
 # Of a batch, and one at least, that may wait at each worker.
@@ -136,6 +138,13 @@ class Admission:
             if not ticket.turn.done():  # a cancelled task's is, until it gets to leave
                 ticket.turn.set_result(None)
 
+    def end(self) -> None:
+        """Let nobody wait any more: it is told that the gateway ends."""
+        for ticket in self._waiting:
+            assert ticket.turn is not None
+            if not ticket.turn.done():
+                ticket.turn.set_exception(UnavailableError(GATEWAY_ENDS))
+
     def report(self, metrics: Metrics) -> None:
         """Hand on how many wait."""
         metrics.set("expertmesh_queued_sequences", self.num_waiting)
@@ -153,9 +162,9 @@ class Admission:
     def _enter(self, caller: Caller, request: ValidRequest) -> Ticket:
         ticket = Ticket(
             caller=caller,
-            num_left=len(request.sampling),
+            num_left=len(request.tokens_left),
             num_prompt_tokens=len(request.prompt_ids),
-            most_tokens=sum(sampling.max_tokens for sampling in request.sampling),
+            most_tokens=sum(request.tokens_left),
         )
         name, weight, num_prompt_tokens = caller.name, caller.weight, ticket.num_prompt_tokens
         waits = self._would_wait

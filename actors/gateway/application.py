@@ -17,9 +17,10 @@ from ray import serve
 from expertmesh.actors.cli.configuration import read_settings
 from expertmesh.actors.controller.actor import find_or_start_controller
 from expertmesh.actors.gateway.deployment import Gateway, call, gateway_deployment
+from expertmesh.actors.gateway.node_end import until_node_ends
 from expertmesh.actors.inspection import inspect, known_facts
 from expertmesh.actors.logs import start_logs
-from expertmesh.actors.runtime import actor_env, node_id, on_this_node
+from expertmesh.actors.runtime import actor_env, draining_nodes, node_id, on_this_node
 from expertmesh.cluster.errors import ExpertMeshError, InputError
 from expertmesh.cluster.model_info import CheckpointFacts, require_divisible
 from expertmesh.cluster.settings import ServeSettings
@@ -85,11 +86,24 @@ class ApplicationGateway(Gateway):
             )
         await call(controller.start.remote())
         await super().__init__(settings, info)
+        self._ending: asyncio.Task[None] | None = None
+        self._node_task = asyncio.create_task(self._end_with_node())
+
+    async def _end_with_node(self) -> None:
+        """Begin to end when Serve does. It waits first for what came over HTTP, a viewer of the live page say."""
+        await until_node_ends(node_id(), self._drain_s + STOP_S, draining_nodes)
+        await self._end()
+
+    def _end(self) -> "asyncio.Task[None]":
+        if self._ending is None:
+            self._ending = asyncio.create_task(self.shut_down(self._drain_s))
+        return self._ending
 
     async def __del__(self) -> None:
         """End in order. Serve calls and awaits it once when it stops a replica; see Gateway.shut_down."""
-        if hasattr(self, "_server"):  # it came up
-            await self.shut_down(self._drain_s)
+        if hasattr(self, "_node_task"):  # it came up
+            await self._end()
+            self._node_task.cancel()
 
 
 async def _facts(settings: ServeSettings) -> CheckpointFacts:

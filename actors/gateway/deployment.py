@@ -43,6 +43,8 @@ from expertmesh.models.tokenizer import open_tokenizer
 _log = EventLog(__name__)
 _VIEW_PERIOD_S = 0.5
 _IDLE_PERIOD_S = 0.05
+# For what is told at the end to reach who waits.
+_LAST_WORDS_S = 1.0
 # The controller answers in milliseconds; one that hangs is as good as away.
 _VIEW_TIMEOUT_S = 2.0
 
@@ -137,11 +139,13 @@ class Gateway:
         return self._server.address
 
     async def shut_down(self, grace_s: float) -> None:
-        """Take no new requests and give the running ones grace_s seconds."""
+        """Take no new requests and give the running ones grace_s seconds; what is left then fails as UNAVAILABLE."""
         self._watch_task.cancel()
         await self._live.close()
         await asyncio.gather(self._server.stop(grace_s), self._until_idle(grace_s))
         await self._inference.close()
+        self._engine.end()
+        await self._until_idle(_LAST_WORDS_S)
         await self._engine.pool.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)

@@ -1,5 +1,6 @@
 """From a valid request to pieces of its samples, whatever happens to the workers meanwhile."""
 
+import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -10,12 +11,14 @@ from expertmesh.actors.gateway.admission import Admission, Ticket
 from expertmesh.actors.gateway.callers import CALLER, Caller
 from expertmesh.actors.gateway.journal import Arrival, Inbox, Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.metrics import RequestMeter, RequestTimes
+from expertmesh.actors.gateway.received import take_up
 from expertmesh.actors.gateway.request_log import told
 from expertmesh.actors.gateway.request_trace import RequestTracer
 from expertmesh.actors.gateway.text import TextStream
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import NotRead, WorkerLost
+from expertmesh.actors.gateway.worker_client import GATEWAY_ENDS, GatewayEnds, NotRead, WorkerLost
 from expertmesh.actors.gateway.worker_pool import WorkerPool
+from expertmesh.actors.logs import EventLog
 from expertmesh.actors.metrics import Metrics
 from expertmesh.cluster.errors import CapacityError, ExpertMeshError, UnavailableError
 from expertmesh.cluster.requests import FinishReason, TokenEvent
@@ -25,12 +28,20 @@ from expertmesh.models.tokenizer import Tokenizer
 # Of a piece at most: a message must stay below what clients take, 4 MiB unless they say otherwise.
 MOST_EVENTS = 256
 
+# The text of more tokens is made in a thread: meanwhile the streams of the others go on.
+MANY_TOKENS = 1024
+
 NOT_READ = "the stream was not read as fast as it was generated, and holds more tokens than any other"
+
+_log = EventLog(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """The next tokens of one sample. finish_reason is set on its last piece, whose num_output_tokens counts all."""
+    """The next tokens of one sample. finish_reason is set on its last piece, whose num_output_tokens counts all.
+
+    Of a request that came with tokens received elsewhere, those count in num_output_tokens and are in no piece.
+    """
 
     index: int
     text: str
@@ -103,24 +114,37 @@ class Engine:
         if num_live >= most:
             raise CapacityError(f"{num_live} sequences are live at {num_workers} workers, {most} is the most")
 
+    def end(self) -> None:
+        """Let all requests that are alive fail with UnavailableError: the gateway's time is over."""
+        self.admission.end()
+        self.pool.end()
+
     async def generate(self, request: ValidRequest) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; those of different samples interleave.
 
         Close the generator (contextlib.aclosing) when the client goes away: its sequences then leave the batch at once.
 
         Raises:
-            InputError: no worker can ever run it, or the limits of its key never allow it.
+            InputError: no worker can ever run it, the limits of its key never allow it, or what was received of it goes
+                on after a stop string.
             CapacityError: the gateway or all workers are full, its key is above its limits, or too many tokens waited
                 to be read.
+            UnavailableError: the gateway's time is over.
             ExpertMeshError: a worker could not go on.
         """
         async with self._admitted(request) as (times, live, ticket):
             texts = [TextStream(self._tokenizer, request.stop) for _ in live.samples]
-            await self.pool.place(live)
+            for piece in await self._take_up(live, texts):
+                self.admission.sample_ended(ticket)
+                yield piece
+            if live.unfinished:
+                await self.pool.place(live)
             while live.unfinished:
                 for item in await _arrived(live.inbox):
                     if isinstance(item, NotRead):
                         raise CapacityError(NOT_READ)
+                    if isinstance(item, GatewayEnds):
+                        raise UnavailableError(GATEWAY_ENDS)
                     if isinstance(item, WorkerLost):
                         if item.link is live.link:
                             await self.pool.place(live)
@@ -148,6 +172,23 @@ class Engine:
                 times.is_complete = not live.unfinished
                 live.unread.close()
                 self.pool.release(live)
+
+    async def _take_up(self, live: LiveRequest, texts: list[TextStream]) -> list[Piece]:
+        """Go on from the tokens that a request came with; return the last pieces of samples that have all of theirs."""
+        if not live.num_former_tokens:
+            return []
+        _log.tell("request_taken_up", request_id=live.request_id, former_tokens=live.num_former_tokens)
+        pieces: list[Piece] = []
+        for sample in live.unfinished:
+            if not sample.output_ids:
+                continue
+            take = partial(take_up, texts[sample.index], sample.sampling, sample.output_ids, index=sample.index)
+            text, finish_reason = await asyncio.to_thread(take) if sample.num_former > MANY_TOKENS else take()
+            if finish_reason is not None:
+                sample.finish_reason = finish_reason
+                self.pool.finish(live, sample, at_worker=True)
+                pieces.append(_last_piece(sample, text, finish_reason))
+        return pieces
 
     @property
     def _caller(self) -> Caller:
@@ -184,6 +225,16 @@ class Engine:
             finish_reason=finish_reason,
             num_output_tokens=len(sample.output_ids),
         )
+
+
+def _last_piece(sample: LiveSample, text: str, finish_reason: FinishReason) -> Piece:
+    return Piece(
+        index=sample.index,
+        text=text,
+        tokens=(),
+        finish_reason=finish_reason,
+        num_output_tokens=len(sample.output_ids),
+    )
 
 
 async def _arrived(inbox: Inbox) -> list[Arrival]:

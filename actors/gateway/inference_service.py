@@ -26,6 +26,8 @@ from expertmesh.v1.inference_pb2 import GenerateOnceResponse, GenerateRequest, G
 
 # A longer prompt is tokenised in a thread: meanwhile the streams of the others go on.
 LONG_PROMPT_CHARS = 8192
+# A larger request is checked there too: its prompt is long, or much was received of it.
+LONG_REQUEST_BYTES = 8192
 DEFAULTS = GrpcSettings()
 
 FINISH_REASONS = {
@@ -87,6 +89,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request_id = self._request_id(request)
         response = GenerateOnceResponse()
         async with errors_to_status(context, request_id):
+            if request.received:
+                raise InputError("received is of Generate alone; GenerateOnce returns whole samples", field="received")
             valid, begun = await self._begin(request, request_id, context)
             response.request_id = valid.request_id
             texts: list[list[str]] = [[] for _ in valid.sampling]
@@ -162,9 +166,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         valid = replace(valid, trace=TraceHeaders.of(context.invocation_metadata() or ()))
         if not request.HasField("idempotency_key"):
             return valid, self._engine.generate(valid)
-        fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        stream = self._kept.open(valid, request.idempotency_key, fingerprint, owner=caller_name())
-        return stream.request, stream.read(time_left=context.time_remaining)
+        stream = self._kept.open(valid, request.idempotency_key, _fingerprint(request), owner=caller_name())
+        received = [len(one.token_ids) for one in valid.so_far]
+        ended = [index for index, one in enumerate(valid.so_far) if one.has_ended]
+        return stream.request, stream.read(received, ended, time_left=context.time_remaining)
 
     async def _validate(self, request: GenerateRequest, request_id: str) -> ValidRequest:
         def validate() -> ValidRequest:
@@ -174,7 +179,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         seed = self._rng.getrandbits(63)
         with self._engine.meter.refusals(), refusals_told(request_id):
-            return await asyncio.to_thread(validate) if len(request.text) > LONG_PROMPT_CHARS else validate()
+            return await asyncio.to_thread(validate) if request.ByteSize() > LONG_REQUEST_BYTES else validate()
+
+
+def _fingerprint(request: GenerateRequest) -> bytes:
+    """Return what is equal for equal requests, whatever was received of them."""
+    bare = GenerateRequest()
+    bare.CopyFrom(request)
+    bare.ClearField("received")
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).digest()
 
 
 async def _write(context: Context, valid: ValidRequest, begun: AsyncGenerator[Piece, None]) -> None:

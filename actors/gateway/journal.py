@@ -8,23 +8,27 @@ from typing import TypeAlias
 
 from expertmesh.actors.gateway.request_trace import UNTRACED, RequestTrace
 from expertmesh.actors.gateway.validation import ValidRequest
-from expertmesh.actors.gateway.worker_client import NotRead, WorkerLink, WorkerLost
+from expertmesh.actors.gateway.worker_client import GatewayEnds, NotRead, WorkerLink, WorkerLost
 from expertmesh.cluster.errors import CapacityError
 from expertmesh.cluster.requests import FinishReason, SamplingParams, SequenceRequest, TokenEvent
 from expertmesh.cluster.token_budget import Account
 
-Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead
+Arrival: TypeAlias = list[TokenEvent] | WorkerLost | NotRead | GatewayEnds
 Inbox: TypeAlias = asyncio.Queue[Arrival]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class LiveSample:
-    """One sample of a live request: a sequence at a worker, and all tokens received of it."""
+    """One sample of a live request: a sequence at a worker, and all tokens received of it.
+
+    num_former: of output_ids, those that the request came with.
+    """
 
     index: int
     sampling: SamplingParams
     sequence_id: str = ""
     output_ids: list[int] = field(default_factory=list)
+    num_former: int = 0
     finished: bool = False
     finish_reason: FinishReason | None = None
 
@@ -63,6 +67,11 @@ class LiveRequest:
     def num_output_tokens(self) -> int:
         """Tokens received of all samples."""
         return sum(len(sample.output_ids) for sample in self.samples)
+
+    @property
+    def num_former_tokens(self) -> int:
+        """Of these, the tokens that the request came with."""
+        return sum(sample.num_former for sample in self.samples)
 
     def sequences(self) -> list[SequenceRequest]:
         """Return what a worker must be told to go on with the unfinished samples after the tokens received."""
@@ -118,7 +127,16 @@ class Journal:
             CapacityError: as many requests are alive as this gateway allows.
         """
         self.require_room()
-        samples = tuple(LiveSample(index=index, sampling=sampling) for index, sampling in enumerate(request.sampling))
+        samples = tuple(
+            LiveSample(
+                index=index,
+                sampling=sampling,
+                output_ids=list(so_far.token_ids),
+                num_former=len(so_far.token_ids),
+                finished=so_far.has_ended,
+            )
+            for index, (sampling, so_far) in enumerate(zip(request.sampling, request.so_far, strict=True))
+        )
         live = LiveRequest(request_id=request.request_id, prompt_ids=request.prompt_ids, samples=samples, trace=trace)
         self._requests[live] = None
         return live

@@ -71,7 +71,7 @@ class LiveFeed:
         return len(self._viewers)
 
     async def state(self) -> bytes:
-        """Return all that is known as JSON. Looks at the fleet if nobody watches it just now.
+        """Return all that is known as JSON. Looks at the fleet if nobody watches it just now, or has not yet.
 
         Returns:
             The fields of LivePicture.seen, with `model`, `placement`, `history`, all events that are kept, and
@@ -79,7 +79,9 @@ class LiveFeed:
         """
         if not self._viewers:
             self._picture.begin()
-            await self._look()
+        if not self._picture.is_current:
+            # Of who has just begun to watch it may be the first look: what is new in it is for them too.
+            self._hand_out(_event("tick", await asyncio.to_thread(_to_json, await self._look())))
         return await asyncio.to_thread(_to_json, {**self._picture.whole(), "viewers": self.num_viewers})
 
     async def watch(self) -> AsyncGenerator[bytes, None]:

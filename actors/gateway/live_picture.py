@@ -61,6 +61,11 @@ class LivePicture:
         for name in ("status", "tokens", "time_s", "away"):
             self._known.pop(name, None)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether there was a look since it began."""
+        return "time_s" in self._known
+
     def seen(self, view: Mapping[str, Any], figures: GatewayFigures, *, wall_s: float, clock_s: float) -> Message:
         """Take in the controller's view.
 

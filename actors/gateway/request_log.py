@@ -74,7 +74,7 @@ def tell_refusal(request_id: str, error: BaseException) -> None:
 def _tell_end(request: ValidRequest, times: RequestTimes, story: Story, error: BaseException | None) -> None:
     live = story.live
     outcome = "OK" if error is None or times.is_complete else code_of(error)
-    num_output_tokens = live.num_output_tokens if live else 0
+    num_output_tokens = live.num_output_tokens - live.num_former_tokens if live else 0
     reasons = [sample.finish_reason for sample in live.samples if sample.finish_reason] if live else []
     story.trace.end(outcome, num_output_tokens=num_output_tokens, first_s=times.first_s, reasons=reasons)
     if isinstance(error, ExpertMeshError) and (live is None or not live.admitted):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from expertmesh.actors.gateway.received import NOTHING, SampleSoFar, validate_received
 from expertmesh.actors.tracing import NO_TRACE, TraceHeaders
 from expertmesh.cluster.errors import InputError
 from expertmesh.cluster.model_info import ModelInfo
@@ -23,7 +24,8 @@ MAX_SEED = (1 << 63) - 1
 class ValidRequest:
     """A request within all limits: one prompt, and the sampling of each of its samples (they differ in seed).
 
-    operation: what OpenTelemetry calls its kind, chat or text_completion. trace: that it belongs to.
+    operation: what OpenTelemetry calls its kind, chat or text_completion. trace: that it belongs to. received: what the
+    client has of each sample; empty: nothing of any.
     """
 
     request_id: str
@@ -32,6 +34,18 @@ class ValidRequest:
     stop: tuple[str, ...]
     operation: str = "text_completion"
     trace: TraceHeaders = NO_TRACE
+    received: tuple[SampleSoFar, ...] = ()
+
+    @property
+    def so_far(self) -> tuple[SampleSoFar, ...]:
+        """What the client has, one for each sample."""
+        return self.received or (NOTHING,) * len(self.sampling)
+
+    @property
+    def tokens_left(self) -> tuple[int, ...]:
+        """Most tokens to generate, one for each sample that has not ended."""
+        pairs = zip(self.sampling, self.so_far, strict=True)
+        return tuple(one.max_tokens - len(so_far.token_ids) for one, so_far in pairs if not so_far.has_ended)
 
 
 def validate_request(
@@ -57,11 +71,13 @@ def validate_request(
     stop = _stop_strings(request, tokenizer)
     prompt_ids = _prompt_ids(request, model, tokenizer)
     sampling = _sampling(request, model, num_prompt_tokens=len(prompt_ids), default_seed=default_seed)
+    received = validate_received(request.received, sampling, num_samples=num_samples, vocab_size=model.vocab_size)
     return ValidRequest(
         request_id=request_id,
         prompt_ids=prompt_ids,
         sampling=tuple(replace(sampling, seed=sample_seed(sampling.seed, index)) for index in range(num_samples)),
         stop=stop,
+        received=received if request.received else (),
     )
 
 

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from expertmesh.cluster.requests import SequenceRequest, TokenEvent
 
+GATEWAY_ENDS = "this gateway is being ended; another one may go on with the request"
+
 
 class WorkerClient(Protocol):
     """A way to call one attention worker. All three calls raise UnavailableError once the worker is gone."""
@@ -58,6 +60,11 @@ class WorkerLink:
 @dataclass(frozen=True, slots=True)
 class NotRead:
     """Told to a request whose tokens waited for its reader until they were too many."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayEnds:
+    """Told to each request that is alive when the gateway's time is over."""
 
 
 @dataclass(frozen=True, slots=True)

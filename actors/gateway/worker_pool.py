@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from expertmesh.actors.gateway.journal import Journal, LiveRequest, LiveSample
 from expertmesh.actors.gateway.router import choose_worker
-from expertmesh.actors.gateway.worker_client import NotRead, WorkerClient, WorkerLink, WorkerLost
+from expertmesh.actors.gateway.worker_client import (
+    GATEWAY_ENDS,
+    GatewayEnds,
+    NotRead,
+    WorkerClient,
+    WorkerLink,
+    WorkerLost,
+)
 from expertmesh.actors.logs import EventLog, reason_of
 from expertmesh.cluster.errors import CapacityError, UnavailableError
 from expertmesh.cluster.requests import TokenEvent
@@ -53,6 +60,7 @@ class WorkerPool:
         self._cancels: set[asyncio.Task[None]] = set()
         self._hung: dict[str, WorkerClient] = {}
         self._changed = asyncio.Event()
+        self._has_ended = False
         self.num_failovers = 0
         # Told the worker that is lost, how many of its requests move, and why.
         self.on_failover: Callable[[str, int, str], None] = lambda _worker_id, _num_requests, _why: None
@@ -95,6 +103,7 @@ class WorkerPool:
         Raises:
             InputError: no worker can ever run it.
             CapacityError: all workers are full and the request is new; a resumed request waits for room.
+            UnavailableError: there is none, and the gateway's time is over.
         """
         full: set[str] = set()
         while True:
@@ -149,6 +158,13 @@ class WorkerPool:
         if link is not None:
             self._drop_if_empty(link)
 
+    def end(self) -> None:
+        """Tell all requests that are alive, and those that come, that the gateway's time is over."""
+        self._has_ended = True
+        self._changed.set()
+        for live in self._journal:
+            live.inbox.put_nowait(GatewayEnds())
+
     async def close(self) -> None:
         """Stop all loops; requests that are alive hear nothing more."""
         tasks = [*self._polls.values(), *self._cancels]
@@ -160,6 +176,8 @@ class WorkerPool:
 
     async def _choose(self, live: LiveRequest, full: set[str]) -> WorkerLink:
         while not self.routable:
+            if self._has_ended:
+                raise UnavailableError(GATEWAY_ENDS)
             self._changed.clear()
             await self._changed.wait()
         # If all that are left now are full, ask one again: the caller decides when to give up.

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from itertools import count
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.exceptions import RayError
@@ -18,6 +17,7 @@ from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer
 from expertmesh.actors.logs import EventLog, reason_of, start_logs
+from expertmesh.actors.machine_share import has_cores_of_its_own, usable_memory
 from expertmesh.actors.runtime import failure_domain, link_end, node_address, node_id
 from expertmesh.actors.shard.intake import Intake
 from expertmesh.actors.shard.server import Counted, Peer, ShardServer
@@ -54,7 +54,8 @@ class Shard:
         self._host = settings.link_host or node_address()
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         # Kept: the claim ends with it.
-        self._cores = claim_cores(threads) if settings.pin_cores and self._device.type == "cpu" else None
+        may_pin = settings.pin_cores and self._device.type == "cpu" and has_cores_of_its_own()
+        self._cores = claim_cores(threads) if may_pin else None
         if self._cores is not None and not settings.deterministic:
             use_cores(None)
             start_helpers(min(threads, other_cores(self._cores)))
@@ -196,7 +197,7 @@ class Shard:
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":
             return int(torch.cuda.mem_get_info(self._device)[0])
-        return int(psutil.virtual_memory().available)
+        return usable_memory().available_bytes
 
     def _serve(self, kind: str, address: LinkAddress) -> None:
         assert self._server is not None, "a link before open()"

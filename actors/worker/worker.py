@@ -7,7 +7,6 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.exceptions import RayError
@@ -16,6 +15,7 @@ from expertmesh.actors.cores import take_part, yield_soon
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
 from expertmesh.actors.logs import EventLog, reason_of, start_logs
+from expertmesh.actors.machine_share import usable_memory
 from expertmesh.actors.metrics import Metrics
 from expertmesh.actors.runtime import CONTROLLER, NAMESPACE, link_end, node_address, node_id
 from expertmesh.actors.token_stream import StreamAddress, TokenStreamServer
@@ -280,7 +280,7 @@ class Worker:
         settings = self._settings
         if settings.kv_tokens:
             return max(1, settings.kv_tokens // settings.page_size)
-        free_bytes = psutil.virtual_memory().available
+        free_bytes = usable_memory().available_bytes
         if self._device.type == "cuda":
             free_bytes = torch.cuda.mem_get_info(self._device)[0]
         tokens = int(free_bytes * _KV_PART[self._device.type]) // bytes_per_token

@@ -25,10 +25,13 @@ _QUICK = {
 
 
 class RayNodes:
-    """The nodes of one cluster, the head first. A node ends, with all that runs on it, when its raylet does."""
+    """The nodes of one cluster, the head first. A node ends, with all that runs on it, when its raylet does.
+
+    directory: Ray's files, of all nodes.
+    """
 
     def __init__(self, directory: Path, *, quick: bool) -> None:
-        self._directory = directory
+        self.directory = directory
         self._commands: list[subprocess.Popen[bytes]] = []
         self.address = ""
         self.env = {
@@ -52,12 +55,12 @@ class RayNodes:
         else:
             self.address = f"{host}:{_free_port()}"
             role = ["--head", "--port", self.address.partition(":")[2], "--include-dashboard", "false"]
-            role += ["--ray-client-server-port", str(_free_port()), "--temp-dir", str(self._directory)]
+            role += ["--ray-client-server-port", str(_free_port()), "--temp-dir", str(self.directory)]
         options = [f"--{name}=0" for name in ("min-worker-port", "max-worker-port", "dashboard-agent-listen-port")]
         options += ["--node-ip-address", host, "--num-cpus", str(num_cpus), "--object-store-memory", str(80 << 20)]
         if labels:
             options += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]
-        log = (self._directory / f"node-{len(self._commands)}.log").open("wb")
+        log = (self.directory / f"node-{len(self._commands)}.log").open("wb")
         with log:
             command = subprocess.Popen(
                 [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role, *options],

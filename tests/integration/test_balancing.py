@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from expertmesh.cluster.placement import EVEN_WEIGHT, Placement
+from expertmesh.cluster.ids import ExpertKey, ShardId
+from expertmesh.cluster.placement import EVEN_WEIGHT, Placement, initial_placement
 from tests.integration.conftest import POCKET, Server, serving
 from tests.integration.test_scale import NUM_STREAMS, Streams, cli
 
@@ -44,6 +45,12 @@ def skewed(record: bytes) -> bytes:
     return replace(level, weights=weights).to_bytes()
 
 
+def weights_of(server: Server, tmp_path: Path) -> Mapping[ExpertKey, tuple[int, ...]]:
+    file = tmp_path / "now"
+    assert cli(server, "placement", "save", str(file)).returncode == 0
+    return Placement.from_bytes(file.read_bytes()).weights
+
+
 def test_hot_experts_are_replicated_and_the_way_back_is_open(server: Server, tmp_path: Path) -> None:
     streams = Streams(server)
     expected = {number: streams.generate(number) for number in range(NUM_STREAMS)}
@@ -70,11 +77,10 @@ def test_hot_experts_are_replicated_and_the_way_back_is_open(server: Server, tmp
         assert cli(server, "placement", "save", str(tmp_path / "level")).returncode == 0
         (tmp_path / "skewed").write_bytes(skewed((tmp_path / "level").read_bytes()))
         assert cli(server, "placement", "load", str(tmp_path / "skewed"), "--wait").returncode == 0
-        epoch = server.status().epoch
         deadline_s = time.monotonic() + 60
-        while server.status().epoch == epoch:  # the weights follow the load of the last seconds
+        # They follow the load of the last seconds, at times before the command above has returned.
+        while weights_of(server, tmp_path) == Placement.from_bytes((tmp_path / "skewed").read_bytes()).weights:
             assert time.monotonic() < deadline_s, "the weights never changed"
-            time.sleep(0.3)
 
         assert cli(server, "placement", "load", str(file), "--wait").returncode == 0
         assert [s.num_slots for s in server.status().shards] == [16, 16, 16, 16]
@@ -85,9 +91,6 @@ def test_hot_experts_are_replicated_and_the_way_back_is_open(server: Server, tmp
 
 
 def test_a_placement_of_another_model_or_a_damaged_one_is_refused(server: Server, tmp_path: Path) -> None:
-    from expertmesh.cluster.ids import ShardId
-    from expertmesh.cluster.placement import initial_placement
-
     before = server.status().epoch
     other = initial_placement((0, 1), 8, [ShardId("shard-0")], 1)
     strange = initial_placement((0, 1, 2, 3), 16, [ShardId("shard-77")], 1)

@@ -94,14 +94,11 @@ def test_groups_have_room_for_the_members_at_first_and_at_most(name: str) -> Non
         limits = container_of(group)["resources"]["limits"]
         of_a_pod = int(limits.get("nvidia.com/gpu", 0)) or int(limits["cpu"]) // table["member_cpus"]
         assert table[members] <= group["minReplicas"] * of_a_pod
-        # Else they would be told by what the host has.
-        threads = table[f"{members.removesuffix('s')}_threads"]
+        threads = table.get(f"{members.removesuffix('s')}_threads") or table["member_cpus"]
         assert 0 < threads * of_a_pod <= int(limits["cpu"])
         assert table["autoscale"][members]["max_count"] <= group["maxReplicas"] * of_a_pod
     on_gpus = "nvidia.com/gpu" in limits
     assert (table["device"] == "cuda") == on_gpus
-    assert table["pin_cores"] is False, "pods of a host do not see each other's claims"
-    assert (table["kv_tokens"] == 0) == on_gpus, "memory that is free on the host is not the pod's"
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -118,26 +115,28 @@ def test_requests_are_limits_for_accelerators_and_memory(name: str) -> None:
             assert requests["cpu"] == limits["cpu"], "members claim whole cores"
 
 
-def preparing_s(group: Manifest) -> tuple[int, int]:
-    """Return what a pod's preStop may take at most: for `expertmesh leave`, and sleeping."""
-    words = " ".join(container_of(group)["lifecycle"]["preStop"]["exec"]["command"]).replace(";", "").split()
-    leave_s = int(words[words.index("--grace-s") + 1]) if "--grace-s" in words else 0
-    return leave_s, int(words[words.index("sleep") + 1]) if "sleep" in words else 0
+def prepare_command(group: Manifest) -> list[str]:
+    """Return what a pod runs before it ends."""
+    command: list[str] = container_of(group)["lifecycle"]["preStop"]["exec"]["command"]
+    return command
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_whoever_ends_has_time_for_its_streams(name: str) -> None:
     drain_s = application_of(name)["args"]["drain_s"]
     for tier, group in groups_of(name).items():
-        leave_s, sleep_s = preparing_s(group)
+        *command, prepare_s = prepare_command(group)
         grace_s = group["template"]["spec"]["terminationGracePeriodSeconds"]
-        if tier == "gateway":
-            # Serve ends the replica at once if no more than its own time is left until then.
-            assert leave_s == drain_s + application.STOP_S
-            assert grace_s >= leave_s + 10
+        assert grace_s >= int(prepare_s) + 10
+        if tier == "control":
+            # The head that Serve's controller is on serves what gateways that end with it still have.
+            assert command == ["sleep"]
+            assert int(prepare_s) > drain_s + application.STOP_S
         else:
-            # Members, and the head that Serve's controller is on, serve what gateways that end with them still have.
-            assert drain_s < sleep_s < grace_s - 10
+            # Serve ends a gateway at once if no more than its own time is left until then. Members that find no room
+            # elsewhere are needed for as long.
+            assert command == ["expertmesh", "leave", "--grace-s"]
+            assert int(prepare_s) == drain_s + application.STOP_S
     (service,) = of_kind(overlay(name), "RayService")
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > drain_s
 

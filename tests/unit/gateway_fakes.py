@@ -140,6 +140,7 @@ class FakeWorker:
     poll_error: Exception | None = None
     cancel_error: Exception | None = None
     failed: str = ""
+    unavailable: bool = False
     _live: dict[str, tuple[SequenceRequest, int]] = field(default_factory=dict)
     _events: list[TokenEvent] = field(default_factory=list)
     _num_steps: int = 0
@@ -221,6 +222,7 @@ class FakeWorker:
                 token_id=None,
                 finish_reason=FinishReason.ERROR,
                 error=self.failed,
+                unavailable=self.unavailable,
             )
         sampling = request.sampling
         token_id = self.token(request.prompt_ids, sampling, position)

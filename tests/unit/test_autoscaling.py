@@ -37,6 +37,7 @@ class Fleet:
         self.refusals: list[Exception] = []
         self.rolls_back = False
         self.busy, self.free_pages = 0.5, 60
+        self.evacuations: Any = SimpleNamespace(surplus=frozenset())
         self._set(shards, workers)
 
     @property
@@ -186,6 +187,36 @@ def test_what_others_scale_to_is_where_it_goes_on() -> None:
     fleet.end(5, None)
     assert loop.run(5) == [], "a cool-down comes first"
     assert loop.run(30) == ["scale to 4 and None"]
+
+
+def test_processes_that_are_there_twice_for_a_move_are_counted_once() -> None:
+    fleet = Fleet()
+    loop = Loop(fleet)
+    loop.run(1)
+    # Two more than are wanted, and the one that may be leaving, would be taken for the decision of others.
+    fleet.shards.facts |= {name: fleet._shard(name) for name in ("s-7", "s-8", "s-9")}
+    fleet.evacuations.surplus = frozenset({"s-7", "s-8", "s-9"})
+    assert loop.run(4) == []
+    decision = loop.scaling._decision
+    assert decision is not None
+    assert (decision.shards, decision.inputs["shards"]["current"]) == (2, 2)
+
+
+def test_a_move_off_a_node_is_no_decision_of_others() -> None:
+    fleet = Fleet()
+    loop = Loop(fleet)
+    fleet.busy, fleet.refusals = 0.95, [ConflictError("op-7 is under way")]
+    assert loop.run(4) == []
+    fleet.operations.append(
+        Operation(
+            id="op-m", request="move s-0 off node n", adding=("s-7",), removing=("s-0",), phase=Phase.DONE, progress="",
+            error="", started_s=0, ended_s=1, deadline_s=1, node="n",
+        )
+    )  # fmt: skip
+    loop.run(1)
+    decision = loop.scaling._decision
+    assert decision is not None
+    assert decision.shards == 3, "what it wants is still to come"
 
 
 def test_numbers_out_of_its_bounds_are_refused() -> None:

@@ -3,14 +3,16 @@
 import asyncio
 import subprocess
 import sys
+from typing import Any
 
 import grpc
 import pytest
 
-from expertmesh.client import AsyncClient, Client
-from expertmesh.client.requests import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
+from expertmesh.client import AsyncClient, Client, connection
+from expertmesh.client.requests import FIRST_PAUSE_S, LONGEST_PAUSE_S, Received, generate_request, pause_s
+from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
-from expertmesh.v1.inference_pb2 import GenerateResponse
+from expertmesh.v1.inference_pb2 import GenerateRequest, GenerateResponse
 from tests.relay import relayed
 from tests.unit.gateway_fakes import FakeWorker, fake_output, fake_text, letter_id, save_tokenizer
 from tests.unit.gateway_server import running, sampling, until
@@ -127,3 +129,130 @@ def test_the_client_imports_neither_ray_nor_torch() -> None:
     code = "import sys, expertmesh.client; print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "[]"
+
+
+async def test_a_stream_goes_on_at_another_gateway_wherever_it_breaks(tokenizer: Tokenizer) -> None:
+    """Sampled without a seed, two samples, each cut after one more message than the last."""
+    first, second = FakeWorker("a", step_s=0.002), FakeWorker("b")
+    async with running(first, tokenizer=tokenizer) as old, running(second, tokenizer=tokenizer) as new:
+        # The seeds that its gateway draws are not those of the other.
+        await all_of(AsyncClient(new.server.address), max_tokens=1)
+        for num_before in range(0, 24, 3):
+            async with relayed(old.server.port) as relay, AsyncClient(relay.address) as client:
+                got: list[GenerateResponse] = []
+                async for message in client.generate(PROMPT, max_tokens=12, n=2, temperature=1, stop=["zzz"]):
+                    got.append(message)
+                    if len(got) == num_before + 1:
+                        relay.server_address = new.server.address
+                        relay.cut()
+            drawn = [sequence.sampling for sequence in first.submitted[-2:]]
+            assert [tokens(got, index) for index in (0, 1)] == [fake_output(PROMPT, one) for one in drawn]
+            for index, one in enumerate(drawn):
+                assert "".join(m.text for m in got if m.index == index) == fake_text(PROMPT, one)
+            assert sorted(m.usage.completion_tokens for m in got if m.finish_reason) == [12, 12]
+    assert len(second.submitted) > 8, "most were cut before their end"
+
+
+async def all_of(client: AsyncClient, **options: Any) -> list[GenerateResponse]:
+    async with client:
+        return [message async for message in client.generate(PROMPT, **options)]
+
+
+async def test_a_stream_goes_from_gateway_to_gateway_and_back(tokenizer: Tokenizer) -> None:
+    workers = FakeWorker("a", step_s=0.005), FakeWorker("b", step_s=0.005)
+    async with running(workers[0], tokenizer=tokenizer) as one, running(workers[1], tokenizer=tokenizer) as other:
+        addresses = [one.server.address, other.server.address]
+        async with relayed(one.server.port) as relay, AsyncClient(relay.address) as client:
+            got = []
+            async for message in client.generate(PROMPT, max_tokens=200, seed=6):
+                got.append(message)
+                if len(got) in (5, 20, 35, 50):
+                    addresses.reverse()
+                    relay.server_address = addresses[0]
+                    relay.cut()
+    assert tokens(got) == fake_output(PROMPT, sampling(6, 200))
+    assert "".join(m.text for m in got) == fake_text(PROMPT, sampling(6, 200))
+    assert got[-1].usage.completion_tokens == 200
+
+
+async def test_the_client_for_threads_goes_on_at_another_gateway_too(tokenizer: Tokenizer) -> None:
+    def stream() -> list[GenerateResponse]:
+        with Client(relay.address) as client:
+            got = []
+            for message in client.generate(PROMPT, max_tokens=100, seed=6):
+                got.append(message)
+                if len(got) == 5:
+                    relay.server_address = new.server.address
+                    loop.call_soon_threadsafe(relay.cut)
+            return got
+
+    worker = FakeWorker("b")
+    async with (
+        running(FakeWorker("a", step_s=0.005)) as old,
+        running(worker) as new,
+        relayed(old.server.port) as relay,
+    ):
+        loop = asyncio.get_running_loop()
+        got = await asyncio.to_thread(stream)
+    assert tokens(got) == fake_output(PROMPT, sampling(6, 100))
+    assert len(worker.submitted) == 1
+
+
+async def test_a_gateway_that_ends_in_order_lets_its_streams_go_on_elsewhere(tokenizer: Tokenizer) -> None:
+    """It gives them less time than they need."""
+    worker = FakeWorker("b")
+    async with (
+        running(FakeWorker("a", step_s=0.005)) as old,
+        running(worker) as new,
+        relayed(old.server.port) as relay,
+        AsyncClient(relay.address) as client,
+    ):
+        got = []
+        async for message in client.generate(PROMPT, max_tokens=300, seed=6):
+            got.append(message)
+            if len(got) == 5:
+                relay.server_address = new.server.address
+                ending = asyncio.create_task(old.server.stop(grace_s=0.1))
+        await ending
+    assert tokens(got) == fake_output(PROMPT, sampling(6, 300))
+    assert len(worker.submitted) == 1
+
+
+async def test_a_gateway_that_vanishes_without_a_word_is_missed(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "KEEPALIVE_S", 0.3)
+    monkeypatch.setattr(connection, "KEEPALIVE_TIMEOUT_S", 0.3)
+    worker, often = FakeWorker("b"), GrpcSettings(min_ping_s=0.1)
+    async with (
+        running(FakeWorker("a", step_s=0.005), settings=often) as old,
+        running(worker, settings=often) as new,
+        relayed(old.server.port) as relay,
+        AsyncClient(relay.address) as client,
+    ):
+        got = []
+        async for message in client.generate(PROMPT, max_tokens=300, seed=6):
+            got.append(message)
+            if len(got) == 5:
+                relay.server_address = new.server.address
+                relay.silence()
+    assert tokens(got) == fake_output(PROMPT, sampling(6, 300))
+    assert len(worker.submitted) == 1
+
+
+def test_a_request_that_samples_gets_a_seed() -> None:
+    greedy, sampled = generate_request("a", {}), generate_request("a", {"temperature": 0.5})
+    assert (greedy.HasField("seed"), sampled.HasField("seed")) == (False, True)
+    assert generate_request("a", {"temperature": 0.5}).seed != sampled.seed
+    assert generate_request("a", {"temperature": 0.5, "seed": 0}).seed == 0
+
+
+def test_a_request_that_may_be_at_two_gateways_is_not_resumed_by_number_alone() -> None:
+    """Their messages may end at different tokens."""
+    received = Received(generate_request(PROMPT, {"n": 2}))
+    assert isinstance(received.next_call(), GenerateRequest)
+    assert isinstance(received.next_call(), GenerateRequest)  # nothing came of the first
+    received.add(GenerateResponse(index=1, token_ids=[7, 8]))
+    call = received.next_call()
+    assert isinstance(call, GenerateRequest)
+    assert [list(one.token_ids) for one in call.received] == [[], [7, 8]]

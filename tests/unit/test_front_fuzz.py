@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
-from expertmesh.v1.inference_pb2 import GenerateRequest, GetModelRequest, TokenIds
+from expertmesh.v1.inference_pb2 import GenerateRequest, GetModelRequest, ReceivedSample, TokenIds
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from tests.in_a_thread import in_a_thread
 from tests.unit import http2
@@ -274,6 +274,11 @@ def channel(tokenizer: Tokenizer) -> Iterator[grpc.Channel]:
         yield channel
 
 
+RECEIVED = st.builds(
+    ReceivedSample,
+    token_ids=st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 260), max_size=20),
+    has_ended=st.booleans(),
+)
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
@@ -292,6 +297,7 @@ FIELDS = st.fixed_dictionaries(
         "n": st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 4),
         "request_id": st.text(max_size=140),
         "idempotency_key": st.text(max_size=140),
+        "received": st.lists(RECEIVED, max_size=3),
     },
 )
 IDS = st.none() | st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 260), max_size=30)
@@ -326,7 +332,10 @@ def test_a_request_of_any_fields_is_served_or_refused(
     what = GenerateRequest(**fields)
     if ids is not None:
         what.token_ids.CopyFrom(TokenIds(ids=ids))
-    error = refusal(lambda: InferenceStub(channel).GenerateOnce(what, timeout=60))
+    stub = InferenceStub(channel)
+    error = refusal(
+        lambda: list(stub.Generate(what, timeout=60)) if what.received else stub.GenerateOnce(what, timeout=60)
+    )
     if error is not None:
         assert error.code() in ALLOWED, (error, text_format.MessageToString(what))
         assert error.details()

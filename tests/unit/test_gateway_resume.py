@@ -1,6 +1,7 @@
 """A stream that breaks is read on, one asked for twice is generated once, and what nobody reads any more ends."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -8,6 +9,7 @@ import pytest
 
 from expertmesh.actors.gateway.kept_streams import KeptStreams
 from expertmesh.actors.gateway.validation import ValidRequest
+from expertmesh.cluster.errors import NotFoundError
 from expertmesh.cluster.requests import FinishReason
 from expertmesh.cluster.settings import GrpcSettings
 from expertmesh.models.tokenizer import Tokenizer
@@ -18,6 +20,7 @@ from expertmesh.v1.inference_pb2 import (
     CancelRequest,
     GenerateRequest,
     GenerateResponse,
+    ReceivedSample,
     ResumeRequest,
 )
 from tests.unit.gateway_fakes import FakeWorker, fake_output, fake_text, save_tokenizer
@@ -182,8 +185,23 @@ async def test_a_stream_without_a_reader_ends_in_time() -> None:
         await asyncio.sleep(0.1)
         assert worker.live_ids
         await until(lambda: not worker.live_ids and up.engine.num_live_requests == 0)
-        rest = await all_of(up.inference.Resume(ResumeRequest(request_id="r")))
-    assert rest[-1].finish_reason == FINISH_REASON_CANCELLED
+        # Whoever comes back later is told that it is gone, not that it is whole.
+        error = await error_of(up.inference.Resume(ResumeRequest(request_id="r")))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_who_comes_in_the_moment_in_which_it_is_given_up_begins_anew() -> None:
+    async with running(FakeWorker("a")) as up:
+        kept_streams = KeptStreams(up.engine, resume_s=0.05, max_ended=1)
+        valid = ValidRequest(request_id="r", prompt_ids=PROMPT, sampling=(sampling(6, 500),), stop=())
+        stream = kept_streams.open(valid, "k", b"", owner="")
+        while not stream.is_abandoned:  # noqa: ASYNC110 - the moment before it is forgotten is what is tested
+            await asyncio.sleep(0)
+        assert not stream.task.done()
+        with pytest.raises(NotFoundError):
+            kept_streams.find("r", owner="")
+        assert kept_streams.open(valid, "k", b"", owner="") is not stream
+        await kept_streams.close()
 
 
 async def test_a_deadline_ends_the_stream_of_its_only_reader() -> None:
@@ -231,3 +249,116 @@ async def test_a_failure_amid_a_stream_is_told_to_each_who_reads_it(caplog: pyte
             assert error.code() is grpc.StatusCode.INTERNAL
             assert "secret" not in (error.details() or "")
     assert "secret cause" in caplog.text
+
+
+async def test_what_failed_as_a_part_was_away_is_not_kept() -> None:
+    worker = FakeWorker("a", step_s=0.01)
+    async with running(worker) as up:
+        messages = aiter(up.inference.Generate(kept(500)))
+        await anext(messages)
+        worker.failed, worker.unavailable = "an expert has no replica", True
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            async for _ in messages:
+                pass
+        assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+        error = await error_of(up.inference.Resume(ResumeRequest(request_id="r")))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+def received(*token_ids: Sequence[int]) -> dict[str, Any]:
+    return {"received": [ReceivedSample(token_ids=ids) for ids in token_ids]}
+
+
+async def test_another_gateway_goes_on_with_the_rest_alone(tokenizer: Tokenizer) -> None:
+    worker = FakeWorker("b")
+    async with running(FakeWorker("a"), tokenizer=tokenizer) as up:
+        whole = await all_of(up.inference.Generate(kept(logprobs=1)))
+    former, asked = tokens(whole[:5]), kept(logprobs=1)
+    async with running(worker, tokenizer=tokenizer) as up:
+        error = await error_of(up.inference.Resume(ResumeRequest(request_id="r", tokens_received=[len(former)])))
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        asked.received.add(token_ids=former)
+        rest = await all_of(up.inference.Generate(asked))
+    assert former + tokens(rest) == tokens(whole) == fake_output(PROMPT, sampling(6, 60))
+    assert text(whole[:5]) + text(rest) == text(whole)
+    assert [one.token_id for message in rest for one in message.logprobs] == tokens(rest)
+    assert (rest[-1].finish_reason, rest[-1].usage.completion_tokens) == (FINISH_REASON_LENGTH, 60)
+    assert [list(sequence.output_ids) for sequence in worker.submitted] == [former]
+
+
+async def test_a_stream_that_was_taken_up_is_resumed_like_any_other() -> None:
+    worker = FakeWorker("a")
+    former = fake_output(PROMPT, sampling(6, 60))[:20]
+    async with running(worker) as up:
+        got = await broken_after(up, kept(**received(former)), 3)
+        count = len(former) + len(tokens(got))
+        rest = await all_of(up.inference.Resume(ResumeRequest(request_id="r", tokens_received=[count])))
+        again = await all_of(up.inference.Resume(ResumeRequest(request_id="r", tokens_received=[20])))
+        error = await error_of(up.inference.Resume(ResumeRequest(request_id="r")))
+    assert former + tokens(got) + tokens(rest) == former + tokens(again) == fake_output(PROMPT, sampling(6, 60))
+    assert error.details() == "tokens_received of sample 0 is 0; no message of it ended there"
+    assert len(worker.submitted) == 1
+
+
+async def test_the_gateway_that_has_the_stream_goes_on_with_it() -> None:
+    worker = FakeWorker("a")
+    async with running(worker) as up:
+        got = await broken_after(up, kept(), 3)
+        rest = await all_of(up.inference.Generate(kept(**received(tokens(got)))))
+    assert tokens(got) + tokens(rest) == fake_output(PROMPT, sampling(6, 60))
+    assert len(worker.submitted) == 1
+
+
+async def test_what_differs_from_the_stream_that_is_kept_is_taken_up_anew() -> None:
+    worker = FakeWorker("a", step_s=0.01)
+    async with running(worker) as up:
+        got = await broken_after(up, kept(500), 2)
+        first = list(worker.live_ids)
+        former = [*tokens(got)[:-1], 1]  # of a gateway whose sums were rounded otherwise
+        other = aiter(up.inference.Generate(kept(500, **received(former))))
+        await anext(other)
+        await until(lambda: worker.cancelled == first)
+        assert [list(sequence.output_ids) for sequence in worker.submitted] == [[], former]
+        count = len(former)
+        resumed = up.inference.Resume(ResumeRequest(request_id="r", tokens_received=[count]))
+        assert (await resumed.read()).token_ids[0] == fake_output(PROMPT, sampling(6, 500))[count]
+        await up.inference.Cancel(CancelRequest(request_id="r"))
+        last = [one async for one in other][-1]
+    assert last.finish_reason == FINISH_REASON_CANCELLED
+    assert last.usage.completion_tokens > len(former)
+
+
+async def test_who_still_reads_a_stream_that_was_replaced_gets_all_of_it() -> None:
+    worker = FakeWorker("a")
+    async with running(worker) as up:
+        call = aiter(up.inference.Generate(kept()))
+        got = [await anext(call)]
+        other = await all_of(up.inference.Generate(kept(**received([1, 2, 3]))))
+        got += [one async for one in call]
+    assert tokens(got) == fake_output(PROMPT, sampling(6, 60))
+    assert tokens(other) == fake_output(PROMPT, sampling(6, 60))[3:]
+
+
+async def test_a_stream_that_has_ended_is_replaced_too() -> None:
+    async with running(FakeWorker("a"), settings=GrpcSettings(max_ended_streams=1)) as up:
+        await all_of(up.inference.Generate(kept()))
+        for former in ([1], [2], [3]):
+            rest = await all_of(up.inference.Generate(kept(**received(former))))
+            assert tokens(rest) == fake_output(PROMPT, sampling(6, 60))[1:]
+
+
+async def test_limits_hold_for_what_is_taken_up() -> None:
+    worker = FakeWorker("a", capacity=0)
+    async with running(worker) as up:
+        error = await error_of(up.inference.Generate(kept(**received([1, 2]))))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        error = await error_of(up.inference.Generate(kept(3, **received([1] * 4))))
+        assert (error.code(), error.details()) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "received of sample 0 has 4 tokens; max_tokens is 3",
+        )
+        error = await error_of(up.inference.GenerateOnce(kept(**received([1]))))
+        assert (error.code(), error.details()) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "received is of Generate alone; GenerateOnce returns whole samples",
+        )

@@ -1,5 +1,6 @@
-"""The keeper without a shard that never comes back: it waits for a while, then lets the others be balanced."""
+"""The keeper without a shard that never comes back, and with successors of members that move off a node."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from expertmesh.actors.controller.keeper import Keeper
 from expertmesh.cluster.errors import CapacityError, UnavailableError
-from expertmesh.cluster.ids import ShardId
+from expertmesh.cluster.ids import ShardId, WorkerId
 from expertmesh.cluster.placement import Placement, initial_placement
 from expertmesh.cluster.settings import ServeSettings
 from expertmesh.cluster.watchdog import Watchdog
@@ -105,3 +106,80 @@ def test_what_an_operator_asks_for_waits_for_all() -> None:
     keeper.round(1.0)
     with pytest.raises(UnavailableError, match="being started or left out"):
         keeper.adopt(other_placement(keeper))
+
+
+def keeper_with_successor(*, third_state: str) -> tuple[Keeper, list[tuple[str, Any]]]:
+    """A keeper of three shards, each expert on two of them; one has a successor. And the mover's calls."""
+    keeper, _ = keeper_of(absence_s=1e9)
+    calls: list[tuple[str, Any]] = []
+
+    def recorded(name: str) -> Any:
+        return lambda *given, **_: calls.append((name, given))
+
+    keeper._mover = SimpleNamespace(  # type: ignore[assignment]
+        **{name: recorded(name) for name in ("bring", "publish", "settle")}
+    )
+    keeper._settings = keeper._settings.model_copy(update={"replicas": 2})
+    keeper._keys_of = lambda shard: frozenset()  # type: ignore[method-assign]
+    keeper.placement = initial_placement((0,), 4, SHARDS, 2, epoch=1)
+    facts = keeper.shards.facts
+    facts[SHARDS[2]] = {"id": SHARDS[2], "state": third_state, "epoch": 1}
+    facts[ShardId("shard-3")] = {"id": "shard-3", "state": "ready", "epoch": 0}
+    return keeper, calls
+
+
+def hosted(placement: Placement) -> dict[str, set[int]]:
+    return {str(slots.shard): {key.expert for key in slots.experts} for slots in placement.shards}
+
+
+def test_a_successor_takes_what_its_predecessor_has_before_that_is_given_up() -> None:
+    keeper, calls = keeper_with_successor(third_state="ready")
+    assert keeper.placement is not None
+    before = hosted(keeper.placement)
+    keeper.replace_members({"shard-1": "shard-3"})
+    assert [name for name, _ in calls] == ["bring", "publish", "settle"]
+    _, (current, target, hosting) = calls[0]
+    assert hosted(current) == before
+    assert "shard-1" in hosting, "experts are copied from it"
+    assert hosted(target) == {"shard-0": before["shard-0"], "shard-3": before["shard-1"], "shard-2": before["shard-2"]}
+    assert "shard-1" not in calls[2][1][1], "it is asked to free nothing: workers may still use it"
+    assert keeper.shard_ids == ["shard-0", "shard-3", "shard-2"]
+
+
+def test_while_another_is_away_no_more_moves_than_must() -> None:
+    keeper, calls = keeper_with_successor(third_state="dead")
+    assert keeper.placement is not None
+    before = hosted(keeper.placement)
+    keeper.replace_members({"shard-1": "shard-3"})
+    _, (_, target, _) = calls[0]
+    after = hosted(target)
+    assert after.keys() == {"shard-0", "shard-3"}
+    assert after["shard-0"] == before["shard-0"]
+    assert after["shard-3"] == before["shard-1"]
+    assert keeper.shard_ids == ["shard-0", "shard-3", "shard-2"]
+
+
+def test_workers_are_replaced_without_a_move_of_experts() -> None:
+    keeper, calls = keeper_with_successor(third_state="ready")
+    keeper.worker_ids = [WorkerId("worker-0"), WorkerId("worker-1")]
+    keeper.replace_members({"worker-0": "worker-2"})
+    assert not calls
+    assert keeper.worker_ids == ["worker-2", "worker-1"]
+
+
+def test_one_with_a_successor_is_not_started_again() -> None:
+    keeper, _ = keeper_of(absence_s=1e9)
+    may_end = threading.Event()
+
+    def create(shard: ShardId, **_: Any) -> None:
+        may_end.wait(30)
+        raise CapacityError(f"no node has room for {shard}")
+
+    keeper.shards.create = create  # type: ignore[method-assign,assignment]
+    keeper.succeeded = lambda: frozenset({GONE})
+    keeper.round(1.0)
+    assert keeper._reviver.starting == frozenset()
+    keeper.succeeded = frozenset
+    keeper.round(1.0)
+    assert keeper._reviver.starting == {GONE}
+    may_end.set()

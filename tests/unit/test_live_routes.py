@@ -149,6 +149,17 @@ async def test_the_state_is_looked_at_once_when_nobody_watches() -> None:
     assert state["viewers"] == 0
 
 
+async def test_the_state_is_whole_though_somebody_has_just_begun_to_watch() -> None:
+    async with running() as up, aclosing(up.feed.watch()) as stream:
+        await anext(stream)
+        assert up.fleet.asked == [], "the first look comes when the stream goes on"
+        up.fleet.events = [(1, 5.0, "fault", "s1 died")]
+        state = json.loads(await up.feed.state())
+        assert [shard["id"] for shard in state["status"]["shards"]] == ["s0", "s1"]
+        tick = json.loads((await anext(stream)).partition(b"data: ")[2])
+        assert [event["text"] for event in tick["events"]] == ["s1 died"]
+
+
 async def test_a_stream_begins_with_all_that_is_known_and_goes_on_with_what_is_new() -> None:
     async with running() as up, aclosing(events(up)) as stream:
         name, state = await anext(stream)

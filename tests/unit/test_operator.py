@@ -108,7 +108,7 @@ def test_nothing_is_moved_onto_a_shard_that_is_being_started() -> None:
 def test_each_step_of_an_operation_is_told() -> None:
     found, _ = operator([])
     told: list[tuple[str, Phase]] = []
-    found.on_noted = lambda operation: told.append((operation.request, operation.phase))
+    found.book.on_noted = lambda operation: told.append((operation.request, operation.phase))
     found.scale(2, None)
     for _ in range(3):
         found.step()

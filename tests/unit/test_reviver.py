@@ -112,3 +112,14 @@ def test_one_that_is_drained_meanwhile_is_ended_again(room: bool) -> None:
     until(lambda: not reviving.is_busy)
     assert not tier.handles
     assert not tier.facts
+
+
+def test_one_that_has_a_successor_to_come_is_left_alone() -> None:
+    tier = DeadShard()
+    reviving = tier.reviver()
+    reviving.begin(tier, {SHARD})
+    assert reviving.starting == frozenset()
+    reviving.begin(tier, {"shard-1"})
+    assert reviving.starting == {SHARD}
+    tier.may_start.set()
+    until(lambda: not reviving.is_busy)

@@ -219,7 +219,7 @@ def test_a_metrics_port_is_free_and_of_a_ray_of_our_own() -> None:
 
 def deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, **settings: object) -> launch.Deployment:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=free, available=free))
     return launch.Deployment(ServeSettings.model_validate({"model": MODEL, **settings}), None, print)
 
 

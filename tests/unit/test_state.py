@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -196,6 +197,19 @@ def operation(number: int) -> Operation:
         id=f"op-{number}", request="rebalance", adding=(), removing=(), phase=Phase.DONE, progress="", error="",
         started_s=1.0, ended_s=2.0, deadline_s=9.0,
     )  # fmt: skip
+
+
+def test_operations_go_on_beside_each_other(server: EmbeddedRedis) -> None:
+    with closing(connect(server.url)) as client:
+        store = StateStore(client, "model")
+        for number in range(3):
+            store.save_operation(operation(number))
+        store.save_operation(replace(operation(0), error="no room", node="node-a"))
+        assert [(found.id, found.error, found.node) for found in store.load_operations()] == [
+            ("op-2", "", ""),
+            ("op-1", "", ""),
+            ("op-0", "no room", "node-a"),
+        ]
 
 
 def test_damaged_operations_are_passed_over_and_told(server: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/inference.proto\x12\rexpertmesh.v1\"S\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0ftokens_received\x18\x02 \x03(\r\x12\x15\n\rsamples_ended\x18\x03 \x03(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\x91\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x07 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa7\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\x08logprobs\x18\r \x01(\x05H\x08\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\x05H\t\x88\x01\x01\x12\x17\n\nrequest_id\x18\x0f \x01(\tH\n\x88\x01\x01\x12\x1c\n\x0fidempotency_key\x18\x10 \x01(\tH\x0b\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x04\n\x02_nB\r\n\x0b_request_idB\x12\n\x10_idempotency_key\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"Y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprob\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xed\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x32\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12(\n\x05usage\x18\x07 \x01(\x0b\x32\x14.expertmesh.v1.UsageH\x00\x88\x01\x01\x42\x08\n\x06_usage\"\x9b\x01\n\x06Output\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\"w\n\x14GenerateOnceResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x07outputs\x18\x02 \x03(\x0b\x32\x15.expertmesh.v1.Output\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.Usage*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xa3\x04\n\tInference\x12M\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12S\n\x0cGenerateOnce\x12\x1e.expertmesh.v1.GenerateRequest\x1a#.expertmesh.v1.GenerateOnceResponse\x12I\n\x06Resume\x12\x1c.expertmesh.v1.ResumeRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12\x45\n\x06\x43\x61ncel\x12\x1c.expertmesh.v1.CancelRequest\x1a\x1d.expertmesh.v1.CancelResponse\x12K\n\x08Tokenize\x12\x1e.expertmesh.v1.TokenizeRequest\x1a\x1f.expertmesh.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .expertmesh.v1.DetokenizeRequest\x1a!.expertmesh.v1.DetokenizeResponse\x12@\n\x08GetModel\x12\x1e.expertmesh.v1.GetModelRequest\x1a\x14.expertmesh.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/inference.proto\x12\rexpertmesh.v1\"S\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0ftokens_received\x18\x02 \x03(\r\x12\x15\n\rsamples_ended\x18\x03 \x03(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\x91\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x07 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"6\n\x0eReceivedSample\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x11\n\thas_ended\x18\x02 \x01(\x08\"\xd8\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\x08logprobs\x18\r \x01(\x05H\x08\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\x05H\t\x88\x01\x01\x12\x17\n\nrequest_id\x18\x0f \x01(\tH\n\x88\x01\x01\x12\x1c\n\x0fidempotency_key\x18\x10 \x01(\tH\x0b\x88\x01\x01\x12/\n\x08received\x18\x11 \x03(\x0b\x32\x1d.expertmesh.v1.ReceivedSampleB\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x04\n\x02_nB\r\n\x0b_request_idB\x12\n\x10_idempotency_key\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"Y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprob\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xed\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x32\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12(\n\x05usage\x18\x07 \x01(\x0b\x32\x14.expertmesh.v1.UsageH\x00\x88\x01\x01\x42\x08\n\x06_usage\"\x9b\x01\n\x06Output\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\"w\n\x14GenerateOnceResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x07outputs\x18\x02 \x03(\x0b\x32\x15.expertmesh.v1.Output\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.Usage*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xa3\x04\n\tInference\x12M\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12S\n\x0cGenerateOnce\x12\x1e.expertmesh.v1.GenerateRequest\x1a#.expertmesh.v1.GenerateOnceResponse\x12I\n\x06Resume\x12\x1c.expertmesh.v1.ResumeRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12\x45\n\x06\x43\x61ncel\x12\x1c.expertmesh.v1.CancelRequest\x1a\x1d.expertmesh.v1.CancelResponse\x12K\n\x08Tokenize\x12\x1e.expertmesh.v1.TokenizeRequest\x1a\x1f.expertmesh.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .expertmesh.v1.DetokenizeRequest\x1a!.expertmesh.v1.DetokenizeResponse\x12@\n\x08GetModel\x12\x1e.expertmesh.v1.GetModelRequest\x1a\x14.expertmesh.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1801
-  _globals['_FINISHREASON']._serialized_end=1953
+  _globals['_FINISHREASON']._serialized_start=1906
+  _globals['_FINISHREASON']._serialized_end=2058
   _globals['_RESUMEREQUEST']._serialized_start=48
   _globals['_RESUMEREQUEST']._serialized_end=131
   _globals['_CANCELREQUEST']._serialized_start=133
@@ -53,20 +53,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL']._serialized_end=501
   _globals['_TOKENIDS']._serialized_start=503
   _globals['_TOKENIDS']._serialized_end=526
-  _globals['_GENERATEREQUEST']._serialized_start=529
-  _globals['_GENERATEREQUEST']._serialized_end=1080
-  _globals['_TOPLOGPROB']._serialized_start=1082
-  _globals['_TOPLOGPROB']._serialized_end=1129
-  _globals['_TOKENLOGPROB']._serialized_start=1131
-  _globals['_TOKENLOGPROB']._serialized_end=1220
-  _globals['_USAGE']._serialized_start=1222
-  _globals['_USAGE']._serialized_end=1279
-  _globals['_GENERATERESPONSE']._serialized_start=1282
-  _globals['_GENERATERESPONSE']._serialized_end=1519
-  _globals['_OUTPUT']._serialized_start=1522
-  _globals['_OUTPUT']._serialized_end=1677
-  _globals['_GENERATEONCERESPONSE']._serialized_start=1679
-  _globals['_GENERATEONCERESPONSE']._serialized_end=1798
-  _globals['_INFERENCE']._serialized_start=1956
-  _globals['_INFERENCE']._serialized_end=2503
+  _globals['_RECEIVEDSAMPLE']._serialized_start=528
+  _globals['_RECEIVEDSAMPLE']._serialized_end=582
+  _globals['_GENERATEREQUEST']._serialized_start=585
+  _globals['_GENERATEREQUEST']._serialized_end=1185
+  _globals['_TOPLOGPROB']._serialized_start=1187
+  _globals['_TOPLOGPROB']._serialized_end=1234
+  _globals['_TOKENLOGPROB']._serialized_start=1236
+  _globals['_TOKENLOGPROB']._serialized_end=1325
+  _globals['_USAGE']._serialized_start=1327
+  _globals['_USAGE']._serialized_end=1384
+  _globals['_GENERATERESPONSE']._serialized_start=1387
+  _globals['_GENERATERESPONSE']._serialized_end=1624
+  _globals['_OUTPUT']._serialized_start=1627
+  _globals['_OUTPUT']._serialized_end=1782
+  _globals['_GENERATEONCERESPONSE']._serialized_start=1784
+  _globals['_GENERATEONCERESPONSE']._serialized_end=1903
+  _globals['_INFERENCE']._serialized_start=2061
+  _globals['_INFERENCE']._serialized_end=2608
 # @@protoc_insertion_point(module_scope)

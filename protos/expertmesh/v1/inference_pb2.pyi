@@ -62,7 +62,9 @@ class ResumeRequest(_message.Message):
     """As the responses name the request."""
     @_builtins.property
     def tokens_received(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens received of each sample, in order of index; 0 for those left out. Each must be where a message ended."""
+        """Tokens received of each sample, in order of index; 0 for those left out. Each must be where a message ended, or where
+        the request's `received` did.
+        """
 
     @_builtins.property
     def samples_ended(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -290,6 +292,36 @@ class TokenIds(_message.Message):
 Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
+class ReceivedSample(_message.Message):
+    """What a client has of one sample."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    HAS_ENDED_FIELD_NUMBER: _builtins.int
+    has_ended: _builtins.bool
+    """Its last message, with its finish_reason, has come too; nothing more is sent of it."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All tokens that came, in order; at most max_tokens, each below the vocabulary size. A token that ends a sample can
+        only be the last.
+        """
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        has_ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_ended", b"has_ended", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReceivedSample: _TypeAlias = ReceivedSample  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -309,6 +341,7 @@ class GenerateRequest(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """UTF-8, not empty; the server adds the special tokens that the checkpoint's tokenizer adds. Needs a tokenizer."""
     max_tokens: _builtins.int
@@ -360,6 +393,15 @@ class GenerateRequest(_message.Message):
         The token itself is in token_ids and counted, and in the text unless it is a special token.
         """
 
+    @_builtins.property
+    def received(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReceivedSample]:
+        """What was received of this request's samples from a gateway that is gone, in order of index; nothing of those left
+        out. Generation goes on after it, and only what is missing is sent: the same tokens and text as if the stream had not
+        broken, where the request gives a seed or is greedy; all else in the request must be as it was. The tokens received
+        count as max_tokens and the usage count, not as output of the API key. Of Generate alone. A gateway that has the
+        stream under the idempotency_key goes on with that.
+        """
+
     def __init__(
         self,
         *,
@@ -379,10 +421,11 @@ class GenerateRequest(_message.Message):
         n: _builtins.int | None = ...,
         request_id: _builtins.str | None = ...,
         idempotency_key: _builtins.str | None = ...,
+        received: _abc.Iterable[Global___ReceivedSample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_idempotency_key", b"_idempotency_key", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_n", b"_n", "_repetition_penalty", b"_repetition_penalty", "_request_id", b"_request_id", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "idempotency_key", b"idempotency_key", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "n", b"n", "prompt", b"prompt", "repetition_penalty", b"repetition_penalty", "request_id", b"request_id", "seed", b"seed", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idempotency_key", b"_idempotency_key", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_n", b"_n", "_repetition_penalty", b"_repetition_penalty", "_request_id", b"_request_id", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "idempotency_key", b"idempotency_key", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "n", b"n", "prompt", b"prompt", "repetition_penalty", b"repetition_penalty", "request_id", b"request_id", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idempotency_key", b"_idempotency_key", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_n", b"_n", "_repetition_penalty", b"_repetition_penalty", "_request_id", b"_request_id", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "idempotency_key", b"idempotency_key", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "n", b"n", "prompt", b"prompt", "received", b"received", "repetition_penalty", b"repetition_penalty", "request_id", b"request_id", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__idempotency_key: _TypeAlias = _typing.Literal["idempotency_key"]  # noqa: Y015
     _WhichOneofArgType__idempotency_key: _TypeAlias = _typing.Literal["_idempotency_key", b"_idempotency_key"]  # noqa: Y015

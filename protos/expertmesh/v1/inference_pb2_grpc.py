@@ -106,7 +106,8 @@ class InferenceServicer:
 
     def Resume(self, request, context):
         """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
-        each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+        each once. NOT_FOUND when it is not kept any more, or not by this gateway: a stream is kept by the gateway that
+        generates it, for `grpc.resume_s` after its end. Any gateway goes on when the request is sent again with `received`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,8 @@ class InferenceStub:
     """Waits for all samples to end and returns them in one message."""
     Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
     """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
-    each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+    each once. NOT_FOUND when it is not kept any more, or not by this gateway: a stream is kept by the gateway that
+    generates it, for `grpc.resume_s` after its end. Any gateway goes on when the request is sent again with `received`.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
@@ -79,7 +80,8 @@ class InferenceAsyncStub(InferenceStub):
     """Waits for all samples to end and returns them in one message."""
     Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
-    each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+    each once. NOT_FOUND when it is not kept any more, or not by this gateway: a stream is kept by the gateway that
+    generates it, for `grpc.resume_s` after its end. Any gateway goes on when the request is sent again with `received`.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     """Ends a request that had an idempotency_key: its samples end with FINISH_REASON_CANCELLED. Others end when their call
@@ -126,7 +128,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Goes on with the stream of a request that had an idempotency_key, after what was received of it; the same tokens,
-        each once. NOT_FOUND when it is not kept any more: the server keeps a stream for `grpc.resume_s` after its end.
+        each once. NOT_FOUND when it is not kept any more, or not by this gateway: a stream is kept by the gateway that
+        generates it, for `grpc.resume_s` after its end. Any gateway goes on when the request is sent again with `received`.
         """
 
     @_abc_1.abstractmethod
