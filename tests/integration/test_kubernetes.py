@@ -146,8 +146,9 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeKuberne
             kube.install_kuberay()
             kube.add_namespace(NAMESPACE)
             objects = overlay(OVERLAY)
-            accounts = [m for kind in ("ServiceAccount", "Role", "RoleBinding") for m in of_kind(objects, kind)]
-            config, text = kube.kubeconfig(namespace=NAMESPACE), yaml.safe_dump_all([*accounts, ray_cluster()])
+            kinds = ("ServiceAccount", "Role", "RoleBinding", "PodDisruptionBudget")
+            beside = [found for kind in kinds for found in of_kind(objects, kind)]
+            config, text = kube.kubeconfig(namespace=NAMESPACE), yaml.safe_dump_all([*beside, ray_cluster()])
             applied = run_kubectl(kubectl(), config, "apply", "-f", "-", stdin=text)
             assert applied.returncode == 0, applied.stderr
             kube.store.wait_until(lambda: [runs(pod) for pod in kube.store.all(PODS, NAMESPACE)] == [True] * 4, 150)
@@ -244,12 +245,15 @@ def test_a_killed_pod_is_replaced(mesh: Mesh) -> None:
 
 
 @pytest.mark.usefixtures("streams")
-def test_a_pod_that_is_deleted_ends_in_order(mesh: Mesh) -> None:
-    deleted = mesh.pod_of("shard-0")
-    done = run_kubectl(kubectl(), mesh.kube.kubeconfig(namespace=NAMESPACE), "delete", "pod", deleted)
+def test_the_pod_of_a_drained_host_leaves_first(mesh: Mesh) -> None:
+    evicted = mesh.pod_of("shard-0")
+    host = mesh.kube.store.get(PODS, NAMESPACE, evicted)["spec"]["nodeName"]
+    drain = ("drain", host, "--delete-emptydir-data", "--timeout", "120s")
+    done = run_kubectl(kubectl(), mesh.kube.kubeconfig(), *drain, timeout_s=150)
     assert done.returncode == 0, done.stderr
-    assert mesh.kubelet.ip(deleted) in (mesh.kubelet.home / f"{deleted}-pre-stop.log").read_text(), "it did not leave"
+    assert mesh.kubelet.ip(evicted) in (mesh.kubelet.home / f"{evicted}-pre-stop.log").read_text(), "it did not leave"
     mesh.settled(2)
+    assert host not in {pod["spec"]["nodeName"] for pod in mesh.pods("experts")}
 
 
 @pytest.mark.usefixtures("streams")
