@@ -45,7 +45,7 @@ ops: $(VENV)/.triton
 parity: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/parity
 
-integration: $(VENV)/.ready
+integration: $(BIN)/kubectl
 	$(BIN)/python -m pytest --timeout 300 tests/integration
 
 protos: $(VENV)/.ready

@@ -44,8 +44,10 @@ class RayKubelet:
         self.kube: FakeKubernetes | None = None
         self.address = ""
         self._head_is_there = threading.Event()
+        self._starting = threading.Lock()  # nodes of one host take names in one folder, one after the other
         self._numbers = count(1)
         self._ips: dict[str, str] = {}
+        self._node_ids: dict[str, str] = {}
         self._main: dict[str, subprocess.Popen[bytes]] = {}
         self._beside: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -67,8 +69,9 @@ class RayKubelet:
             ip = f"127.0.1.{next(self._numbers)}"
         self._ips[name] = ip
         log = self.home / f"{name}.log"
-        self._main[name] = _spawn(self._ray_start(container, ip, is_head), self.environment(pod, container), log)
-        _await_node(self._main[name], log)
+        with self._starting:
+            self._main[name] = _spawn(self._ray_start(container, ip, is_head), self.environment(pod, container), log)
+            self._node_ids[name] = _await_node(self._main[name], log)
         if is_head:
             for other in pod["spec"]["containers"][1:]:
                 assert other["name"] == "autoscaler"
@@ -113,14 +116,12 @@ class RayKubelet:
         """Return the process of a pod's first container; all else of the container is below it."""
         return self._main[name].pid
 
+    def ip(self, name: str) -> str:
+        return self._ips[name]
+
     def node_id(self, name: str) -> str:
-        """Return the id of a pod's node, as Ray knows it."""
-        for process in psutil.Process(self.pid(name)).children(recursive=True):
-            with suppress(psutil.Error):
-                for word in process.cmdline():
-                    if word.startswith("--node_id="):
-                        return word.partition("=")[2]
-        raise AssertionError(f"{name} has no raylet")
+        """Return the id of a pod's node, as Ray knows it or knew it."""
+        return self._node_ids[name]
 
     def environment(self, pod: Manifest, container: Manifest) -> dict[str, str]:
         """Return what a container's processes find, and what paths and ports here need beside it."""
@@ -200,11 +201,18 @@ def _spawn(command: list[str], env: dict[str, str], log: Path) -> "subprocess.Po
         return subprocess.Popen(command, env=env, stdout=output, stderr=output)
 
 
-def _await_node(process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _await_node(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    """Wait until a node is there, and return its id."""
     deadline_s = time.monotonic() + _START_S
-    while "--block" not in log.read_text():  # it waits now: the node is there
+    while True:
         if process.poll() is not None:
             raise StartError("CrashLoopBackOff", log.read_text())
+        if "--block" in log.read_text():  # it waits now
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    ids = [word.partition("=")[2] for word in child.cmdline() if word.startswith("--node_id=")]
+                    if ids:
+                        return ids[0]
         assert time.monotonic() < deadline_s, log.read_text()
         time.sleep(0.05)
 

@@ -8,7 +8,9 @@ import copy
 import json
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,8 +34,8 @@ OVERLAY = "cpu-try-out"
 NAMESPACE = "expertmesh"
 NAME = "expertmesh"
 IDLE_S = 3
-LEAVE_S = 4
-GRACE_S = 20
+LEAVE_S = 10
+GRACE_S = 25
 REQUEST_TIMEOUT_S = 3
 
 
@@ -79,7 +81,7 @@ class Mesh:
             ready = [shard.state for shard in status.shards] == ["ready"] * shards
             return ready and {shard.node for shard in status.shards} == self.nodes(self.experts())
 
-        status = status_when(self.server, is_so, timeout_s=150)
+        status = status_when(self.server, is_so, timeout_s=200)
         self.kube.store.wait_until(lambda: len(self.pods("experts")) == shards, 60)
         return status
 
@@ -138,13 +140,15 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeKuberne
     """The RayCluster with its first pods."""
     kubelet = RayKubelet()
     try:
-        with fake_kubernetes(tmp_path_factory.mktemp("kube"), kubelet) as kube:
+        nodes = tuple(f"host-{number}" for number in range(16))  # as failure domains: a pod of shards on each
+        with fake_kubernetes(tmp_path_factory.mktemp("kube"), kubelet, nodes=nodes) as kube:
             kubelet.kube = kube
             kube.install_kuberay()
             kube.add_namespace(NAMESPACE)
             objects = overlay(OVERLAY)
-            accounts = [m for kind in ("ServiceAccount", "Role", "RoleBinding") for m in of_kind(objects, kind)]
-            config, text = kube.kubeconfig(namespace=NAMESPACE), yaml.safe_dump_all([*accounts, ray_cluster()])
+            kinds = ("ServiceAccount", "Role", "RoleBinding", "PodDisruptionBudget")
+            beside = [found for kind in kinds for found in of_kind(objects, kind)]
+            config, text = kube.kubeconfig(namespace=NAMESPACE), yaml.safe_dump_all([*beside, ray_cluster()])
             applied = run_kubectl(kubectl(), config, "apply", "-f", "-", stdin=text)
             assert applied.returncode == 0, applied.stderr
             kube.store.wait_until(lambda: [runs(pod) for pod in kube.store.all(PODS, NAMESPACE)] == [True] * 4, 150)
@@ -153,18 +157,25 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeKuberne
         kubelet.close()
 
 
-@pytest.fixture(scope="module")
-def mesh(pods: tuple[FakeKubernetes, RayKubelet], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """Two shards on two pods, every expert on both, and a worker."""
-    kube, kubelet = pods
-    home = tmp_path_factory.mktemp("mesh")
-    (home / "serve.toml").write_text(settings())
+@contextmanager
+def fleet(kube: FakeKubernetes, kubelet: RayKubelet, home: Path, text: str) -> Iterator[Mesh]:
+    """Run a server with these settings on the pods while the block lasts."""
+    (home / "serve.toml").write_text(text)
     options = ("--address", kubelet.address, "--config", str(home / "serve.toml"))
     with serving(POCKET, home, *options, env=ray_environment(kube, kubelet)) as server:
         started = Mesh(kube, kubelet, server)
         kube.faults.observers.append(started.observe)
+        try:
+            yield started
+        finally:
+            kube.faults.observers.remove(started.observe)
+
+
+@pytest.fixture(scope="module")
+def mesh(pods: tuple[FakeKubernetes, RayKubelet], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """Two shards on two pods, every expert on both, and a worker."""
+    with fleet(*pods, tmp_path_factory.mktemp("mesh"), settings()) as started:
         yield started
-        kube.faults.observers.clear()
 
 
 def ray_environment(kube: FakeKubernetes, kubelet: RayKubelet) -> dict[str, str]:
@@ -186,6 +197,22 @@ def streams(mesh: Mesh) -> Iterator[None]:
     for number, outputs in live.outputs.items():
         assert outputs
         assert all(output == expected[number] for output in outputs)
+
+
+def test_load_brings_a_pod_and_calm_ends_it(pods: tuple[FakeKubernetes, RayKubelet], tmp_path: Path) -> None:
+    """First of all: its fleet is gone when that of the other tests begins."""
+    quick = {"target_utilisation": 0.02, "up_delay_s": 1, "down_delay_s": 3, "cooldown_s": 2}
+    shards = {"min_count": 2, "max_count": 3, **quick}
+    text = settings(autoscale={"period_s": 0.5, "shards": shards, "workers": {"max_count": 1}})
+    with fleet(*pods, tmp_path, text) as mesh:
+        mesh.settled(2)
+        live = Streams(mesh.server)
+        with live.running():
+            mesh.settled(3)
+        mesh.settled(2)
+        assert not live.errors, live.errors
+        for outputs in live.outputs.values():
+            assert all(output == outputs[0] for output in outputs)
 
 
 @pytest.mark.usefixtures("streams")
@@ -218,12 +245,15 @@ def test_a_killed_pod_is_replaced(mesh: Mesh) -> None:
 
 
 @pytest.mark.usefixtures("streams")
-def test_a_pod_that_is_deleted_ends_in_order(mesh: Mesh) -> None:
-    deleted = mesh.pod_of("shard-0")
-    done = run_kubectl(kubectl(), mesh.kube.kubeconfig(namespace=NAMESPACE), "delete", "pod", deleted)
+def test_the_pod_of_a_drained_host_leaves_first(mesh: Mesh) -> None:
+    evicted = mesh.pod_of("shard-0")
+    host = mesh.kube.store.get(PODS, NAMESPACE, evicted)["spec"]["nodeName"]
+    drain = ("drain", host, "--delete-emptydir-data", "--timeout", "120s")
+    done = run_kubectl(kubectl(), mesh.kube.kubeconfig(), *drain, timeout_s=150)
     assert done.returncode == 0, done.stderr
-    assert "takes nothing more" in (mesh.kubelet.home / f"{deleted}-pre-stop.log").read_text()
+    assert mesh.kubelet.ip(evicted) in (mesh.kubelet.home / f"{evicted}-pre-stop.log").read_text(), "it did not leave"
     mesh.settled(2)
+    assert host not in {pod["spec"]["nodeName"] for pod in mesh.pods("experts")}
 
 
 @pytest.mark.usefixtures("streams")

@@ -35,7 +35,7 @@ START_S = 150
 # Less than most of the streams have left when it begins.
 DRAIN_S = 0.2
 PROMPTS = ("def main():", "| U+00E9 | LATIN SMALL LETTER", "import os\n", "class Node:")
-LENGTHS = (15, 100, 300, 500)
+LENGTHS = (15, 60, 150, 300)
 SAMPLES = (1, 2, 1, 1)
 # To the bit the same, whoever else is in a batch, and computed as a prompt or token by token.
 SETTINGS = {"dtype": "float32", "shards": 2, "deterministic": True}

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.kube.admission import admit, keep_quotas, with_pod_defaults
 from tests.kube.authorization import Access, Authorizer
+from tests.kube.eviction import evict
 from tests.kube.patches import json_patch, merge_patch
 from tests.kube.resources import BUILTIN, CRDS, PODS, REVIEWS, Path, Resource, custom_resources
 from tests.kube.selectors import Matches, by_fields, by_labels
@@ -94,6 +95,9 @@ class Api:
             case "list":
                 return self._list(resource, call)
             case "create":
+                if call.path.subresource == "eviction":
+                    evict(self.store, call.path.namespace, call.path.name, _object(call.body).get("deleteOptions", {}))
+                    return Answer(201, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"})
                 return self._review(call) if resource == REVIEWS else self._create(resource, call, call.body)
             case "update":
                 return self._change(resource, call, lambda found: _object(call.body))

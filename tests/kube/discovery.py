@@ -7,7 +7,11 @@ from tests.kube.resources import VERBS, Resource
 from tests.kube.schemas import KUBERNETES
 from tests.kube.status import Manifest
 
-_SUBRESOURCE_KINDS = {"exec": "PodExecOptions"}
+# Of a subresource that takes another kind of object: what it is, its group and version.
+_SUBRESOURCE_KINDS = {
+    "exec": {"kind": "PodExecOptions"},
+    "eviction": {"kind": "Eviction", "group": "policy", "version": "v1"},
+}
 
 
 def version() -> Manifest:
@@ -68,8 +72,16 @@ def _resource_list(api_version: str, resources: list[Resource]) -> Manifest:
             {"name": resource.plural, "verbs": list(VERBS), "shortNames": list(resource.short_names), **entry}
         )
         for name in resource.subresources:
-            kind = {"kind": _SUBRESOURCE_KINDS.get(name, resource.kind), "singularName": ""}
-            listed.append({**entry, **kind, "name": f"{resource.plural}/{name}", "verbs": ["get", "patch", "update"]})
+            kind = _SUBRESOURCE_KINDS.get(name, {})
+            listed.append(
+                {
+                    **entry,
+                    **kind,
+                    "singularName": "",
+                    "name": f"{resource.plural}/{name}",
+                    "verbs": ["get", "patch", "update"],
+                }
+            )
     return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": listed}
 
 

@@ -1,4 +1,4 @@
-"""Reads the few kinds that kubectl makes itself and sends as protobuf: `create configmap` and the like, can-i.
+"""Reads the few kinds that kubectl makes itself and sends as protobuf: `create configmap` and the like, can-i, drain.
 
 The numbers are those of the generated.proto files of Kubernetes' API.
 """
@@ -18,6 +18,7 @@ _ACCESS = {number: (name, STRING) for number, name in enumerate(_ATTRIBUTES, 1)}
 # Field by number: its name and what it is: a scalar, a message (a dict like this one), or a map to what is in the set.
 _KINDS: dict[str, Any] = {
     "ConfigMap": {2: ("data", {STRING}), 3: ("binaryData", {BYTES})},
+    "Eviction": {},
     "Namespace": {},
     "ResourceQuota": {2: ("spec", {1: ("hard", {QUANTITY})})},
     "Secret": {2: ("data", {BYTES}), 3: ("type", STRING), 4: ("stringData", {STRING})},

@@ -31,12 +31,13 @@ class Resource:
 
 
 CRDS = Resource("apiextensions.k8s.io", "v1", "CustomResourceDefinition", "customresourcedefinitions", False, ("crd",))
-PODS = Resource("", "v1", "Pod", "pods", True, ("po",), ("status", "exec", "log"))
+PODS = Resource("", "v1", "Pod", "pods", True, ("po",), ("status", "eviction", "exec", "log"))
 EVENTS = Resource("", "v1", "Event", "events", True, ("ev",))
 NAMESPACES = Resource("", "v1", "Namespace", "namespaces", False, ("ns",), ("status",))
 NODES = Resource("", "v1", "Node", "nodes", False, ("no",), ("status",))
 QUOTAS = Resource("", "v1", "ResourceQuota", "resourcequotas", True, ("quota",), ("status",))
 SERVICES = Resource("", "v1", "Service", "services", True, ("svc",), ("status",))
+BUDGETS = Resource("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets", True, ("pdb",), ("status",))
 REVIEWS = Resource("authorization.k8s.io", "v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews", False)
 _RBAC = "rbac.authorization.k8s.io"
 ROLES = Resource(_RBAC, "v1", "Role", "roles")
@@ -57,7 +58,7 @@ BUILTIN = (
     Resource("apps", "v1", "Deployment", "deployments", True, ("deploy",), ("status",)),
     Resource("apps", "v1", "StatefulSet", "statefulsets", True, ("sts",), ("status",)),
     Resource("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies", True, ("netpol",)),
-    Resource("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets", True, ("pdb",), ("status",)),
+    BUDGETS,
     ROLES,
     ROLE_BINDINGS,
     CLUSTER_ROLES,

@@ -130,7 +130,10 @@ class PodRunner:
         if failure is not None and failure.reason == UNSCHEDULABLE:
             self._set_unschedulable(pod, failure.message)
             return False
-        node = self._nodes[next(self._turn) % len(self._nodes)]
+        node = self._next_node()
+        if node is None:
+            self._set_unschedulable(pod, f"0/{len(self._nodes)} nodes are available: all were unschedulable.")
+            return False
         placed = self._change(pod, lambda found: {**found, "spec": {**found["spec"], "nodeName": node}})
         if placed is None:
             return False
@@ -146,6 +149,15 @@ class PodRunner:
             return False
         self._set_running(pod, ip)
         return True
+
+    def _next_node(self) -> str | None:
+        """Return the next node in turn of those that are not cordoned."""
+        cordoned = {n["metadata"]["name"] for n in self._store.all(NODES) if n.get("spec", {}).get("unschedulable")}
+        for _ in self._nodes:
+            name = self._nodes[next(self._turn) % len(self._nodes)]
+            if name not in cordoned:
+                return name
+        return None
 
     def _set_running(self, pod: Manifest, ip: str) -> None:
         state = {"running": {"startedAt": now()}}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tests.kube.resources import NAMESPACES, Resource
 from tests.kube.status import ApiError, Manifest, already_exists, conflict, not_found
 
+_NAME_TRIES = 8  # of a generated name, as the API server
 Key = tuple[str, str, str, str]  # group, plural, namespace, name
 
 
@@ -95,12 +96,9 @@ class Store:
     def create(self, resource: Resource, namespace: str, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
         made = copy.deepcopy(manifest)
         metadata = made.setdefault("metadata", {})
-        if not metadata.get("name") and metadata.get("generateName"):
-            metadata["name"] = metadata["generateName"] + secrets.token_hex(3)[:5]
-        if not metadata.get("name"):
-            raise ApiError(422, "name or generateName is required")
-        key = key_of(resource, namespace, metadata["name"])
         with self._changed:
+            metadata["name"] = self._name_for(resource, namespace, metadata)
+            key = key_of(resource, namespace, metadata["name"])
             if key in self._objects:
                 raise already_exists(resource.plural, resource.group, metadata["name"])
             if resource.namespaced:
@@ -109,6 +107,17 @@ class Store:
             metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": now(), "generation": 1}
             made |= {"apiVersion": resource.api_version, "kind": resource.kind}
             return made if dry_run else self._commit(key, made)
+
+    def _name_for(self, resource: Resource, namespace: str, metadata: Manifest) -> str:
+        """Return a new object's own name, or one that is made of `generateName` and is free if a few tries find one."""
+        name = str(metadata.get("name") or "")
+        if not name and not metadata.get("generateName"):
+            raise ApiError(422, "name or generateName is required")
+        for _ in range(0 if name else _NAME_TRIES):
+            name = metadata["generateName"] + secrets.token_hex(3)[:5]
+            if key_of(resource, namespace, name) not in self._objects:
+                break
+        return name
 
     def update(
         self,

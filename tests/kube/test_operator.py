@@ -159,3 +159,20 @@ def test_the_cluster_takes_its_pods_with_it(
     assert sorted(name for kind, name in kubelet.events if kind == "start") == sorted(
         name for kind, name in kubelet.events if kind == "stop"
     )
+
+
+@pytest.mark.usefixtures("patch")
+def test_a_node_is_drained_as_far_as_budgets_allow(kube: FakeKubernetes, run: Kubectl) -> None:
+    spec = {"minAvailable": 2, "selector": {"matchLabels": {"ray.io/group": "experts"}}}
+    budget = {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "some"}, "spec": spec}
+    run("apply", "-f", "-", stdin=yaml.safe_dump(budget))
+    pods = [pod for pod in running(kube) if pod["metadata"]["name"] in workers(kube)]
+    gone, node = pods[0]["metadata"]["name"], pods[0]["spec"]["nodeName"]
+    chosen = ("--pod-selector", "ray.io/group=experts", "--delete-emptydir-data")
+    told = run("drain", node, *chosen, "--timeout", "2s", code=1).stderr
+    assert "would violate the pod's disruption budget" in told
+    assert gone in workers(kube)
+    run("patch", "pdb", "some", "--type=merge", "-p", '{"spec": {"minAvailable": 1}}')
+    run("drain", node, *chosen, "--timeout", "60s")
+    kube.store.wait_until(lambda: len(workers(kube)) == 2 and gone not in workers(kube))
+    assert all(pod["spec"]["nodeName"] != node for pod in running(kube) if pod["metadata"]["name"] in workers(kube))

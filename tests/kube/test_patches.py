@@ -3,8 +3,10 @@
 import pytest
 
 from tests.kube.patches import json_patch, merge_patch
+from tests.kube.resources import EVENTS, NAMESPACES
 from tests.kube.selectors import by_fields, by_labels
 from tests.kube.status import ApiError, Manifest
+from tests.kube.store import Store
 from tests.kube.strategic import strategic_merge
 
 FOUND = {"groups": [{"name": "a"}, {"name": "b", "replicas": 1}]}
@@ -89,3 +91,12 @@ def test_field_selectors() -> None:
         by_fields("spec.replicas=1")
     with pytest.raises(ApiError):
         by_labels("a = = b")
+
+
+def test_generated_names_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter(["aaaaaa", "aaaaaa", "bbbbbb"])
+    monkeypatch.setattr("tests.kube.store.secrets.token_hex", lambda size: next(drawn))
+    store = Store()
+    store.create(NAMESPACES, "", {"metadata": {"name": "default"}})
+    names = [store.create(EVENTS, "default", {"metadata": {"generateName": "e-"}})["metadata"]["name"] for _ in "12"]
+    assert names == ["e-aaaaa", "e-bbbbb"]

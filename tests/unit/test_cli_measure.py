@@ -10,7 +10,7 @@ import pytest
 
 from expertmesh.actors.cli import main, measure, plan_files
 from expertmesh.actors.cli.measure_sizes import TINY, Sizes
-from expertmesh.cluster.errors import UnavailableError
+from expertmesh.cluster.errors import InputError, UnavailableError
 from expertmesh.cluster.planner.fleet_cost import fleet_choices
 from expertmesh.cluster.planner.hardware import Hardware
 from expertmesh.kernels.cache_folder import cache_folder
@@ -61,11 +61,22 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, result: dict[str, Any]) -> None:
     monkeypatch.setattr(measure, "_run", answer)
 
 
+def measured_when_quiet(doing: list[str]) -> measure.Measured:
+    """Measure for real; while others have the cores, times this short may contradict each other, and it says so."""
+    for _ in range(10):
+        doing.clear()
+        try:
+            return measure.measure(TINY, doing.append)
+        except InputError as error:
+            assert str(error).endswith("the machine is not quiet")  # noqa: PT017 - another may do
+    pytest.fail("ten measurements contradicted themselves")
+
+
 @needs_kernels
 def test_tiny_layers_are_measured_and_planned_with(cache: Path, run: Run, tmp_path: Path) -> None:
     """All of it for real, with layers too small to say anything of the machine."""
     doing: list[str] = []
-    found = measure.measure(TINY, doing.append)
+    found = measured_when_quiet(doing)
     assert len(doing) == 4
     assert {path.name for path in (cache / "planner").iterdir()} == {"this-machine.yaml", "calibration.json"}
     assert found.hardware.memory_bytes_per_s > 0
