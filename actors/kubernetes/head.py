@@ -12,6 +12,7 @@ from expertmesh.cluster.kubernetes.objects import Manifest
 
 # Python, Ray and the dashboard's answer, in a container of one or two cores.
 _SERVE_TIMEOUT_S = 120.0
+_MAX_MESSAGE = 300  # characters
 # A folder that may be written to in a container whose root may not.
 _REMOTE_FILE = "/tmp/expertmesh-application.yaml"  # noqa: S108 - the container's own
 
@@ -64,12 +65,25 @@ def application_states(kubectl: Kubectl, head: Manifest) -> ApplicationStates:
     """
     text = _checked(kubectl, head, _run(kubectl, head, "exec serve status"), "serve status")
     try:
-        applications = (yaml.safe_load(text) or {}).get("applications") or {}
-        by_name = {str(name): str(found["status"]) for name, found in applications.items()}
-        messages = {str(name): " ".join(str(found.get("message", "")).split()) for name, found in applications.items()}
+        return read_states(text)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise UnavailableError(f"`serve status` in pod {head['metadata']['name']} says {text!r:.200}") from error
-    return ApplicationStates(by_name, messages)
+
+
+def read_states(text: str) -> ApplicationStates:
+    """Read what `serve status` prints. Of a message, which may be a traceback, the last line says what is wrong."""
+    applications = (yaml.safe_load(text) or {}).get("applications") or {}
+    states = {str(name): str(found["status"]) for name, found in applications.items()}
+    return ApplicationStates(states, {str(name): _message(found) for name, found in applications.items()})
+
+
+def _message(application: Manifest) -> str:
+    """Return what a deployment that is not well says, else what the application says: that is often only a name."""
+    deployments = (application.get("deployments") or {}).values()
+    said = [str(one.get("message") or "") for one in deployments if one.get("status") != "HEALTHY"]
+    said = [*(text for text in said if text.strip()), str(application.get("message") or "")]
+    lines = said[0].strip().splitlines()
+    return lines[-1].strip()[:_MAX_MESSAGE] if lines else ""
 
 
 def _run(kubectl: Kubectl, head: Manifest, script: str, stdin: str = "") -> Answer:
