@@ -33,7 +33,7 @@ $(BIN)/kubectl: $(VENV)/.ready
 	@$(BIN)/python tests/k8s/fetch_kubectl.py $@
 
 manifests: $(BIN)/kubectl
-	$(BIN)/python -m pytest tests/k8s
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/k8s tests/kube
 
 $(VENV)/.triton: $(VENV)/.ready
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable '.[triton]'
@@ -45,7 +45,7 @@ ops: $(VENV)/.triton
 parity: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/parity
 
-integration: $(VENV)/.ready
+integration: $(BIN)/kubectl
 	$(BIN)/python -m pytest --timeout 300 tests/integration
 
 protos: $(VENV)/.ready

@@ -13,6 +13,8 @@ from expertmesh.cluster.errors import CheckpointError, ExpertMeshError, InputErr
 # name: (module:function or group, line of help). A module is imported only when its command runs: help is quick.
 COMMANDS = {
     "serve": ("expertmesh.actors.cli.serve:serve", "Serve a checkpoint from expert shards on Ray."),
+    "up": ("expertmesh.actors.cli.up:up", "Bring a fleet up on Kubernetes, and wait until it serves."),
+    "down": ("expertmesh.actors.cli.down:down", "Take a fleet on Kubernetes down; volumes are kept."),
     "stop": ("expertmesh.actors.cli.stop:stop", "Stop a server that runs on this machine."),
     "generate": ("expertmesh.actors.cli.generate:generate", "Generate text from a prompt, as a client of a server."),
     "status": ("expertmesh.actors.cli.status:status", "Show what a running server is made of."),

@@ -117,10 +117,12 @@ class Evacuations:
         self._begin_due(current)
         for operation in self._in(Phase.PREPARE):
             self._prepare(operation)
+        # Whose successor takes over in this step has a round for what was under way with it.
+        draining = self._in(Phase.DRAIN)
         # A placement that was asked for names the members of now.
         if current is None or not current.target:
             self._commit(self._in(Phase.COMMIT))
-        for operation in self._in(Phase.DRAIN):
+        for operation in draining:
             self._drain(operation)
 
     def _begin_due(self, current: Operation | None) -> None:

@@ -105,6 +105,7 @@ class Tier(Generic[Id]):
         found = self.find(actor_id)
         if found is not None:
             return found
+        _free_room(actor_id)  # that a controller reserved which was killed before it could start the actor
         settings = self._settings
         resources = ray.cluster_resources()
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and resources.get("GPU", 0) > 0)
@@ -181,9 +182,7 @@ class Tier(Generic[Id]):
             ray.kill(handle or ray.get_actor(actor_id, NAMESPACE))
         except ValueError:
             _log.tell("member_gone_already", member=actor_id)
-        for group in placement_group_table().values():
-            if group["name"].startswith(_group_prefix(actor_id)) and group["state"] != "REMOVED":
-                ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
+        _free_room(actor_id)
 
     def ask(self, timeout_s: float) -> None:
         """Ask all members how they are, together at most timeout_s. One thread at a time.
@@ -279,6 +278,13 @@ def try_all(references: Sequence[Any], timeout_s: float) -> None:
 def _tell_change(member: str, before: str | None, now: str) -> None:
     if now != before:
         _log.tell("member_lost" if now in ("dead", "unresponsive") else "member_state", member=member, state=now)
+
+
+def _free_room(actor_id: str) -> None:
+    """Give back what is reserved for an actor."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(_group_prefix(actor_id)) and group["state"] != "REMOVED":
+            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
 
 def _group_prefix(actor_id: str) -> str:

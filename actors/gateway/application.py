@@ -17,10 +17,10 @@ from ray import serve
 from expertmesh.actors.cli.configuration import read_settings
 from expertmesh.actors.controller.actor import find_or_start_controller
 from expertmesh.actors.gateway.deployment import Gateway, call, gateway_deployment
-from expertmesh.actors.gateway.node_end import ray_deadlines, until_node_ends
+from expertmesh.actors.gateway.node_end import until_node_ends
 from expertmesh.actors.inspection import inspect, known_facts
 from expertmesh.actors.logs import start_logs
-from expertmesh.actors.runtime import actor_env, node_id, on_this_node
+from expertmesh.actors.runtime import actor_env, draining_nodes, node_id, on_this_node
 from expertmesh.cluster.errors import ExpertMeshError, InputError
 from expertmesh.cluster.model_info import CheckpointFacts, require_divisible
 from expertmesh.cluster.settings import ServeSettings
@@ -91,8 +91,7 @@ class ApplicationGateway(Gateway):
 
     async def _end_with_node(self) -> None:
         """Begin to end when Serve does. It waits first for what came over HTTP, a viewer of the live page say."""
-        deadlines = ray_deadlines(ray.get_runtime_context().gcs_address)
-        await until_node_ends(node_id(), self._drain_s + STOP_S, deadlines)
+        await until_node_ends(node_id(), self._drain_s + STOP_S, draining_nodes)
         await self._end()
 
     def _end(self) -> "asyncio.Task[None]":

@@ -1,8 +1,6 @@
 """Every object that is applied, by the schemas of Kubernetes and of KubeRay; what they do not know is refused."""
 
-import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -10,11 +8,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.k8s.manifests import K8S, OVERLAYS, ROOT, Manifest, cluster_of, overlay
+from tests.k8s.manifests import K8S, OVERLAYS, Manifest, cluster_of, overlay
+from tests.kube.schemas import FILES, kuberay_crd, with_defaults
 
 KUBERNETES = ("1.35", "1.37")
-CRDS = Path(os.environ.get("KUBERAY_CRDS") or ROOT.parent / "shared" / "kuberay-crds")
-RAY_FILES = {"RayCluster": "crd_rayclusters.yaml", "RayService": "crd_rayservices.yaml"}
 # Of Prometheus's operator, whose schemas nobody here has.
 UNCHECKED = {"PodMonitor", "PrometheusRule"}
 
@@ -22,14 +19,16 @@ UNCHECKED = {"PodMonitor", "PrometheusRule"}
 @cache
 def ray_schema(kind: str) -> Manifest:
     """Return KubeRay's schema of a kind, in which an object may have no field that it does not name."""
-    path = CRDS / RAY_FILES[kind]
-    if not path.is_file():
-        pytest.skip(f"needs KubeRay's {path.name}: set KUBERAY_CRDS to a folder that has it; {CRDS} has not")
-    versions = yaml.load(path.read_text(), yaml.CSafeLoader)["spec"]["versions"]
-    (schema,) = [version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1"]
-    closed = close(schema)
+    closed = close(raw_ray_schema(kind))
     assert isinstance(closed, dict)
     return closed
+
+
+def raw_ray_schema(kind: str) -> Manifest:
+    versions = kuberay_crd(kind)["spec"]["versions"]
+    (schema,) = [version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1"]
+    found: Manifest = schema
+    return found
 
 
 def close(schema: Any) -> Any:
@@ -50,24 +49,6 @@ def close(schema: Any) -> Any:
     return closed
 
 
-def with_defaults(value: Any, schema: Manifest) -> Any:
-    """Put in what the API server puts in before it looks."""
-    if isinstance(value, dict) and "properties" in schema:
-        filled = {name: with_defaults(part, schema["properties"].get(name, {})) for name, part in value.items()}
-        missing = {name: part for name, part in schema["properties"].items() if name not in filled}
-        return filled | {name: part["default"] for name, part in missing.items() if "default" in part}
-    if isinstance(value, list):
-        return [with_defaults(part, schema.get("items", {})) for part in value]
-    return value
-
-
-def raw_ray_schema(kind: str) -> Manifest:
-    versions = yaml.load((CRDS / RAY_FILES[kind]).read_text(), yaml.CSafeLoader)["spec"]["versions"]
-    (schema,) = [version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1"]
-    found: Manifest = schema
-    return found
-
-
 def check_by_kuberay(manifest: Manifest) -> None:
     schema = ray_schema(manifest["kind"])
     filled = with_defaults(manifest, raw_ray_schema(manifest["kind"]))
@@ -80,7 +61,7 @@ def check_by_kuberay(manifest: Manifest) -> None:
 def test_kubernetes_knows_every_field(name: str, version: str) -> None:
     checked = 0
     for manifest in overlay(name):
-        if manifest["kind"] not in RAY_FILES and manifest["kind"] not in UNCHECKED:
+        if manifest["kind"] not in FILES and manifest["kind"] not in UNCHECKED:
             kubernetes_validate.validate(manifest, version, strict=True)
             checked += 1
     assert checked > 5
@@ -98,7 +79,7 @@ def test_kubernetes_knows_every_field_of_the_pods(name: str, version: str) -> No
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_kuberay_knows_every_field(name: str) -> None:
-    found = [manifest for manifest in overlay(name) if manifest["kind"] in RAY_FILES]
+    found = [manifest for manifest in overlay(name) if manifest["kind"] in FILES]
     assert len(found) == 1
     check_by_kuberay(found[0])
 

@@ -83,10 +83,14 @@ def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, str(a.value)) for a in node.args if isinstance(a, ast.Constant))
 
 
+def top_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def may_import(rule: Rule, module: str) -> bool:
-    top, _, rest = module.partition(".")
+    top, rest = top_of(module), module.partition(".")[2]
     if top == NAMESPACE:
-        return rest.partition(".")[0] in rule.ours
+        return top_of(rest) in rule.ours
     if top in sys.stdlib_module_names:
         return not (rule.is_pure and top in IMPURE)
     return bool(top) and top not in NEVER and (rule.others is None or top in rule.others)
@@ -138,6 +142,25 @@ def test_the_arrows_hold(folder: str) -> None:
 def test_of_the_actors_the_commands_alone_are_clients() -> None:
     clients = {path for path in files_of(ROOT / "actors") if "expertmesh.client" in path.read_text()}
     assert {path.parent.relative_to(ROOT).as_posix() for path in clients} == {"actors/cli"}
+
+
+def test_the_way_to_kubernetes_is_a_folder_that_needs_no_fleet() -> None:
+    """A laptop brings a fleet up: without Ray's runtime but for Ray's own command, and without what computes."""
+    folder = ROOT / "actors" / "kubernetes"
+    imported = {
+        path: [module for _, module in imported_modules(ast.parse(path.read_text()))] for path in files_of(folder)
+    }
+    of_ray = {path.name for path, modules in imported.items() if any(top_of(module) == "ray" for module in modules)}
+    assert of_ray == {"provider.py", "command_runner.py"}
+    ours = {module for modules in imported.values() for module in modules if module.startswith("expertmesh.actors.")}
+    assert {module.split(".")[2] for module in ours} == {"kubernetes"}
+    users = {path.parent for path in files_of(ROOT / "actors") if "expertmesh.actors.kubernetes" in path.read_text()}
+    assert users == {folder, ROOT / "actors" / "cli"}
+    code = (
+        "import sys, expertmesh.actors.cli.up, expertmesh.actors.cli.down; print({'ray', 'torch'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    assert found.stdout == "set()\n"
 
 
 def test_every_folder_has_a_rule() -> None:
