@@ -99,6 +99,8 @@ def channel_options() -> list[tuple[str, int]]:
     return [
         ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
         ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
+        # Which of the two ends a connection is gRPC's choice; this one is a minute unless given.
+        ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
         ("grpc.max_reconnect_backoff_ms", round(LONGEST_PAUSE_S * 1000)),
     ]
 

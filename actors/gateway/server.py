@@ -132,6 +132,8 @@ def _options(settings: GrpcSettings) -> list[tuple[str, int]]:
         ("grpc.server_handshake_timeout_ms", round(settings.handshake_timeout_s * 1000)),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
+        # Which of the two ends a connection is gRPC's choice; this one is a minute unless given.
+        ("grpc.http2.ping_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
         # A client may ask whether its server lives though it has no call just now.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_s * 1000)),

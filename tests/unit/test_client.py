@@ -218,6 +218,7 @@ async def test_a_gateway_that_ends_in_order_lets_its_streams_go_on_elsewhere(tok
     assert len(worker.submitted) == 1
 
 
+@pytest.mark.timeout(45)  # less than the minute that gRPC takes by itself
 async def test_a_gateway_that_vanishes_without_a_word_is_missed(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
