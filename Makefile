@@ -46,7 +46,7 @@ parity: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/parity
 
 integration: $(BIN)/kubectl
-	$(BIN)/python -m pytest --timeout 300 tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 300 tests/integration
 
 protos: $(VENV)/.ready
 	$(BIN)/python tests/regenerate_protos.py

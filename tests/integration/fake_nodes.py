@@ -4,14 +4,13 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,13 +152,10 @@ def _await_start(head: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 def _end(head: "subprocess.Popen[bytes]") -> None:
-    """End the head and whatever it started, by process id."""
+    """End the head and whatever it started, by process id. Ray's own way takes half a minute."""
     tree = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-    head.send_signal(signal.SIGTERM)
-    try:
-        head.wait(40)
-    except subprocess.TimeoutExpired:
-        head.kill()
-        head.wait()
-    for survivor in psutil.wait_procs(tree, timeout=5)[1]:
-        survivor.kill()
+    head.kill()
+    head.wait()
+    for survivor in tree:
+        with suppress(psutil.NoSuchProcess):
+            survivor.kill()

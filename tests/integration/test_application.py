@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -125,13 +124,8 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
                 time.sleep(0.2)
             yield started
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()  # what it started ends with the nodes
+            process.wait()
 
 
 def test_serve_starts_the_fleet_on_the_nodes_of_its_tiers_and_serves(application: Application) -> None:
