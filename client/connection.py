@@ -12,7 +12,7 @@ from expertmesh.v1.admin_pb2_grpc import AdminStub
 from expertmesh.v1.inference_pb2 import CancelRequest, GenerateRequest, ResumeRequest
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 
-DEFAULT_RETRIES = 8
+DEFAULT_RETRIES = 16
 DEFAULT_TIMEOUT_S = 600.0
 CANCEL_TIMEOUT_S = 2.0
 # A server that vanished without closing its connections is missed after this silence and this wait; servers allow pings
@@ -27,7 +27,7 @@ class ConnectionOptions(TypedDict, total=False):
     """How both clients call a server.
 
     timeout_s: longest time of a call, its retries counted; 600.
-    retries: how often in a row a call is tried again when the server is away or has no room; 8.
+    retries: how often in a row a call is tried again when the server is away or has no room; 16.
     credentials: of grpc.ssl_channel_credentials; None: plaintext.
     api_key: sent with each call as `authorization: Bearer KEY`; empty: none.
     api_key_in_clear: let the key go over plaintext to another machine, where whoever is between can read it.

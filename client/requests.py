@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from expertmesh.v1.inference_pb2 import GenerateRequest, GenerateResponse, ReceivedSample, ResumeRequest, TokenIds
 
-# Pauses grow from the first to the longest, doubling; 8 of them make some 8 s.
+# Pauses grow from the first to the longest, doubling; 16 of them make some 25 s, in which a gateway that died is there again.
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
 SEED_BITS = 63

@@ -36,11 +36,11 @@ def leave(
         raise UnavailableError(f"--address {address}: {str(error).splitlines()[0]}") from error
     while True:
         try:
-            left = _members_on(client, node_id)
+            left = _needed_on(client, node_id)
         except (RpcError, RaySystemError) as error:
             left = [f"what Ray's head does not tell ({str(error).splitlines()[0]})"]
         if _listens(node_ip, grpc_port):
-            left.append("a gateway with streams")
+            left.append("a gateway that listens")
         if not left:
             break
         if time.monotonic() - began_s > grace_s:
@@ -71,15 +71,21 @@ def _alive_at(nodes: dict[Any, Any], node_ip: str) -> str:
     return str(found[0])
 
 
-def _members_on(client: Any, node_id: str) -> list[str]:
-    """Return the shards and workers on a node that may still be needed: none are once no gateway lives anywhere."""
+def _needed_on(client: Any, node_id: str) -> list[str]:
+    """Return what on a node may still be needed.
+
+    Shards and workers are not once no gateway lives anywhere. A gateway listens no more from the beginning of its end
+    on, and lives until its streams have ended.
+    """
     from expertmesh.actors.runtime import GATEWAY_APP, NAMESPACE
 
     actors = asyncio.run(_alive_actors(client))
-    if not any(actor.name.startswith(f"SERVE_REPLICA::{GATEWAY_APP}#") for actor in actors):
+    gateways = [actor for actor in actors if actor.name.startswith(f"SERVE_REPLICA::{GATEWAY_APP}#")]
+    if not gateways:
         return []
     ours = (a.name for a in actors if a.ray_namespace == NAMESPACE and a.node_id.hex() == node_id)
-    return sorted(name for name in ours if name.startswith(("shard-", "worker-")))
+    members = sorted(name for name in ours if name.startswith(("shard-", "worker-")))
+    return members + ["a gateway with streams" for one in gateways if one.node_id.hex() == node_id]
 
 
 async def _alive_actors(client: Any) -> list[Any]:

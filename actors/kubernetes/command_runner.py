@@ -88,7 +88,7 @@ class KubectlCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
         return output if with_output else ""
 
     def run_rsync_up(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
-        """Copy a file or folder into the pod, by `kubectl cp`, which needs tar there."""
+        """Copy a file or folder into the pod, by `kubectl cp`, which needs tar there; `folder/` is what is in it."""
         if target == BOOTSTRAP_FILE:
             return
         self._copy(source, f"{self._pod['metadata']['name']}:{self._expanded(target)}", options)
@@ -177,6 +177,8 @@ class KubectlCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
                 _refuse(f"{key} cannot be heeded: files are copied by kubectl cp")
         container = self._pod["spec"]["containers"][0]["name"]
         timeout_s = self._kubectl.settings.timeout_s
+        # As rsync has it: a slash at the end of the source means what is in the folder.
+        source, target = (f"{source}." if source.endswith("/") else source), target.rstrip("/")
         try:
             self._kubectl.run("cp", source, target, f"--container={container}", timeout_s=timeout_s)
         except ExpertMeshError as error:

@@ -6,6 +6,7 @@ import yaml
 
 from expertmesh.actors.kubernetes.kubectl import Kubectl
 from expertmesh.cluster.errors import InputError
+from expertmesh.cluster.kubernetes.complaints import plain
 from expertmesh.cluster.kubernetes.objects import Wanted, prepare
 from expertmesh.cluster.kubernetes.settings import ProviderSettings, read_provider
 
@@ -61,7 +62,7 @@ def render(kubectl: Kubectl, cluster_name: str, named_in: Path | None) -> Wanted
     if place.is_dir():
         answer = kubectl.ask("kustomize", str(place))
         if answer.complaint is not None:
-            said = " ".join(answer.err.split()).removeprefix("error: ")
+            said = " ".join(plain(answer.err).split()).removeprefix("error: ")
             raise InputError(f"manifests {place}: {said}; see kubectl kustomize {place}")
         text = answer.out
     else:

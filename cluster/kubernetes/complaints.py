@@ -1,7 +1,7 @@
 """What kubectl says on stderr when it fails, read: which kind of failure, and one line that says how to see more.
 
-The patterns are of the output of kubectl 1.35, and loose enough for others: what follows a word that matters is taken
-as it comes.
+The patterns are of the output of kubectl 1.35 and 1.32, and loose enough for others: what follows a word that matters
+is taken as it comes.
 """
 
 import re
@@ -79,15 +79,24 @@ def read_complaint(stderr: str, kubectl: str) -> Complaint:
         stderr: all of it.
         kubectl: the command with its context and namespace, for what the line proposes.
     """
-    # Lines of klog, such as `E1128 17:20:07.519270 10495 memcache.go:265] ...`, repeat what the last line says.
-    text = "\n".join(line for line in stderr.splitlines() if not re.match(r"[EIWF]\d{4} ", line)).strip()
-    text = re.sub(r'error when \w+ "[^"]*": ', "", text)
+    text = re.sub(r'error when \w+ "[^"]*": ', "", plain(stderr))
     for cause, pattern, tell in _RULES:
         found = re.search(pattern, text, re.DOTALL)
         if found:
             return Complaint(cause, " ".join(tell(found, kubectl).split()))
     lines = text.splitlines() or ["kubectl failed and said nothing"]
     return Complaint(Cause.OTHER, lines[0])
+
+
+def plain(stderr: str) -> str:
+    """Return what kubectl says without the lines of its log, such as `E1128 17:20:07.519270 95 memcache.go:265] ...`.
+
+    They repeat what the last line says; releases up to 1.32 log some failures and say nothing beside it.
+    """
+    lines = stderr.strip().splitlines()
+    said = [line for line in lines if not re.match(r"[EIWF]\d{4} ", line)]
+    logged = re.search(r'\berr="(.*)"$', lines[-1]) if lines and not said else None
+    return logged[1].replace('\\"', '"') if logged else "\n".join(said)
 
 
 def missing_kind(kind: str, group_version: str, kubectl: str) -> Complaint:

@@ -67,6 +67,11 @@ def test_a_life_by_ray_s_commands(ray: Ray, lab: Lab, tmp_path: Path) -> None:
     ray("rsync-down", "~/arrived", str(tmp_path / "back"))
     assert (tmp_path / "back").read_text() == "sent"
 
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "leaf").write_text("leaf")
+    ray("rsync-up", f"{tmp_path}/tree/", "~/tree")
+    assert (lab.head.home / "tree" / "leaf").read_text() == "leaf"
+
     lab.scale(3)
     lab.ray["spec"]["workerGroupSpecs"][1]["maxReplicas"] = 7
     lab.write()
@@ -120,6 +125,12 @@ def test_what_cannot_be_is_refused_in_one_line(ray: Ray, lab: Lab) -> None:
         done = ray(words[0], *words[1:], code=1)
         assert f"Error: {said}" in done.stderr, words
         assert "Traceback" not in done.stderr, words
+    table = yaml.safe_load(lab.file.read_text())
+    other = lab.folder / "other.yaml"
+    other.write_text(yaml.safe_dump({**table, "auth": {"ssh_user": "me"}}))
+    done = ray("up", "-y", code=1, file=other)
+    assert "Error: the head is what the manifests say: head_node_type must be headgroup, and its" in done.stderr
+    assert "mesh-head" in lab.pods()
     assert "is KubeRay's matter in this pod: nothing to do" in ray("exec", "ray stop").stdout
 
 

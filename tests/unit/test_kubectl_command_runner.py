@@ -148,9 +148,11 @@ def test_files_are_copied_and_ray_s_configuration_is_not(recorded: Recorded, tmp
     assert recorded.calls() == []
     recorded.runner.run_rsync_up("here", "/tmp/there", {"rsync_exclude": [], "rsync_filter": None})  # noqa: S108
     recorded.runner.run_rsync_down("/tmp/there", "here")  # noqa: S108
+    recorded.runner.run_rsync_up("folder/", "/tmp/there/")  # noqa: S108
     assert recorded.calls() == [
         ["cp", "here", "p:/tmp/there", "--container=ray-head"],
         ["cp", "p:/tmp/there", "here", "--container=ray-head"],
+        ["cp", "folder/.", "p:/tmp/there", "--container=ray-head"],
     ]
     with pytest.raises(click.ClickException, match="rsync_filter cannot be heeded: files are copied by kubectl cp"):
         recorded.runner.run_rsync_up("here", "there", {"rsync_filter": [".gitignore"]})

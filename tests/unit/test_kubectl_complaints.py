@@ -284,6 +284,13 @@ RECORDED = [
         ExpertMeshError,
         'unable to upgrade connection: container not found ("ray-head")',
     ),
+    (
+        'E1128 18:32:37.728000   10495 run.go:72] "command failed" err="accumulating resources: \\"a.yaml\\" is not '
+        'there"\n',
+        Cause.OTHER,
+        ExpertMeshError,
+        'accumulating resources: "a.yaml" is not there',
+    ),
     ("", Cause.OTHER, ExpertMeshError, "kubectl failed and said nothing"),
 ]
 

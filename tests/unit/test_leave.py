@@ -103,10 +103,22 @@ def test_the_living_node_at_the_address_is_drained_and_its_gateway_waited_for(
     assert "node 02" in capsys.readouterr().out
 
 
-def test_a_gateway_that_still_has_streams_is_said(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
+def test_a_gateway_that_listens_is_said(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
     gcs = FakeGcs(NODES)
-    with pytest.raises(UnavailableError, match=r"still on 127\.0\.0\.1 after 0 s: a gateway with streams"):
+    with pytest.raises(UnavailableError, match=r"still on 127\.0\.0\.1 after 0 s: a gateway that listens"):
         leave_with(monkeypatch, gcs, listener.getsockname()[1], grace_s=0)
+
+
+def test_a_gateway_that_listens_no_more_is_waited_for_until_its_streams_have_ended(
+    monkeypatch: pytest.MonkeyPatch, listener: socket.socket
+) -> None:
+    monkeypatch.setattr("expertmesh.actors.cli.leave._PERIOD_S", 0.001)
+    own, port = actor(GATEWAY.name, "serve", b"\x02"), closed_port(listener)
+    gcs = FakeGcs(NODES, looks=[[own, GATEWAY], [own], [GATEWAY]])
+    leave_with(monkeypatch, gcs, port)
+    assert gcs.looks == [[GATEWAY]]
+    with pytest.raises(UnavailableError, match=r"after 0 s: a gateway with streams$"):
+        leave_with(monkeypatch, FakeGcs(NODES, looks=[[own]]), port, grace_s=0)
 
 
 def test_members_are_waited_for_until_they_have_moved(

@@ -91,7 +91,7 @@ def test_http_is_waited_for_and_its_absence_told() -> None:
         try:
             require_http(f"http://{HOST}:{server.server_port}", 5)
             with pytest.raises(UnavailableError, match="404"):
-                require_http(f"http://{HOST}:{server.server_port}/elsewhere", 0.1)
+                require_http(f"http://{HOST}:{server.server_port}/elsewhere", 2)
         finally:
             server.shutdown()
             thread.join()
