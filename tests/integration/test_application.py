@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,33 +100,39 @@ def write_configuration(home: Path, grpc_port: int, http_port: int) -> Path:
     return path
 
 
+@contextmanager
+def serve_run(nodes: RayNodes, path: Path, grpc_address: str, http_url: str) -> Iterator[Application]:
+    """Have Ray Serve run an application's configuration on these nodes; its gateway serves when the block begins."""
+    log = path.parent / "serve.log"
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", nodes.address, str(path)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **nodes.env})
+    started = Application(grpc_address, http_url, nodes, process, log)
+    try:
+        deadline_s = time.monotonic() + START_S
+        while not started.is_serving():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline_s, log.read_text()
+            time.sleep(0.2)
+        yield started
+    finally:
+        process.kill()  # what it started ends with the nodes
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     """A head that computes nothing, and a node for each tier as the manifests have them, both shards on one."""
     home = tmp_path_factory.mktemp("application")
     grpc_port, http_port = free_port(), free_port()
     path = write_configuration(home, grpc_port, http_port)
-    log = home / "serve.log"
     with ray_nodes() as nodes:
         nodes.start(0, labels={TIER: "control"})
         for tier, cpus in (("experts", 2), ("attention", 2), ("gateway", 1)):
             host = GATEWAY_HOST if tier == "gateway" else LOOPBACK
             nodes.start(cpus, host=host, labels={TIER: tier, DOMAIN: "host-a"})
-        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", nodes.address, str(path)]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **nodes.env})
-        grpc_address, http_url = f"{GATEWAY_HOST}:{grpc_port}", f"http://{LOOPBACK}:{http_port}"
-        started = Application(grpc_address, http_url, nodes, process, log)
-        try:
-            deadline_s = time.monotonic() + START_S
-            while not started.is_serving():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline_s, log.read_text()
-                time.sleep(0.2)
+        with serve_run(nodes, path, f"{GATEWAY_HOST}:{grpc_port}", f"http://{LOOPBACK}:{http_port}") as started:
             yield started
-        finally:
-            process.kill()  # what it started ends with the nodes
-            process.wait()
 
 
 def test_serve_starts_the_fleet_on_the_nodes_of_its_tiers_and_serves(application: Application) -> None:

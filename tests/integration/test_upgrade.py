@@ -7,7 +7,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from expertmesh.v1.inference_pb2 import GenerateResponse
 from tests.in_a_thread import in_a_thread
 from tests.integration.conftest import CLI, POCKET, serving
 from tests.integration.ray_nodes import LOOPBACK, ray_nodes
-from tests.integration.test_application import BASE, TIER, Application, free_port
+from tests.integration.test_application import BASE, TIER, Application, free_port, serve_run
 from tests.relay import relayed
 
 pytestmark = pytest.mark.timeout(400)  # two fleets are started
@@ -137,31 +136,12 @@ def application(home: Path) -> Iterator[Application]:
     wanted["args"] = {"config": str(home / "settings.toml"), "drain_s": DRAIN_S, "state_dir": str(home / "state")}
     wanted["deployments"][0]["num_replicas"] = 1
     (home / "application.yaml").write_text(yaml.safe_dump(config))
-    log = home / "serve.log"
     with ray_nodes() as nodes:
         nodes.start(3)
         nodes.start(0, host=GATEWAY_HOST, labels={TIER: "gateway"})
-        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", nodes.address]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*command, str(home / "application.yaml")],
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **nodes.env},
-            )
-        started = Application(
-            f"{GATEWAY_HOST}:{settings['grpc_port']}", f"http://{LOOPBACK}:{http_port}", nodes, process, log
-        )
-        try:
-            deadline_s = time.monotonic() + START_S
-            while not started.is_serving():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline_s, log.read_text()
-                time.sleep(0.2)
+        addresses = f"{GATEWAY_HOST}:{settings['grpc_port']}", f"http://{LOOPBACK}:{http_port}"
+        with serve_run(nodes, home / "application.yaml", *addresses) as started:
             yield started
-        finally:
-            process.kill()  # what it started ends with the nodes
-            process.wait()
 
 
 def leave(fleet: Application) -> None:
