@@ -7,10 +7,8 @@ the worker that sent the packet, where it takes the place of that worker, who st
 
 import os
 import shlex
-import shutil
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,8 +19,6 @@ import psutil
 
 _T = TypeVar("_T")
 _STEPPED_BACK = 10
-# Running while this process gives way.
-_taking_part: threading.Timer | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +103,14 @@ def resume(pid: int) -> None:
                 os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
+def resume_tree(pid: int) -> None:
+    """Have a process and its children, and theirs, take part again."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            resume(one.pid)
+
+
 def in_background(call: Callable[[], _T]) -> _T:
     """Run a call on a thread of its own that gives way to all others; return what it returns, raise what it raises."""
     with ThreadPoolExecutor(1, "background", initializer=give_way) as pool:
@@ -135,31 +139,14 @@ def step_back(pid: int = 0) -> None:
                     os.setpriority(os.PRIO_PROCESS, thread, _STEPPED_BACK)
 
 
-def python_that_gives_way() -> str:
+def python_that_gives_way(limit_s: float = 20.0) -> str:
     """Return the shell's words for a Python that gives way to all others until `take_part`, where that is possible.
 
     What is started beside running requests spends seconds on imports that nobody waits for.
+
+    Args:
+        limit_s: after it the process takes part. Starting takes 3 to 10 s of one core; a machine without any to spare
+            gives it then.
     """
     python = shlex.quote(sys.executable)
-    if not (shutil.which("chrt") and can_resume()):
-        return python
-    return f"chrt --idle 0 {python} -m expertmesh.actors.giving_way"
-
-
-def give_way_at_most(limit_s: float) -> None:
-    """Have this process, which gives way, take part after limit_s: where nothing is idle, it would never be ready."""
-    global _taking_part
-    _taking_part = threading.Timer(limit_s, take_part)
-    _taking_part.daemon = True
-    _taking_part.start()
-
-
-def take_part() -> None:
-    """End what `python_that_gives_way` began, for this process and its children; for any other this does nothing."""
-    global _taking_part
-    if _taking_part is None:
-        return
-    _taking_part.cancel()
-    _taking_part = None
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        resume(process.pid)
+    return f"{python} -m expertmesh.actors.giving_way {limit_s}" if can_resume() else python

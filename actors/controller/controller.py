@@ -27,7 +27,8 @@ from expertmesh.actors.controller.queues import Backlog
 from expertmesh.actors.controller.records import FleetRecords
 from expertmesh.actors.controller.status_fields import drops, layer_traffic, shown
 from expertmesh.actors.controller.tiers import Tier
-from expertmesh.actors.cores import step_back, take_part
+from expertmesh.actors.cores import step_back
+from expertmesh.actors.giving_way import take_part
 from expertmesh.actors.logs import EventLog, reason_of, start_logs
 from expertmesh.actors.machine_share import num_usable_cores
 from expertmesh.actors.runtime import draining_nodes, node_id

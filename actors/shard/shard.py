@@ -12,7 +12,8 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from expertmesh.actors.cores import claim_cores, in_background, other_cores, take_part, use_cores, yield_soon
+from expertmesh.actors.cores import claim_cores, in_background, other_cores, use_cores, yield_soon
+from expertmesh.actors.giving_way import take_part
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import SHARD_RANK, LinkAddress, ShardPeer, calling_end, kind_for
 from expertmesh.actors.links.rendezvous import RendezvousServer

@@ -11,7 +11,8 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from expertmesh.actors.cores import take_part, yield_soon
+from expertmesh.actors.cores import yield_soon
+from expertmesh.actors.giving_way import take_part
 from expertmesh.actors.links.base import Link, open_link
 from expertmesh.actors.links.ends import ShardPeer, calling_end, kind_for
 from expertmesh.actors.logs import EventLog, reason_of, start_logs

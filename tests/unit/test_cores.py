@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from expertmesh.actors.cores import (
@@ -119,7 +120,7 @@ import subprocess
 import sys
 import threading
 import time
-from expertmesh.actors.cores import give_way_at_most, take_part
+from expertmesh.actors.giving_way import take_part
 child = subprocess.Popen(["sleep", "60"])
 other = threading.Thread(target=child.wait)
 other.start()
@@ -127,22 +128,59 @@ def show():
     print(*(os.sched_getscheduler(pid) for pid in (0, other.native_id, child.pid)))
 show()
 if sys.argv[1:] == ["wait"]:
-    give_way_at_most(0.01)
-    time.sleep(0.5)
-else:
-    take_part()
+    while os.sched_getscheduler(child.pid) == os.SCHED_IDLE:
+        time.sleep(0.01)
+take_part()
 show()
 child.kill()
 """
     program = tmp_path / "program.py"
     program.write_text(code)
     idle, usual = (" ".join(3 * [str(policy)]) for policy in (os.SCHED_IDLE, os.SCHED_OTHER))
-    for how in ("at once", "wait"):
-        command = f"{python_that_gives_way()} {shlex.quote(str(program))} {shlex.quote(how)}"
+    for how, limit_s in (("at once", 60.0), ("wait", 0.5)):
+        command = f"{python_that_gives_way(limit_s)} {shlex.quote(str(program))} {shlex.quote(how)}"
         found = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)  # noqa: S602
         assert found.stdout.splitlines() == [idle, usual]
     found = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.splitlines() == [usual, usual], "what never gave way"
+
+
+def test_what_gives_way_takes_part_in_time_where_no_core_is_idle(tmp_path: Path) -> None:
+    if not can_resume():
+        pytest.skip("this container lets no thread come back from SCHED_IDLE")
+    program = tmp_path / "program.py"
+    program.write_text("print(sum(range(20_000_000)))")  # half a second that no other thread of its own interrupts
+    command = f"{python_that_gives_way(limit_s=1.0)} {shlex.quote(str(program))}"
+    ended: list[subprocess.CompletedProcess[str]] = []
+
+    def run() -> None:
+        os.sched_setaffinity(0, {usable()[0]})
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+            try:
+                ended.append(
+                    subprocess.run(command, shell=True, capture_output=True, text=True, timeout=40, check=True)  # noqa: S602
+                )
+            finally:
+                busy.kill()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ended
+    assert ended[0].stdout == f"{sum(range(20_000_000))}\n"
+
+
+def test_who_watches_what_gives_way_ends_with_it(tmp_path: Path) -> None:
+    if not can_resume():
+        pytest.skip("this container lets no thread come back from SCHED_IDLE")
+    program = tmp_path / "program.py"
+    program.write_text("import psutil, time; print(psutil.Process().children()[0].pid, flush=True); time.sleep(60)")
+    command = shlex.split(f"{python_that_gives_way(60.0)} {shlex.quote(str(program))}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        watcher = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    watcher.wait(20)
 
 
 def test_a_process_steps_back_with_all_its_threads() -> None:
