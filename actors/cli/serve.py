@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -96,14 +97,17 @@ def serve(
         from expertmesh.actors.cli.serving_plan import with_plan  # numpy and YAML for those who ask
 
         settings = with_plan(settings, plan, lambda line: typer.echo(line, err=True))
-    _run(with_endpoint(settings, os.environ), address)
+    ready_line = sys.stdout
+    with redirect_stdout(sys.stderr):  # where Ray prints what its processes warn of
+        _run(with_endpoint(settings, os.environ), address, ready_line)
 
 
 def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _run(settings: ServeSettings, address: str | None) -> None:
+def _run(settings: ServeSettings, address: str | None, ready_line: TextIO) -> None:
+    """Serve until a signal comes; ready_line is for that line alone, which scripts read."""
     if address is None:
         secure_local_ray()
         calm_local_serve()
@@ -125,8 +129,8 @@ def _run(settings: ServeSettings, address: str | None) -> None:
             running.registered(deployment.grpc_address, settings.model, deployment.log_folder),
             metrics_target(running.state_home(), deployment.metrics_address),
         ):
-            sys.stdout.write(" ".join(["ready", deployment.grpc_address, deployment.http_url]).rstrip() + "\n")
-            sys.stdout.flush()
+            ready_line.write(" ".join(["ready", deployment.grpc_address, deployment.http_url]).rstrip() + "\n")
+            ready_line.flush()
             while True:
                 signal.pause()
     except KeyboardInterrupt:
