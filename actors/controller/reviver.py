@@ -69,7 +69,7 @@ class Reviver:
     def _revive(self, tier: Any, member: Any, is_gone: bool) -> None:
         try:
             if is_gone:
-                tier.dismiss(member)
+                tier.dismiss(member, returns=True)
             self._start(member)
             self._gone_since_s.pop(member, None)
             self._say(f"{member} is back")

@@ -172,10 +172,18 @@ class Tier(Generic[Id]):
         self.handles[actor_id] = handle
         self.facts[actor_id] = {"id": actor_id, "state": "starting"}
 
-    def dismiss(self, actor_id: Id) -> None:
-        """End a member, or what is left of it, and free what was reserved for it."""
+    def dismiss(self, actor_id: Id, *, returns: bool = False) -> None:
+        """End a member, or what is left of it, and free what was reserved for it.
+
+        Args:
+            actor_id: the member.
+            returns: it is started again at once; nobody sees a fleet without it meanwhile.
+        """
         handle = self.handles.pop(actor_id, None)
-        self.facts.pop(actor_id, None)
+        if returns:
+            self.facts[actor_id] = {"id": actor_id, "state": "starting"}
+        else:
+            self.facts.pop(actor_id, None)
         _log.tell("member_left", member=actor_id)
         try:
             # One that a former controller started is known by its name alone.

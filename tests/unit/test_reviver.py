@@ -33,9 +33,11 @@ class DeadShard:
     def loading(self) -> list[ShardId]:
         return [shard for shard, facts in self.facts.items() if facts["state"] == "loading"]
 
-    def dismiss(self, shard: ShardId) -> None:
+    def dismiss(self, shard: ShardId, *, returns: bool = False) -> None:
         self.handles.pop(shard, None)
         self.facts.pop(shard, None)
+        if returns:
+            self.facts[shard] = {"id": shard, "state": "starting"}
 
     def start(self, shard: ShardId) -> None:
         assert self.may_start.wait(5)
@@ -75,6 +77,7 @@ def test_it_is_started_once_and_awaited() -> None:
     reviving.begin(tier)
     assert reviving.is_busy
     assert reviving.may_be_soon_done
+    until(lambda: tier.facts[SHARD]["state"] == "starting")  # whoever looks now sees that one is missing
     tier.may_start.set()
     until(lambda: not reviving.is_busy)
     assert tier.handles == {SHARD: "new"}

@@ -41,3 +41,18 @@ def test_what_a_killed_controller_reserved_is_given_back_before_more_is_reserved
     with pytest.raises(CapacityError):
         tier.create(ShardId("shard-1"), room=room)
     assert happened == ["pg-shard-1~old", "pg-shard-1~older", room or Room(timeout_s=60.0)]
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_member_that_is_started_again_is_a_member_meanwhile(monkeypatch: pytest.MonkeyPatch, returns: bool) -> None:
+    shard = ShardId("shard-1")
+    killed: list[object] = []
+    monkeypatch.setattr(tiers, "placement_group_table", dict)
+    monkeypatch.setattr("ray.kill", killed.append)
+    tier = Tier[ShardId](object, ServeSettings(model=Path("model")), node_labels={}, threads=1, concurrency=1)
+    tier.admit(shard, "its process")
+    tier.facts[shard] |= {"pid": 7, "state": "dead"}
+    tier.dismiss(shard, returns=returns)
+    assert killed == ["its process"]
+    assert not tier.handles
+    assert tier.in_order() == ([{"id": shard, "state": "starting"}] if returns else [])
