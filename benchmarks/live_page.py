@@ -12,7 +12,6 @@ import argparse
 import os
 import selectors
 import shutil
-import signal
 import socket
 import statistics
 import sys
@@ -133,7 +132,7 @@ def _picture(model: Path, file: Path, theme: str) -> None:
             admin.Scale(ScaleRequest(shards=4), timeout=60)
             _wait(lambda: len(_status(admin).shards) == 4 and _is_calm(admin), page.wait_for_timeout)
             page.wait_for_timeout(10_000)
-            os.kill(_status(admin).shards[1].pid, signal.SIGKILL)
+            psutil.Process(_status(admin).shards[1].pid).kill()
             page.wait_for_timeout(3_000)
             _wait(lambda: _is_calm(admin), page.wait_for_timeout)
             page.wait_for_timeout(10_000)

@@ -1,7 +1,6 @@
 """What `expertmesh chaos` does to a server, one scenario for each row of its table."""
 
 import asyncio
-import os
 import random
 import signal
 import time
@@ -71,11 +70,11 @@ class Target:
             await asyncio.sleep(0.2)
 
     def signal(self, pid: int, number: signal.Signals, what: str) -> None:
-        """Send a signal and note it; a process that is gone already is noted as such."""
+        """Send a signal and note it; a process that is gone, or that a member has not got yet (0), is noted as such."""
         try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            what += " (gone already)"
+            psutil.Process(pid).send_signal(number)
+        except psutil.NoSuchProcess:
+            what += " (gone already)" if pid else " (it has no process yet)"
         self.marks.append((time.monotonic(), what))
 
     async def scale(self, shards: int, workers: int) -> None:

@@ -70,7 +70,7 @@ def is_whole(status: StatusResponse) -> bool:
 
 
 def status_when(
-    server: Server, condition: Callable[[StatusResponse], bool] = is_whole, timeout_s: float = 60
+    server: Server, condition: Callable[[StatusResponse], bool] = is_whole, timeout_s: float = 120
 ) -> StatusResponse:
     """Wait until the status is as it should be, and return it."""
     deadline_s = time.monotonic() + timeout_s

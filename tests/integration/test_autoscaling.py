@@ -54,7 +54,7 @@ def server(expected: dict[int, list[int]], tmp_path_factory: pytest.TempPathFact
         yield started
 
 
-def wait_for(server: Server, what: Callable[[StatusResponse], bool], timeout_s: float = 90) -> StatusResponse:
+def wait_for(server: Server, what: Callable[[StatusResponse], bool], timeout_s: float = 120) -> StatusResponse:
     deadline_s = time.monotonic() + timeout_s
     while not what(status := server.status()):
         assert time.monotonic() < deadline_s, f"{status}\n{server.log.read_text()}"

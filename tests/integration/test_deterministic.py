@@ -1,12 +1,11 @@
 """Streams of a real server in deterministic mode: the same to the bit alone, together and when processes are killed."""
 
-import os
-import signal
 import subprocess
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
@@ -55,7 +54,7 @@ def _together(server: Server, numbers: list[int], pid: int = 0) -> dict[int, Str
         assert threads[0].is_alive()
         time.sleep(0.002)
     if pid:
-        os.kill(pid, signal.SIGKILL)
+        psutil.Process(pid).kill()
     for thread in threads:
         thread.join(100)
     return streams

@@ -1,7 +1,5 @@
 """Two things at once, and what hangs, under sixteen live streams: no request fails, the tokens stay, all comes back."""
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +54,7 @@ def kill(server: Server, *members: str) -> None:
     """Kill members at once."""
     found = pids(server.status())
     for member in members:
-        os.kill(found[member], signal.SIGKILL)
+        psutil.Process(found[member]).kill()
 
 
 def await_new(server: Server, before: dict[str, int], *members: str) -> None:
@@ -77,7 +75,7 @@ def await_other(server: Server, member: str, pid: int) -> None:
 
 @pytest.mark.parametrize("members", [("shard-1", "worker-0"), ("controller", "shard-0")])
 def test_killed_at_once(server: Server, streams: LiveStreams, members: tuple[str, ...]) -> None:
-    before = pids(server.status())
+    before = pids(status_when(server))
     with streams.running():
         time.sleep(0.3)
         kill(server, *members)
@@ -85,14 +83,14 @@ def test_killed_at_once(server: Server, streams: LiveStreams, members: tuple[str
 
 
 def test_shards_killed_while_another_recovers(server: Server, streams: LiveStreams) -> None:
-    before = pids(server.status())
+    before = pids(status_when(server))
     with streams.running():
         time.sleep(0.3)
-        os.kill(before["shard-0"], signal.SIGKILL)
+        psutil.Process(before["shard-0"]).kill()
         time.sleep(0.2)  # the survivors are about to read its experts
-        os.kill(before["shard-1"], signal.SIGKILL)
+        psutil.Process(before["shard-1"]).kill()
         time.sleep(0.5)  # the last one is about to have all
-        os.kill(before["shard-2"], signal.SIGKILL)
+        psutil.Process(before["shard-2"]).kill()
         await_new(server, before, "shard-0", "shard-1", "shard-2")
 
 
@@ -113,7 +111,7 @@ def turned(record: bytes) -> PlacementRecord:
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.03])
 def test_a_shard_killed_while_experts_move(server: Server, streams: LiveStreams, delay_s: float) -> None:
-    before = pids(server.status())
+    before = pids(status_when(server))
     with streams.running():
         with server.channel() as channel:
             admin = AdminStub(channel)
@@ -123,14 +121,14 @@ def test_a_shard_killed_while_experts_move(server: Server, streams: LiveStreams,
             while admin.ListOperations(asked, timeout=20).operations[0].phase == "PREPARE":
                 time.sleep(0.002)
         time.sleep(delay_s)
-        os.kill(before["shard-1"], signal.SIGKILL)
+        psutil.Process(before["shard-1"]).kill()
         ended = finished(server, operation)
         assert ended.phase == "DONE" or ended.error
         await_new(server, before, "shard-1")
 
 
 def test_a_shard_killed_while_the_fleet_grows_and_shrinks(server: Server, streams: LiveStreams) -> None:
-    before = pids(server.status())
+    before = pids(status_when(server))
     with streams.running():
         for shards in (4, 3):
             with server.channel() as channel:
@@ -139,14 +137,14 @@ def test_a_shard_killed_while_the_fleet_grows_and_shrinks(server: Server, stream
             ended = finished(server, operation)
             assert ended.phase == "DONE" or ended.error
             await_other(server, "shard-0", before["shard-0"])
-            before = pids(server.status())
+            before = pids(status_when(server))
         if len(server.status().shards) == 4:  # it was rolled back: the fault was first
             with server.channel() as channel:
                 assert finished(server, AdminStub(channel).Scale(ScaleRequest(shards=3), timeout=20)).phase == "DONE"
 
 
 def test_a_shard_that_hangs_is_left_out_and_joined_again(server: Server, streams: LiveStreams) -> None:
-    before = pids(server.status())
+    before = pids(status_when(server))
     with streams.running() as rough:
         time.sleep(0.3)
         with stopped(before["shard-0"]):
@@ -157,7 +155,7 @@ def test_a_shard_that_hangs_is_left_out_and_joined_again(server: Server, streams
 
 
 def test_the_streams_of_a_worker_that_hangs_go_on_elsewhere(server: Server, streams: LiveStreams) -> None:
-    before = pids(server.status())
+    before = pids(status_when(server))
     with streams.running() as rough:
         time.sleep(0.3)
         with stopped(before["worker-0"]):
@@ -166,23 +164,23 @@ def test_the_streams_of_a_worker_that_hangs_go_on_elsewhere(server: Server, stre
 
 
 def test_a_worker_and_a_shard_that_hang_and_a_shard_that_dies(server: Server, streams: LiveStreams) -> None:
-    before = pids(server.status())
+    before = pids(status_when(server))
     with streams.running() as rough:
         time.sleep(0.3)
         with stopped(before["worker-1"]), stopped(before["shard-1"]):
-            os.kill(before["shard-0"], signal.SIGKILL)
+            psutil.Process(before["shard-0"]).kill()
             status_when(server, lambda status: status.shards[0].pid not in (0, before["shard-0"]) and status.ready)
             await_outputs(rough)
         await_new(server, before, "shard-0")
 
 
 def test_a_controller_that_hangs_is_not_missed(server: Server, streams: LiveStreams) -> None:
-    before = pids(server.status())
+    before = pids(status_when(server))
     with streams.running() as rough:
         time.sleep(0.3)
         with stopped(before["controller"]):
             time.sleep(3)
-            os.kill(before["worker-0"], signal.SIGKILL)
+            psutil.Process(before["worker-0"]).kill()
             await_outputs(rough)
             assert is_serving(server)
         await_new(server, before, "worker-0")
@@ -193,8 +191,8 @@ def test_the_embedded_redis_killed_and_then_the_controller(server: Server, strea
     controller = psutil.Process(before.controller.pid)
     (redis,) = redis_of(controller)
     with streams.running():
-        os.kill(redis, signal.SIGKILL)
-        deadline_s = time.monotonic() + 30
+        psutil.Process(redis).kill()
+        deadline_s = time.monotonic() + 120
         while not redis_of(controller) - {redis}:
             assert time.monotonic() < deadline_s, "Redis was not started again"
             time.sleep(0.1)
@@ -210,17 +208,17 @@ def redis_of(controller: psutil.Process) -> set[int]:
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """Stop a process while the block lasts."""
-    os.kill(pid, signal.SIGSTOP)
+    psutil.Process(pid).suspend()
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        psutil.Process(pid).resume()
 
 
 def await_outputs(rough: Record) -> None:
     """Wait until every request has come to its end once more."""
     before = {request: len(rough.outputs.get(request, [])) for request in REQUESTS}
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     while waiting := [request for request, count in before.items() if len(rough.outputs.get(request, [])) == count]:
         assert time.monotonic() < deadline_s, f"the streams of the requests {waiting} do not go on"
         time.sleep(0.05)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -71,8 +70,8 @@ class Fleet:
 
     def kill(self, host: str) -> None:
         """End a node at once, unless Ray has ended it because nothing was left on it."""
-        with suppress(ProcessLookupError):
-            os.kill(self.raylets[host].pid, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            self.raylets[host].kill()
 
     def events(self) -> list[dict[str, Any]]:
         """Return what all processes have logged."""

@@ -1,12 +1,12 @@
 """Real signals to real processes: what dies does not change or lose a stream that others can carry."""
 
-import os
 import signal
 import threading
 import time
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
@@ -36,7 +36,7 @@ def _signal_during_a_stream(server: Server, pid: int, number: signal.Signals) ->
     while len(tokens) < NUM_TOKENS // 10:
         assert thread.is_alive()
         time.sleep(0.005)
-    os.kill(pid, number)
+    psutil.Process(pid).send_signal(number)
     thread.join(90)
     return tokens
 
@@ -56,7 +56,7 @@ def test_controller_worker_and_shard_killed_one_after_the_other(server: Server) 
 
     before = server.status()
     assert _kill_during_a_stream(server, before.controller.pid) == expected
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 120
     while True:  # Ray restarts the controller, which finds its actors and its placement again
         try:
             after = server.status()

@@ -1,7 +1,5 @@
 """A Ray node lost with the shards and the worker on it, under sixteen live streams."""
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +49,7 @@ def test_a_node_lost_with_all_that_runs_on_it(two: TwoNodes) -> None:
     assert sorted(member.partition("-")[0] for member in lost) == ["shard", "worker"], f"{lost} of {before}"
     with streams.running():
         time.sleep(0.5)
-        os.kill(two.other.pid, signal.SIGKILL)
+        psutil.Process(two.other.pid).kill()
 
         def is_replaced(status: StatusResponse) -> bool:
             now = member_pids(status)

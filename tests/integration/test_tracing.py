@@ -1,9 +1,8 @@
 """One trace of a request through real processes: the gateway's spans, and those of the workers that it was at."""
 
-import os
-import signal
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds
@@ -40,7 +39,7 @@ def generate(server: Server, trace_id: str, *, kill: bool = False) -> int:
         for response in InferenceStub(channel).Generate(request, timeout=100, metadata=metadata):
             before, count = count, count + len(response.token_ids)
             if kill and before < NUM_TOKENS // 10 <= count:
-                os.kill(worker.pid, signal.SIGKILL)
+                psutil.Process(worker.pid).kill()
     return count
 
 

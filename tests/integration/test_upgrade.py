@@ -5,7 +5,6 @@ A relay stands for the Service before the gateways: it leads new connections to 
 
 import asyncio
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -211,7 +210,7 @@ def test_streams_outlive_the_fleet_they_began_in_and_a_gateway_that_is_killed(tm
                 streams.wait_for_more()
                 num_moved = count_taken_up(Path(temporary))
                 (gateway,) = listeners(new.address)
-                os.kill(gateway, signal.SIGKILL)
+                psutil.Process(gateway).kill()
                 streams.wait_for_more()
                 streams.end()
                 num_after_kill = count_taken_up(Path(temporary)) - num_moved

@@ -1,9 +1,12 @@
 """How `chaos` judges what it saw, and that its picture is drawn."""
 
+import signal
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
+from expertmesh.actors.cli.chaos_events import Target
 from expertmesh.actors.cli.chaos_streams import Record, mismatches, unsteady
 
 
@@ -31,6 +34,13 @@ def test_gaps_are_those_within_a_stream() -> None:
     assert found.longest_gap_s == pytest.approx(0.4)
     assert [end_s for end_s, _ in found.gaps] == [0.1, 0.5]
     assert Record().longest_gap_s == 0.0
+
+
+def test_a_member_without_a_process_is_not_signalled() -> None:
+    """Process id 0 would be the whole group of the sender."""
+    target = Target(channel=MagicMock(), streams=MagicMock(), seed=0, cycles=0, minutes=0)
+    target.signal(0, signal.SIGCONT, "SIGCONT shard-0")
+    assert [what for _, what in target.marks] == ["SIGCONT shard-0 (it has no process yet)"]
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -280,8 +281,8 @@ def test_a_killed_peer_breaks_its_link_at_once_and_no_other(kind: str) -> None:
 
 def test_a_stopped_peer_breaks_its_link_at_the_deadline_and_no_other(kind: str) -> None:
     with undisturbed_traffic(kind), echo_process(kind) as (link, process):
-        os.kill(process.pid, signal.SIGSTOP)
+        psutil.Process(process.pid).suspend()
         assert 0.5 <= seconds_to_break(lambda: link.recv(timeout_s=0.5)) < 2.0
-        os.kill(process.pid, signal.SIGCONT)
+        psutil.Process(process.pid).resume()
         # It finds its own end broken, and goes on.
         assert process.wait(timeout=10) == 0
