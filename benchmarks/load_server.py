@@ -54,7 +54,8 @@ def running(model: Path, options: Sequence[str]) -> Iterator[LoadedServer]:
         options: of `expertmesh serve`, beside its gRPC port, which is a free one.
     """
     command = [sys.executable, "-m", "expertmesh.actors.cli.main", "serve", str(model), "--grpc-port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # Not in a session of its own: see `child_server`.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         assert process.stdout is not None
