@@ -49,6 +49,8 @@ def child_server(model: Path, options: list[str]) -> Iterator[str]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(_STOP_TIMEOUT_S)
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -39,7 +39,7 @@ class Shards:
     def ask(self, timeout_s: float) -> None:
         """They are as they are."""
 
-    def dismiss(self, shard: str) -> None:
+    def dismiss(self, shard: str, *, returns: bool = False) -> None:
         """There is nothing to end."""
 
     def create(self, shard: str, **_: Any) -> Any:
