@@ -8,6 +8,7 @@ import runpy
 import select
 import sys
 import traceback
+from contextlib import suppress
 
 # Of the process that gives way: closing it tells the watcher that nothing is left to do. And the watcher.
 _watched: tuple[int, int] | None = None
@@ -55,7 +56,8 @@ def take_part() -> None:
     alive, watcher = _watched
     _watched = None
     os.close(alive)
-    os.waitpid(watcher, 0)
+    with suppress(ChildProcessError):  # a program may have its children reaped by itself
+        os.waitpid(watcher, 0)
     from expertmesh.actors.cores import resume_tree
 
     resume_tree(os.getpid())
