@@ -70,11 +70,17 @@ class Target:
             await asyncio.sleep(0.2)
 
     def signal(self, pid: int, number: signal.Signals, what: str) -> None:
-        """Send a signal and note it; a process that is gone, or that a member has not got yet (0), is noted as such."""
+        """Send a signal and note it; a process that is gone already is noted as such.
+
+        Raises:
+            UnavailableError: there is no process yet (0), so that nothing was done to the server.
+        """
+        if not pid:
+            raise UnavailableError(f"{what}: it has no process yet")
         try:
             psutil.Process(pid).send_signal(number)
         except psutil.NoSuchProcess:
-            what += " (gone already)" if pid else " (it has no process yet)"
+            what += " (gone already)"
         self.marks.append((time.monotonic(), what))
 
     async def scale(self, shards: int, workers: int) -> None:

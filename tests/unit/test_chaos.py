@@ -8,6 +8,7 @@ import pytest
 
 from expertmesh.actors.cli.chaos_events import Target
 from expertmesh.actors.cli.chaos_streams import Record, mismatches, unsteady
+from expertmesh.cluster.errors import UnavailableError
 
 
 def record(outputs: dict[int, list[list[int]]]) -> Record:
@@ -39,8 +40,9 @@ def test_gaps_are_those_within_a_stream() -> None:
 def test_a_member_without_a_process_is_not_signalled() -> None:
     """Process id 0 would be the whole group of the sender."""
     target = Target(channel=MagicMock(), streams=MagicMock(), seed=0, cycles=0, minutes=0)
-    target.signal(0, signal.SIGCONT, "SIGCONT shard-0")
-    assert [what for _, what in target.marks] == ["SIGCONT shard-0 (it has no process yet)"]
+    with pytest.raises(UnavailableError, match="no process yet"):
+        target.signal(0, signal.SIGCONT, "SIGCONT shard-0")
+    assert not target.marks
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
